@@ -1,0 +1,49 @@
+# `make demo` and `make test` work in a fresh clone: each makes .venv and installs what it needs.
+# Another interpreter: make PYTHON=python3.12 test   (Python 3.11 or newer)
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: demo test lint bench docs clean
+
+demo: .venv/demo.done
+	$(BIN)/python examples/cifar10/train.py
+
+test: .venv/test.done
+	$(BIN)/python -m pytest
+
+lint: .venv/test.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/bench.done
+	$(BIN)/python -m benchmarks
+
+docs: .venv/docs.done
+	$(BIN)/sphinx-build --fail-on-warning docs docs/_build
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache docs/_build build dist
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/demo.done: .venv/bin/python pyproject.toml constraints.txt
+	@echo "Installing jaxbn and its examples into .venv (about a minute the first time) ..."
+	$(PIP) -e '.[examples]'
+	touch $@
+
+.venv/test.done: .venv/bin/python pyproject.toml constraints.txt
+	@echo "Installing jaxbn, its examples and its tests into .venv (about a minute the first time) ..."
+	$(PIP) -e '.[examples,test]'
+	touch $@
+
+.venv/bench.done: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -e '.[examples,test,bench]'
+	touch $@
+
+.venv/docs.done: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -e '.[docs]'
+	touch $@
