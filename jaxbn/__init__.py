@@ -1,1 +1,37 @@
-"""Batch normalization for JAX and Flax."""
+"""Batch normalization for JAX and Flax.
+
+    params, state = jaxbn.init(64)
+    y, state = jaxbn.batch_norm(x, params, state, train=True)
+
+`jaxbn.linen.BatchNorm` and `jaxbn.nnx.BatchNorm` are the Flax modules; they are imported on
+first use, so the functional core needs jax alone.
+"""
+
+import importlib
+from types import ModuleType
+
+from jaxbn.functional import batch_norm
+from jaxbn.moments import merge, moments
+from jaxbn.state import Moments, Params, State, init
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Moments",
+    "Params",
+    "State",
+    "batch_norm",
+    "init",
+    "linen",
+    "merge",
+    "moments",
+    "nnx",
+]
+
+_LAZY = ("linen", "nnx")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _LAZY:
+        return importlib.import_module(f"jaxbn.{name}")
+    raise AttributeError(f"module 'jaxbn' has no attribute {name!r}")

@@ -1,0 +1,119 @@
+"""The training op and its derivative: what is kept for backward, and what crosses devices.
+
+With n the pooled count, m = mean, r = rstd, d = x - m, a = r * scale, and t the tangent of x,
+
+    S1 = Σ t / n                      (the tangent of mean)
+    S2 = Σ Re(conj(d) t) / n          (half the tangent of var; that of r is -r³ S2)
+
+and y = d * a + bias has the tangent
+
+    ty = a t + d (r tscale - a r² S2) + (tbias - a S1),
+
+Σ running over the valid cells of all devices. JAX transposes that map to
+
+    dx = a (dy - Σdy / n - d r² Σ(dy d) / n),   dscale = r Σ(dy d),   dbias = Σdy,
+
+which is Ioffe & Szegedy 2015, section 3 in two sums over dy.
+
+The rule is a JVP, so forward mode works as reverse mode does, and the residuals are functions
+of x inside it, so every higher derivative is right. Three things keep it small:
+
+* `jax.checkpoint` around the tangent map: kept for backward are its inputs, x in its own dtype
+  and mean, rstd and scale [C], never a float32 copy of x. `prevent_cse=False`, because its
+  barrier would hold on to x as well.
+* a barrier on mean and rstd: else XLA finds that forward's x - mean is backward's too, and
+  keeps that array alive in between.
+* a second one between the two uses of d in backward, for the same reason.
+
+The compiled temporary memory of a small ResNet step is 0.66 of Flax's with all three, and 0.99
+without either barrier (`python -m benchmarks memory`).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxbn import collectives
+from jaxbn.axes import Axes
+from jaxbn.collectives import Pool
+from jaxbn.moments import across, of, wide
+from jaxbn.normalize import normalize, rstd
+from jaxbn.state import Moments, Params
+
+
+class Spec(NamedTuple):
+    """Everything about one call that is known before it runs."""
+
+    axes: Axes
+    epsilon: float
+    pool: Pool | None
+    dtype: jnp.dtype  # of y
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def normalize_by_batch(
+    spec: Spec, x: jax.Array, params: Params, mask: jax.Array | None
+) -> tuple[jax.Array, Moments]:
+    """Equals `normalize(x, *moments)` and the pooled moments it used.
+
+    Where no device has a valid cell, rstd is taken as 0, so y is bias and gradients are finite.
+    """
+    m, r = _statistics(spec, x, mask)
+    return normalize(x, m.mean, r, params, spec.axes, spec.dtype), m
+
+
+def _statistics(spec: Spec, x: jax.Array, mask: jax.Array | None) -> tuple[Moments, jax.Array]:
+    m = across(of(x, spec.axes, mask), spec.pool)
+    return m, jnp.where(m.count > 0, rstd(m.var, spec.epsilon), 0)
+
+
+@normalize_by_batch.defjvp
+def _jvp(spec, primals, tangents):  # type: ignore[no-untyped-def]
+    x, params, mask = primals
+    tx, tparams, _ = tangents
+    m, r = _statistics(spec, x, mask)
+    y = normalize(x, m.mean, r, params, spec.axes, spec.dtype)
+    tangent = jax.checkpoint(functools.partial(_tangent, spec), prevent_cse=False)
+    ty, tm = tangent(x, mask, m.count, m.mean, r, params.scale, tx, tparams)
+    return (y, m), (ty, tm)
+
+
+def _tangent(spec, x, mask, count, mean, r, scale, tx, tparams):  # type: ignore[no-untyped-def]
+    """The map above, linear in tx and tparams. [C] unless said otherwise."""
+    axes = spec.axes
+    x, tx = x.astype(wide(x.dtype)), tx.astype(wide(x.dtype))  # [..., C]
+    n = jnp.where(count > 0, count, 1)
+    mean, r = lax.optimization_barrier((mean, r))
+    a = r if scale is None else r * scale.astype(x.dtype)
+
+    d, t = x - axes.expand(mean), tx
+    if mask is not None:
+        d, t = jnp.where(mask, d, 0), jnp.where(mask, t, 0)
+    sums = jnp.stack([t.sum(axes.reduced), _real_product(d, t).sum(axes.reduced)])
+    if spec.pool is not None:
+        sums = collectives.total(sums, spec.pool)
+    s1, s2 = sums[0] / n, sums[1].real / n
+
+    by_d = -a * r * r * s2
+    by_1 = -a * s1
+    if tparams.scale is not None:
+        by_d = by_d + r * tparams.scale.astype(x.dtype)
+    if tparams.bias is not None:
+        by_1 = by_1 + tparams.bias.astype(x.dtype)
+    if spec.pool is not None:
+        by_d, by_1 = collectives.varying(jnp.stack([by_d, by_1]), spec.pool)
+
+    d = x - axes.expand(lax.optimization_barrier(mean))
+    if mask is not None:
+        # A cell outside the mask that holds NaN must not reach dscale through 0 * NaN.
+        d = jnp.where(mask | jnp.isfinite(x), d, 0)
+    ty = axes.expand(a) * tx + d * axes.expand(by_d) + axes.expand(by_1)
+    return ty.astype(spec.dtype), Moments(jnp.zeros_like(count), s1, 2 * s2)
+
+
+def _real_product(d: jax.Array, t: jax.Array) -> jax.Array:
+    """Re(conj(d) t)."""
+    return d.real * t.real + d.imag * t.imag if jnp.iscomplexobj(d) else d * t

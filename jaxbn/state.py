@@ -1,0 +1,89 @@
+"""What batch norm is made of: `Params`, `State`, `Moments`, and how moments enter the state."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Params(NamedTuple):
+    """Trainable affine; either may be None. Its gradients are (dscale, dbias)."""
+
+    scale: jax.Array | None  # [C]
+    bias: jax.Array | None  # [C]
+
+
+class State(NamedTuple):
+    """Running statistics, used when `train=False`."""
+
+    mean: jax.Array  # [C]
+    var: jax.Array  # [C]
+    count: jax.Array  # type: ignore[assignment]  # [] int32: updates so far, not values
+
+
+class Moments(NamedTuple):
+    """Count, mean and biased variance of a set of values, per channel; count 0 is the empty set."""
+
+    count: jax.Array  # type: ignore[assignment]  # [], or [C] where a mask differs per feature
+    mean: jax.Array  # [C]
+    var: jax.Array  # [C], real also for complex x
+
+
+def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Params, State]:
+    """Fresh `Params` (scale 1, bias 0) and `State` (mean 0, var 1, count 0).
+
+    Args:
+      features: size of the feature axis, or sizes of the feature axes in x's order.
+      dtype: of scale, bias, mean and var. Complex x keeps a real scale and var.
+
+    Raises:
+      ValueError: a size is negative.
+
+    >>> import jaxbn
+    >>> params, state = jaxbn.init(64)
+    >>> params.scale.shape, state.mean.shape, int(state.count)
+    ((64,), (64,), 0)
+    """
+    shape = tuple(features) if isinstance(features, Sequence) else (features,)
+    if any(size < 0 for size in shape):
+        raise ValueError(
+            f"init: features={features!r}, expected the size of the feature axis (or axes); "
+            f"write jaxbn.init(x.shape[-1])."
+        )
+    params = Params(jnp.ones(shape, dtype), jnp.zeros(shape, dtype))
+    mean = jnp.zeros(shape, dtype)
+    var = jnp.ones(shape, jnp.finfo(dtype).dtype)
+    return params, State(mean, var, jnp.zeros((), jnp.int32))
+
+
+def strong(state: State) -> State:
+    """The state as arrays of strong type, so that train and eval return the same types."""
+    return State(*(jnp.asarray(leaf).astype(jnp.asarray(leaf).dtype) for leaf in state))
+
+
+def blend(state: State, moments: Moments, momentum: float | None, unbiased: bool) -> State:
+    """Equals `momentum * state + (1 - momentum) * moments`, in float32 or wider.
+
+    `momentum=None` is the cumulative average: update k weighs the batch by 1/k. `unbiased`
+    multiplies the batch's variance by n / (n - 1) first, n the pooled count. Moments that
+    are not finite anywhere leave the state as it was, bit for bit; so do those of no value.
+    """
+    finite = jnp.all(jnp.isfinite(moments.mean)) & jnp.all(jnp.isfinite(moments.var))
+    learned = finite & (moments.count > 0)  # [] or [C]
+    n = moments.count
+    var = moments.var * (n / jnp.where(n > 1, n - 1, n)) if unbiased else moments.var
+    keep: Any = momentum
+    if momentum is None:
+        updates = state.count.astype(moments.var.dtype)
+        keep = updates / (updates + 1)
+
+    def step(old: jax.Array, batch: jax.Array) -> jax.Array:
+        wide = old.astype(jnp.promote_types(old.dtype, batch.dtype))
+        new = (keep * wide + (1 - keep) * batch).astype(old.dtype)
+        return jnp.where(learned, new, old)
+
+    count = state.count + jnp.any(learned).astype(state.count.dtype)
+    new = State(step(state.mean, moments.mean), step(state.var, var), count)
+    return State(*(lax.stop_gradient(leaf) for leaf in new))
