@@ -92,7 +92,7 @@ def _tangent(spec, x, mask, count, mean, r, scale, tx, tparams):  # type: ignore
     d, t = x - axes.expand(mean), tx
     if mask is not None:
         d, t = jnp.where(mask, d, 0), jnp.where(mask, t, 0)
-    sums = jnp.stack([t.sum(axes.reduced), _real_product(d, t).sum(axes.reduced)])
+    sums = jnp.stack([t.sum(axes.reduced), _real_product(d, t).sum(axes.reduced).astype(x.dtype)])
     if spec.pool is not None:
         sums = collectives.total(sums, spec.pool)
     s1, s2 = sums[0] / n, sums[1].real / n

@@ -11,7 +11,7 @@ from jaxbn import collectives
 from jaxbn.derivative import Spec, normalize_by_batch
 from jaxbn.moments import across, merge_all
 from jaxbn.normalize import normalize, rstd
-from jaxbn.state import Moments, Params, State, blend, strong
+from jaxbn.state import Moments, Params, State, blend, settle
 
 
 def batch_norm(
@@ -91,7 +91,7 @@ def batch_norm(
     if state is not None:
         axes_.check_features(call, "state.mean", state.mean, x, axes)
         axes_.check_features(call, "state.var", state.var, x, axes)
-        state = strong(state)
+        state = settle(state, x)
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
 
     if not train:

@@ -36,7 +36,7 @@ def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Param
 
     Args:
       features: size of the feature axis, or sizes of the feature axes in x's order.
-      dtype: of scale, bias, mean and var. Complex x keeps a real scale and var.
+      dtype: of scale, bias and mean; var is real where it is complex.
 
     Raises:
       ValueError: a size is negative.
@@ -58,9 +58,11 @@ def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Param
     return params, State(mean, var, jnp.zeros((), jnp.int32))
 
 
-def strong(state: State) -> State:
-    """The state as arrays of strong type, so that train and eval return the same types."""
-    return State(*(jnp.asarray(leaf).astype(jnp.asarray(leaf).dtype) for leaf in state))
+def settle(state: State, x: jax.Array) -> State:
+    """The state in the types that both modes return: strong ones, a complex mean for complex x."""
+    mean, var, count = (jnp.asarray(leaf) for leaf in state)
+    kind = jnp.promote_types(mean.dtype, x.dtype) if jnp.iscomplexobj(x) else mean.dtype
+    return State(mean.astype(kind), var.astype(var.dtype), count.astype(count.dtype))
 
 
 def blend(state: State, moments: Moments, momentum: float | None, unbiased: bool) -> State:
