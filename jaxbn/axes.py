@@ -4,6 +4,7 @@ Every check here reads shapes, dtypes and Python numbers only, so a bad call is 
 before any work, under `jit` as in eager code.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -25,6 +26,12 @@ class Axes(NamedTuple):
     def count(self, x: jax.Array) -> int:
         """Values of x per channel, known from the shape."""
         return math.prod(x.shape[a] for a in self.reduced)
+
+
+def promote(*dtypes: Any) -> Any:
+    """The dtype that holds them all, also where JAX is told to refuse implicit promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes)
 
 
 def resolve(call: str, x: jax.Array, axis: int | Sequence[int]) -> Axes:

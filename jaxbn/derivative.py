@@ -84,25 +84,26 @@ def _jvp(spec, primals, tangents):  # type: ignore[no-untyped-def]
 def _tangent(spec, x, mask, count, mean, r, scale, tx, tparams):  # type: ignore[no-untyped-def]
     """The map above, linear in tx and tparams. [C] unless said otherwise."""
     axes = spec.axes
-    x, tx = x.astype(wide(x.dtype)), tx.astype(wide(x.dtype))  # [..., C]
-    n = jnp.where(count > 0, count, 1)
-    mean, r = lax.optimization_barrier((mean, r))
-    a = r if scale is None else r * scale.astype(x.dtype)
+    kind = wide(x.dtype)
+    x, tx = x.astype(kind), tx.astype(kind)  # [..., C]
+    n = jnp.where(count > 0, count, 1).astype(kind)
+    mean, r = lax.optimization_barrier((mean, r.astype(kind)))
+    a = r if scale is None else r * scale.astype(kind)
 
     d, t = x - axes.expand(mean), tx
     if mask is not None:
         d, t = jnp.where(mask, d, 0), jnp.where(mask, t, 0)
-    sums = jnp.stack([t.sum(axes.reduced), _real_product(d, t).sum(axes.reduced).astype(x.dtype)])
+    sums = jnp.stack([t.sum(axes.reduced), _real_product(d, t).sum(axes.reduced).astype(kind)])
     if spec.pool is not None:
         sums = collectives.total(sums, spec.pool)
-    s1, s2 = sums[0] / n, sums[1].real / n
+    s1, s2 = sums[0] / n, sums[1] / n
 
     by_d = -a * r * r * s2
     by_1 = -a * s1
     if tparams.scale is not None:
-        by_d = by_d + r * tparams.scale.astype(x.dtype)
+        by_d = by_d + r * tparams.scale.astype(kind)
     if tparams.bias is not None:
-        by_1 = by_1 + tparams.bias.astype(x.dtype)
+        by_1 = by_1 + tparams.bias.astype(kind)
     if spec.pool is not None:
         by_d, by_1 = collectives.varying(jnp.stack([by_d, by_1]), spec.pool)
 
@@ -111,7 +112,7 @@ def _tangent(spec, x, mask, count, mean, r, scale, tx, tparams):  # type: ignore
         # A cell outside the mask that holds NaN must not reach dscale through 0 * NaN.
         d = jnp.where(mask | jnp.isfinite(x), d, 0)
     ty = axes.expand(a) * tx + d * axes.expand(by_d) + axes.expand(by_1)
-    return ty.astype(spec.dtype), Moments(jnp.zeros_like(count), s1, 2 * s2)
+    return ty.astype(spec.dtype), Moments(jnp.zeros_like(count), s1, 2 * s2.real)
 
 
 def _real_product(d: jax.Array, t: jax.Array) -> jax.Array:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.flatten_util import ravel_pytree
 
 from jaxbn import axes as axes_
 from jaxbn import collectives
@@ -75,7 +74,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     # 0 where b is empty, 1 where a is: then nothing below is rounded.
     share = b.count / jnp.where(count > 0, count, 1)
     delta = b.mean - a.mean
-    mean = a.mean + delta * share
+    mean = a.mean + delta * share.astype(delta.dtype)
     var = a.var + (b.var - a.var) * share + _abs2(delta) * (share * (1 - share))
     return Moments(count, mean, var)
 
@@ -96,7 +95,7 @@ def of(x: jax.Array, axes: Axes, mask: jax.Array | None = None) -> Moments:
     d2 = x - axes.expand(lax.optimization_barrier(pivot))
     if mask is not None:
         d1, d2 = jnp.where(mask, d1, 0), jnp.where(mask, d2, 0)
-    shift = d1.sum(axes.reduced) / n
+    shift = d1.sum(axes.reduced) / n.astype(x.dtype)
     var = _abs2(d2).sum(axes.reduced) / n - _abs2(shift)
     return Moments(count, pivot + shift, _not_negative(var))
 
@@ -110,10 +109,27 @@ def across(m: Moments, pool: Pool | None) -> Moments:
     """
     if pool is None:
         return m
-    flat, unflatten = ravel_pytree(m)
     if pool.devices <= GATHERED:
-        return merge_all(jax.vmap(unflatten)(collectives.gather(flat, pool)))
-    return _pooled(m, lambda v: unflatten(collectives.total(ravel_pytree(v)[0], pool)))
+        return merge_all(_unpack(collectives.gather(_pack(m), pool), m))
+    return _pooled(m, lambda v: _unpack(collectives.total(_pack(v), pool), v))
+
+
+def _pack(m: Moments) -> jax.Array:
+    """The 2C + 1 (or 3C) numbers of m in one array, for one collective."""
+    return jnp.concatenate([leaf.reshape(-1).astype(m.mean.dtype) for leaf in m])
+
+
+def _unpack(flat: jax.Array, like: Moments) -> Moments:
+    """Undo `_pack`, along the last axis of `flat`."""
+    count, mean, var = (
+        part.reshape(*flat.shape[:-1], *leaf.shape)
+        for part, leaf in zip(
+            jnp.split(flat, [like.count.size, like.count.size + like.mean.size], axis=-1),
+            like,
+            strict=True,
+        )
+    )
+    return Moments(count.real, mean, var.real)
 
 
 def merge_all(m: Moments) -> Moments:
@@ -128,19 +144,20 @@ def merge_all(m: Moments) -> Moments:
 
 def _pooled(m: Moments, total: Callable[[Moments], Moments]) -> Moments:
     """Sets of moments as one, `total` summing over them: their mean first, then all about it."""
+    kind = m.mean.dtype
     weight = _align(m.count, m.mean)
-    sums = total(Moments(m.count, weight * m.mean, jnp.zeros_like(m.var)))
+    sums = total(Moments(m.count, weight.astype(kind) * m.mean, jnp.zeros_like(m.var)))
     n = _align(jnp.where(sums.count > 0, sums.count, 1), m.mean)
-    pivot = lax.stop_gradient(sums.mean / n)
+    pivot = lax.stop_gradient(sums.mean / n.astype(kind))
     d = m.mean - pivot
-    sums = total(Moments(m.count, weight * d, weight * (m.var + _abs2(d))))
-    shift = sums.mean / n
+    sums = total(Moments(m.count, weight.astype(kind) * d, weight * (m.var + _abs2(d))))
+    shift = sums.mean / n.astype(kind)
     return Moments(sums.count, pivot + shift, _not_negative(sums.var / n - _abs2(shift)))
 
 
 def wide(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype statistics are computed in: float32, or x's own where that is wider."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return axes_.promote(dtype, jnp.float32)
 
 
 def _pivot(x: jax.Array, axes: Axes, mask: jax.Array | None, n: jax.Array) -> jax.Array:
@@ -154,11 +171,11 @@ def _pivot(x: jax.Array, axes: Axes, mask: jax.Array | None, n: jax.Array) -> ja
     sample could miss. There the pivot is the mean itself, at the price of one more read.
     """
     if mask is not None:
-        return jnp.where(mask, x, 0).sum(axes.reduced) / n
+        return jnp.where(mask, x, 0).sum(axes.reduced) / n.astype(x.dtype)
     if len(axes.reduced) > 1 and x.size:
         x = lax.slice_in_dim(x, 0, None, STRIDE, axis=axes.reduced[-1])
         return x.sum(axes.reduced) / axes.count(x)
-    return x.sum(axes.reduced) / n
+    return x.sum(axes.reduced) / n.astype(x.dtype)
 
 
 def _count(mask: jax.Array, x: jax.Array, axes: Axes) -> jax.Array:

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn.axes import Axes
+from jaxbn.axes import Axes, promote
 from jaxbn.state import Params
 
 
 def rstd(var: jax.Array, epsilon: float) -> jax.Array:
     """Equals `1 / sqrt(var + epsilon)`, in float32 or wider."""
-    var = var.astype(jnp.promote_types(var.dtype, jnp.float32))
+    var = var.astype(promote(var.dtype, jnp.float32))
     return lax.rsqrt(var + epsilon)
 
 
@@ -28,9 +28,8 @@ def normalize(
     constant channel would not give bias exactly.
     """
     scale, bias = params
-    wide = jnp.promote_types(jnp.promote_types(x.dtype, dtype), rstd.dtype)
-    real = jnp.finfo(wide).dtype
-    a = rstd.astype(real) if scale is None else rstd.astype(real) * scale.astype(wide)
+    wide = promote(x.dtype, dtype, rstd.dtype)
+    a = rstd.astype(wide) if scale is None else rstd.astype(wide) * scale.astype(wide)
     y = (x.astype(wide) - axes.expand(mean.astype(wide))) * axes.expand(a)
     if bias is not None:
         y = y + axes.expand(bias.astype(wide))

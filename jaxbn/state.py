@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn.axes import promote
+
 
 class Params(NamedTuple):
     """Trainable affine; either may be None. Its gradients are (dscale, dbias)."""
@@ -61,7 +63,7 @@ def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Param
 def settle(state: State, x: jax.Array) -> State:
     """The state in the types that both modes return: strong ones, a complex mean for complex x."""
     mean, var, count = (jnp.asarray(leaf) for leaf in state)
-    kind = jnp.promote_types(mean.dtype, x.dtype) if jnp.iscomplexobj(x) else mean.dtype
+    kind = promote(mean.dtype, x.dtype) if jnp.iscomplexobj(x) else mean.dtype
     return State(mean.astype(kind), var.astype(var.dtype), count.astype(count.dtype))
 
 
@@ -76,14 +78,13 @@ def blend(state: State, moments: Moments, momentum: float | None, unbiased: bool
     learned = finite & (moments.count > 0)  # [] or [C]
     n = moments.count
     var = moments.var * (n / jnp.where(n > 1, n - 1, n)) if unbiased else moments.var
-    keep: Any = momentum
-    if momentum is None:
-        updates = state.count.astype(moments.var.dtype)
-        keep = updates / (updates + 1)
 
     def step(old: jax.Array, batch: jax.Array) -> jax.Array:
-        wide = old.astype(jnp.promote_types(old.dtype, batch.dtype))
-        new = (keep * wide + (1 - keep) * batch).astype(old.dtype)
+        wide = promote(old.dtype, batch.dtype)
+        keep: Any = momentum
+        if momentum is None:
+            keep = (state.count / (state.count + 1)).astype(wide)
+        new = (keep * old.astype(wide) + (1 - keep) * batch.astype(wide)).astype(old.dtype)
         return jnp.where(learned, new, old)
 
     count = state.count + jnp.any(learned).astype(state.count.dtype)
