@@ -1,0 +1,180 @@
+# ResNets for 32x32 images in Flax nnx; model_linen.py has the same networks in linen.
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import jaxbn.nnx
+from flax import nnx
+from jax.nn.initializers import ones, zeros
+from model import MOMENTUM, block_convs, halve, he_normal
+
+
+class ConvNorm(nnx.Module):
+    """Convolution, then norm: [B, H, W, C] → [B, H/stride, W/stride, F]."""
+
+    def __init__(self, make, c, kernel, f, stride=1, scale_init=ones):
+        self.conv = make.conv(c, kernel, f, stride)
+        self.bn = make.bn(f, scale_init)
+
+    def __call__(self, x, train):
+        return self.bn(self.conv(x), use_running_average=not train)
+
+
+class NormConv(nnx.Module):
+    """Norm, relu, then convolution. Returns what the relu returned, too."""
+
+    def __init__(self, make, c, kernel, f, stride=1, init=he_normal):
+        self.bn = make.bn(c)
+        self.conv = make.conv(c, kernel, f, stride, init)
+
+    def __call__(self, x, train):
+        x = nnx.relu(self.bn(x, use_running_average=not train))
+        return self.conv(x), x
+
+
+class Make:
+    """What every network here is built with; `norm` is a class, so that another may stand in."""
+
+    def __init__(self, rngs: nnx.Rngs, dtype: Any, norm: Callable[..., nnx.Module]):
+        self.rngs, self.dtype, self.norm = rngs, dtype, norm
+
+    def conv(self, c, kernel, f, stride=1, init=he_normal):  # no bias: a norm follows
+        return nnx.Conv(
+            c,
+            f,
+            (kernel, kernel),
+            (stride, stride),
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=init,
+            rngs=self.rngs,
+        )
+
+    def bn(self, c, scale_init=ones):
+        return self.norm(
+            c, momentum=MOMENTUM, dtype=self.dtype, scale_init=scale_init, rngs=self.rngs
+        )
+
+    def head(self, c, classes):  # float32 whatever `dtype` is, logits all 0 at the start
+        return nnx.Linear(c, classes, kernel_init=zeros, rngs=self.rngs)
+
+
+class Pair(nnx.Module):
+    def __init__(self, make, c):
+        self.first = ConvNorm(make, c, 3, c)
+        self.second = ConvNorm(make, c, 3, c, scale_init=zeros)
+
+    def __call__(self, x, train):
+        y = nnx.relu(self.first(x, train))
+        return nnx.relu(x + self.second(y, train))
+
+
+class ResNet9(nnx.Module):
+    """Small and fast: eight convolutions, of which two pairs are residual, and a dense layer."""
+
+    def __init__(
+        self,
+        *,
+        width: int = 16,
+        classes: int = 10,
+        dtype: Any = jnp.float32,
+        norm: Callable[..., nnx.Module] = jaxbn.nnx.BatchNorm,
+        rngs: nnx.Rngs,
+    ):
+        make, w = Make(rngs, dtype, norm), width
+        self.stem = ConvNorm(make, 3, 3, w)
+        self.down1, self.pair1 = ConvNorm(make, w, 3, 2 * w), Pair(make, 2 * w)
+        self.down2 = ConvNorm(make, 2 * w, 3, 4 * w)
+        self.down3, self.pair3 = ConvNorm(make, 4 * w, 3, 8 * w), Pair(make, 8 * w)
+        self.head = make.head(8 * w, classes)
+
+    def __call__(self, x, train: bool):  # [B, 32, 32, 3]
+        # The maximum is taken before the convolution, which then runs on a quarter of the pixels.
+        x = nnx.relu(self.stem(x, train))  # [B, 32, 32, w]
+        x = self.pair1(nnx.relu(self.down1(halve(x), train)), train)  # [B, 16, 16, 2w]
+        x = nnx.relu(self.down2(halve(x), train))  # [B, 8, 8, 4w]
+        x = self.pair3(nnx.relu(self.down3(halve(x), train)), train)  # [B, 4, 4, 8w]
+        return self.head(x.max(axis=(1, 2)).astype(jnp.float32))  # [B, 8w] → [B, classes]
+
+
+class PostBlock(nnx.Module):
+    def __init__(self, make, c, convs):
+        channels = [c, *(f for _, f, _ in convs)]
+        # Scale 0: at the start every block is its shortcut, and the network is shallow.
+        inits = [ones] * (len(convs) - 1) + [zeros]
+        self.layers = nnx.List(
+            ConvNorm(make, c, *conv, scale_init=init)
+            for c, conv, init in zip(channels, convs, inits, strict=False)
+        )
+        features, stride = convs[-1][1], max(stride for _, _, stride in convs)
+        reshapes = c != features or stride != 1
+        self.shortcut = ConvNorm(make, c, 1, features, stride) if reshapes else None
+
+    def __call__(self, x, train):
+        y = x
+        for layer in self.layers[:-1]:
+            y = nnx.relu(layer(y, train))
+        y = self.layers[-1](y, train)
+        return nnx.relu(y + (self.shortcut(x, train) if self.shortcut else x))
+
+
+class PreBlock(nnx.Module):
+    def __init__(self, make, c, convs):
+        channels = [c, *(f for _, f, _ in convs)]
+        # The last norm stands before a relu here, which would pass no gradient from scale 0:
+        # the last kernel starts at 0 instead.
+        inits = [he_normal] * (len(convs) - 1) + [zeros]
+        self.layers = nnx.List(
+            NormConv(make, c, *conv, init=init)
+            for c, conv, init in zip(channels, convs, inits, strict=False)
+        )
+        features, stride = convs[-1][1], max(stride for _, _, stride in convs)
+        reshapes = c != features or stride != 1
+        self.shortcut = make.conv(c, 1, features, stride) if reshapes else None
+
+    def __call__(self, x, train):
+        y, activated = self.layers[0](x, train)
+        for layer in self.layers[1:]:
+            y, _ = layer(y, train)
+        return y + (self.shortcut(activated) if self.shortcut else x)
+
+
+class ResNet(nnx.Module):
+    """ResNet-18, -34, -50 in CIFAR form: a 3x3 stem, no max pool. He et al. 2015 and 2016."""
+
+    def __init__(
+        self,
+        *,
+        blocks: Sequence[int] = (2, 2, 2, 2),
+        bottleneck: bool = False,
+        pre: bool = False,
+        width: int = 64,
+        classes: int = 10,
+        dtype: Any = jnp.float32,
+        norm: Callable[..., nnx.Module] = jaxbn.nnx.BatchNorm,
+        rngs: nnx.Rngs,
+    ):
+        make, block = Make(rngs, dtype, norm), PreBlock if pre else PostBlock
+        self.stem = make.conv(3, 3, width)
+        c, layers = width, []
+        for stage, count in enumerate(blocks):
+            for i in range(count):
+                convs = block_convs(bottleneck, width * 2**stage, 2 if stage > 0 and i == 0 else 1)
+                layers.append(block(make, c, convs))
+                c = convs[-1][1]
+        self.bn = make.bn(c if pre else width)  # after the blocks, or before them
+        self.blocks = nnx.List(layers)
+        self.head = make.head(c, classes)
+        self.pre = pre
+
+    def __call__(self, x, train: bool):  # [B, 32, 32, 3]
+        x = self.stem(x)  # [B, 32, 32, w]
+        if not self.pre:
+            x = nnx.relu(self.bn(x, use_running_average=not train))
+        for block in self.blocks:  # 32x32, 16x16, 8x8, 4x4 pixels
+            x = block(x, train)
+        if self.pre:
+            x = nnx.relu(self.bn(x, use_running_average=not train))
+        x = x.mean(axis=(1, 2))  # [B, 8w] or [B, 32w]
+        return self.head(x.astype(jnp.float32))  # [B, classes]

@@ -1,0 +1,103 @@
+# What a run leaves behind: metrics.jsonl and curves.png in its folder, a table on the screen.
+
+import json
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+
+def progress(console: Console) -> Progress:
+    """The bar of a whole run. Where output is not a terminal only the epochs' lines are printed."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("epoch {task.fields[epoch]}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:6.2%}"),
+        TextColumn("{task.fields[rate]:,.0f} images/s"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+HEADER = "epoch  train loss  accuracy   test loss  accuracy   images/s  seconds  minutes left"
+
+
+def line(m: dict, left: float) -> str:
+    return (
+        f"{m['epoch']:5d}  {m['train_loss']:10.4f}  {m['train_accuracy']:8.2%}   "
+        f"{m['test_loss']:9.4f}  {m['test_accuracy']:8.2%}   "
+        f"{m['images_per_s']:8,.0f}  {m['seconds']:7.1f}  {left / 60:12.1f}"
+    )
+
+
+class Log:
+    """metrics.jsonl: one JSON object an epoch."""
+
+    def __init__(self, path: Path, epochs: int):
+        """Goes on after `epochs` epochs: lines of later ones, which a kill left, are dropped."""
+        self.path = path
+        lines = path.read_text().splitlines() if epochs else []
+        self.rows = [json.loads(line) for line in lines[:epochs]]
+        write(path, "".join(line + "\n" for line in lines[:epochs]))
+
+    def add(self, metrics: dict) -> None:
+        self.rows.append(metrics)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """All of it or nothing: whoever reads `path` never sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def table(title: str, rows: list[tuple[str, str, str]]) -> Table:
+    """(what, number, unit), the numbers flush right."""
+    out = Table(title=title, title_justify="left", show_header=False)
+    out.add_column()
+    out.add_column(justify="right")
+    out.add_column()
+    for row in rows:
+        out.add_row(*row)
+    return out
+
+
+def curves(path: Path, rows: list[dict], title: str) -> None:
+    """Loss and accuracy by epoch, training (with augmentation) and test."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    epochs = [row["epoch"] for row in rows]
+    for axes, what in ((left, "loss"), (right, "accuracy")):
+        for split, colour in (("train", "tab:blue"), ("test", "tab:orange")):
+            values = [row[f"{split}_{what}"] for row in rows]
+            axes.plot(epochs, values, "o-", ms=3, color=colour, label=split)
+        axes.set(xlabel="epoch", ylabel=what)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    figure.suptitle(title, fontsize=10)
+    temporary = path.with_name("curves.tmp.png")
+    figure.savefig(temporary, dpi=150)
+    plt.close(figure)
+    os.replace(temporary, path)
