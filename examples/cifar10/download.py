@@ -21,6 +21,7 @@ SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 FOLDER = "cifar-10-batches-bin"  # the one folder in the archive, and in the cache
 MEMBERS = {*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"}
 TIMEOUT = 10.0  # seconds without an answer, or without a byte, until we call it no network
+CHUNK = 1 << 18  # bytes read at a time
 
 
 class DataError(Exception):
@@ -70,7 +71,7 @@ def fetch(part: Path, say, patience: float | None) -> None:
             part.parent.mkdir(parents=True, exist_ok=True)
             with open(part, "ab" if start else "wb") as file, bar() as progress:
                 task = progress.add_task("CIFAR-10", total=SIZE, completed=start)
-                while not slow and (chunk := answer.read(1 << 18)):
+                while not slow and (chunk := answer.read(CHUNK)):
                     file.write(chunk)
                     progress.advance(task, len(chunk))
                     slow = patience is not None and time.monotonic() - begun > patience

@@ -78,7 +78,7 @@ def table(title: str, rows: list[tuple[str, str, str]]) -> Table:
 
 
 def curves(path: Path, rows: list[dict], title: str) -> None:
-    """Loss and accuracy by epoch, training (with augmentation) and test."""
+    """Loss and accuracy by epoch. The training set's are of augmented images and smoothed labels."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -88,9 +88,9 @@ def curves(path: Path, rows: list[dict], title: str) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     epochs = [row["epoch"] for row in rows]
     for axes, what in ((left, "loss"), (right, "accuracy")):
-        for split, colour in (("train", "tab:blue"), ("test", "tab:orange")):
+        for split, label in (("train", "train (augmented, smoothed)"), ("test", "test")):
             values = [row[f"{split}_{what}"] for row in rows]
-            axes.plot(epochs, values, "o-", ms=3, color=colour, label=split)
+            axes.plot(epochs, values, "o-", ms=3, label=label)
         axes.set(xlabel="epoch", ylabel=what)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)

@@ -12,9 +12,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-# The same seed gives the same bits on a GPU too; CPU and TPU need no telling.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
-
 import jax
 import jax.numpy as jnp
 import model
@@ -264,4 +261,6 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
+    # The same seed gives the same bits on a GPU too; CPU and TPU need no telling.
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
     main()
