@@ -12,6 +12,7 @@ from types import ModuleType
 
 from jaxbn.functional import batch_norm
 from jaxbn.moments import merge, moments
+from jaxbn.replicas import assert_replicated, merge_updates, sync_state
 from jaxbn.state import Moments, Params, State, init
 
 __version__ = "0.1.0"
@@ -20,12 +21,15 @@ __all__ = [
     "Moments",
     "Params",
     "State",
+    "assert_replicated",
     "batch_norm",
     "init",
     "linen",
     "merge",
+    "merge_updates",
     "moments",
     "nnx",
+    "sync_state",
 ]
 
 _LAZY = ("linen", "nnx")
