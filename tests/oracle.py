@@ -31,12 +31,12 @@ def moments(x, axis=-1, mask=None):
 
 
 def normalize(x, mean, var, scale, bias, axis=-1, epsilon=1e-5):
-    """y as rows [n, C]."""
+    """Equals y as rows [n, C]."""
     return (rows(x, axis) - mean) / np.sqrt(var + epsilon) * scale + bias
 
 
 def gradients(x, dy, scale, axis=-1, mask=None, epsilon=1e-5):
-    """dx as rows [n, C], dscale [C], dbias [C] of sum(y * dy), for real x."""
+    """Equals dx as rows [n, C], dscale [C], dbias [C] of sum(y * dy), for real x."""
     w = rows(True if mask is None else mask, axis, np.shape(x)) != 0
     count, mean, var = moments(x, axis, mask)
     v, dy, n = rows(x, axis), rows(dy, axis), np.maximum(count, 1)
@@ -50,7 +50,8 @@ def gradients(x, dy, scale, axis=-1, mask=None, epsilon=1e-5):
 
 def running(old, new, momentum):
     """Equals momentum * old + (1 - momentum) * new."""
-    return momentum * np.asarray(old, np.float64) + (1 - momentum) * new
+    old = np.asarray(old)
+    return momentum * old.astype(np.result_type(old, np.float64)) + (1 - momentum) * new
 
 
 def tolerance(dtype, count):
