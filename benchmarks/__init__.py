@@ -1,0 +1,1 @@
+"""What the library claims, measured: `python -m benchmarks --help`."""
