@@ -243,7 +243,7 @@ def value_and_gradients(x, dy, params, state, mask=None):
 
 @pytest.mark.parametrize("empty", ["no rows", "mask all False", "mask without a feature"])
 def test_a_batch_with_no_valid_cell(empty):
-    """y is bias, the state stays to the bit, gradients are finite."""
+    """Y is bias, the state stays to the bit, gradients are finite."""
     params = jaxbn.Params(normal(4, 1), normal(4, seed=1))
     _, state = jaxbn.init(4)
     rows = 0 if empty == "no rows" else 6
@@ -426,7 +426,7 @@ GHOSTS = {
 
 @pytest.mark.parametrize("name", GHOSTS)
 def test_ghost_batches_equal_a_loop_over_groups(name):
-    """y and its gradients of each group alone; the running state of the whole batch."""
+    """Y and its gradients of each group alone; the running state of the whole batch."""
     shape, axis, mask_shape = GHOSTS[name]
     params, (_, state) = jaxbn.Params(normal(4, 1), normal(4, seed=1)), jaxbn.init(4)
     x, dy = normal(shape, 3), normal(shape, seed=2)
