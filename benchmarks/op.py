@@ -129,7 +129,7 @@ def by_shape(measured, dtype, repeats, libraries) -> Table:
     rows = []
     for case in LARGE:
         for library in libraries if case.name in measured else ():
-            row = [f"{case.shape}", library]
+            row: list[str | float] = [f"{case.shape}", library]
             for direction, floor in FLOOR.items():
                 of = measured[case.name][direction]
                 if library not in of:
@@ -137,8 +137,7 @@ def by_shape(measured, dtype, repeats, libraries) -> Table:
                     continue
                 median, spread = of[library]
                 fraction = floor * of[COPY][0] / median
-                row += [f"{median:.2f}", f"{spread / median:.0%}"]
-                row += [f"{median / of['jaxbn'][0]:.2f}", f"{fraction:.2f}"]
+                row += [median, spread / median, median / of["jaxbn"][0], fraction]
             rows.append(row)
     bandwidth = {
         case.name: 2
@@ -154,7 +153,8 @@ def by_shape(measured, dtype, repeats, libraries) -> Table:
         ["shape", "library", *(f"{d}\n{c}" for d in ("forward", "fwd+bwd") for c in columns)],
         rows,
         [
-            f"Median of {repeats} calls in rotated order, one process; spread between quartiles.",
+            f"Median of {repeats} calls in rotated order, one process; spread: between the "
+            "quartiles, over the median.",
             "Floor: 3N bytes forward, 8N in all, at the bandwidth of a copy: "
             + ", ".join(f"{name} {value:.0f} GB/s" for name, value in bandwidth.items())
             + ".",

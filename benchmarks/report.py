@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import sys
@@ -44,7 +45,9 @@ def show(table: Table) -> None:
 
 
 def cell(value: str | float) -> str:
-    return value if isinstance(value, str) else f"{value:.3g}"
+    if isinstance(value, str):
+        return value
+    return "NaN" if math.isnan(value) else f"{value:.3g}"
 
 
 def environment() -> dict[str, str]:
