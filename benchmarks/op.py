@@ -126,9 +126,11 @@ def run(dtype="float32", repeats=25, names=NAMES) -> list[Table]:
 
 
 def by_shape(measured, dtype, repeats, libraries) -> Table:
-    rows = []
+    rows, bandwidth = [], []
     for case in LARGE:
-        for library in libraries if case.name in measured else ():
+        if case.name not in measured:
+            continue
+        for library in libraries:
             row: list[str | float] = [f"{case.shape}", library]
             for direction, floor in FLOOR.items():
                 of = measured[case.name][direction]
@@ -139,14 +141,9 @@ def by_shape(measured, dtype, repeats, libraries) -> Table:
                 fraction = floor * of[COPY][0] / median
                 row += [median, spread / median, median / of["jaxbn"][0], fraction]
             rows.append(row)
-    bandwidth = {
-        case.name: 2
-        * math.prod(case.shape)
-        * jnp.dtype(dtype).itemsize
-        / (1e6 * measured[case.name]["forward + backward"][COPY][0])
-        for case in LARGE
-        if case.name in measured
-    }
+        moved = 2 * math.prod(case.shape) * jnp.dtype(dtype).itemsize
+        copy, _ = measured[case.name]["forward + backward"][COPY]
+        bandwidth.append(f"{case.name} {moved / copy / 1e6:.0f} GB/s")
     columns = ("ms", "spread", "of ours", "floor/it")
     return Table(
         f"Time of one batch norm in training, {dtype}",
@@ -156,8 +153,7 @@ def by_shape(measured, dtype, repeats, libraries) -> Table:
             f"Median of {repeats} calls in rotated order, one process; spread: between the "
             "quartiles, over the median.",
             "Floor: 3N bytes forward, 8N in all, at the bandwidth of a copy: "
-            + ", ".join(f"{name} {value:.0f} GB/s" for name, value in bandwidth.items())
-            + ".",
+            + ", ".join(bandwidth),
             "Page faults kept out: " + " ".join(f"{k}={v}" for k, v in ENVIRONMENT.items()),
             "torch: channels_last. Equinox: channels first. Running statistics are updated.",
         ],

@@ -85,17 +85,12 @@ def placed(mesh: Mesh, features=None):
     """Arrays sharded over the mesh's "data", features over `features`."""
 
     def place(x, params, state, mask, dy):
-        def put(v, *spec):
-            return jax.tree.map(lambda v: jax.device_put(v, NamedSharding(mesh, P(*spec))), v)
+        def put(arrays, *spec):
+            return jax.device_put(arrays, NamedSharding(mesh, P(*spec)))
 
-        whole = ("data", None, None, features)
-        return (
-            put(x, *whole),
-            put(params, features),
-            put(state, features),
-            put(mask, "data"),
-            put(dy, *whole),
-        )
+        x, dy = put((x, dy), "data", None, None, features)
+        params, state = put((params, state), features)
+        return x, params, state, put(mask, "data"), dy
 
     return place
 
@@ -131,16 +126,11 @@ def ghosts(size):
 
     def reference(bn):
         def whole(x, params, state, mask):
-            starts = range(0, len(x), size)
-            parts = [
-                bn(
-                    x[i : i + size],
-                    params,
-                    state,
-                    mask=None if mask is None else mask[i : i + size],
-                )[0]
-                for i in starts
-            ]
+            parts = []
+            for i in range(0, len(x), size):
+                rows = slice(i, i + size)
+                part = None if mask is None else mask[rows]
+                parts.append(bn(x[rows], params, state, mask=part)[0])
             return jnp.concatenate(parts), bn(x, params, state, mask=mask)[1]
 
         return whole
