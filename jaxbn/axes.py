@@ -118,12 +118,24 @@ def check_ghosts(call: str, x: jax.Array, axes: Axes, virtual_batch_size: int) -
     return batch_axis, rows // virtual_batch_size
 
 
-def check_count(call: str, x: jax.Array, count: int) -> None:
+def check_dtype(call: str, dtype: Any) -> None:
+    """The dtype asked for y can hold it."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"{call}: dtype={dtype}, but y is floating or complex; write dtype=jnp.float32, or "
+            f"leave dtype out for that of x."
+        )
+
+
+def check_count(call: str, x: jax.Array, count: int, virtual_batch_size: int | None) -> None:
     """Refuse training statistics over exactly one value per channel: y would be bias alone."""
     if count == 1:
+        where, remedy = "over all devices", "Use a larger batch, pool devices with axis_name="
+        if virtual_batch_size is not None:
+            where = f"in each group of virtual_batch_size={virtual_batch_size}"
+            remedy = "Use a larger virtual_batch_size"
         raise ValueError(
-            f"{call}: x with shape {x.shape} has one value per channel over all devices, and "
+            f"{call}: x with shape {x.shape} has one value per channel {where}, and "
             f"its variance is 0, so y would be bias whatever x is; expected at least 2 in "
-            f"training. Use a larger batch, pool devices with axis_name=, or normalize by the "
-            f"running statistics with train=False."
+            f"training. {remedy}, or normalize by the running statistics with train=False."
         )

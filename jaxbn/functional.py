@@ -62,7 +62,7 @@ def batch_norm(
       A batch whose moments are not finite leaves the state bit for bit as it was.
 
     Raises:
-      TypeError: x is not floating or complex, or train is no Python bool.
+      TypeError: x or dtype is not floating or complex, or train is no Python bool.
       ValueError: shapes, axes, mask, groups or numbers do not fit, or training statistics
         would be over one value per channel.
 
@@ -93,6 +93,7 @@ def batch_norm(
         axes_.check_features(call, "state.var", state.var, x, axes)
         state = settle(state, x)
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+    axes_.check_dtype(call, dtype)
 
     if not train:
         if state is None:
@@ -108,13 +109,13 @@ def batch_norm(
     pool = collectives.resolve(call, axis_name, axis_index_groups)
     if virtual_batch_size is None or x.size == 0:
         if mask is None:
-            axes_.check_count(call, x, axes.count(x) * (pool.devices if pool else 1))
+            axes_.check_count(call, x, axes.count(x) * (pool.devices if pool else 1), None)
         spec = Spec(axes, epsilon, pool, dtype)
         y, moments = normalize_by_batch(spec, x, params, mask)
     else:
         batch_axis, ghosts = axes_.check_ghosts(call, x, axes, virtual_batch_size)
         if mask is None:
-            axes_.check_count(call, x, axes.count(x) // ghosts)
+            axes_.check_count(call, x, axes.count(x) // ghosts, virtual_batch_size)
         spec = Spec(axes, epsilon, None, dtype)
         y, moments = _by_ghosts(spec, x, params, mask, batch_axis, ghosts)
         moments = across(moments, pool)

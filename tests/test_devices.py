@@ -19,6 +19,7 @@ from tests import oracle
 
 DEVICES, ROWS, C = 8, 16, 6
 EPS = 2.0**-23  # of float32
+BATCH, ONE = P("d"), P()
 bn = functools.partial(jaxbn.batch_norm, train=True)
 
 
@@ -48,7 +49,7 @@ def pooled(x, params, state, mask, **options):
     return bn(x, params, state, mask=mask, axis_name=options.pop("axis_name", "d"), **options)
 
 
-def by_shard_map(f, check_vma=True, sizes=(8,), batch=P("d"), new=P()):
+def by_shard_map(f, check_vma=True, sizes=(8,), batch=BATCH, new=ONE):
     return jax.shard_map(
         f,
         mesh=mesh(*sizes),
@@ -464,7 +465,7 @@ def test_eval_has_no_collective(road):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_ghost_batches_within_shards_need_no_collective_for_y_and_dx(masked):
-    x, params, state, dy = example()
+    x, params, _, dy = example()
     sharded = NamedSharding(mesh(8), P("d"))
     x, dy = jax.device_put(x, sharded), jax.device_put(dy, sharded)
     mask = jax.device_put(masks("cells"), sharded) if masked else None

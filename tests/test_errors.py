@@ -1,0 +1,314 @@
+"""Bad input: refused before any work, by a message that names the call, what came, what was
+expected and what to write instead. Compared whole.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxbn
+
+X = jnp.ones((8, 5, 3))
+PARAMS, STATE = jaxbn.init(3)
+GROUPS = "must name each index of axis 'd' with size 8 once, in groups of one size; for pairs"
+GROUPS = f"{GROUPS} write [[0, 1], [2, 3], [4, 5], [6, 7]]."
+MOMENTUM = (
+    "expected a number in [0, 1], the fraction of the old value that is kept (PyTorch's momentum "
+    "m is 1 - m here), or None for the cumulative average; write momentum=0.99."
+)
+EPSILON = "expected a finite number of at least 0, added to the variance; write epsilon=1e-5."
+FEATURES = "pass the feature axis as axis=."
+AXIS = "expected integers from -3 to 2, axis=-1 for channels last."
+MASK = "but x has shape (8, 5, 3); expected a shape that broadcasts to x."
+TRAIN = (
+    "expected True or False, known when tracing. Both return the same types, so a traced flag "
+    "can choose: jax.lax.cond(flag, train_step, eval_step, x)."
+)
+ONE_VALUE = (
+    "and its variance is 0, so y would be bias whatever x is; expected at least 2 in training."
+)
+UNBOUND = (
+    "Call it under shard_map, pmap or vmap with that axis name; under plain jit statistics are "
+    "global already, write axis_name=None."
+)
+
+
+def call(x=X, params=PARAMS, state=STATE, **options):
+    return jaxbn.batch_norm(x, params, state, **{"train": True, **options})
+
+
+def mapped(**options):
+    """The call under vmap, with axis "d" of size 8."""
+    return jax.vmap(lambda x: call(x, **options), axis_name="d")(X)
+
+
+CASES = {
+    "train is not given": (
+        lambda: jaxbn.batch_norm(X, PARAMS, STATE),
+        TypeError("batch_norm() missing 1 required keyword-only argument: 'train'"),
+    ),
+    "train is None": (
+        lambda: call(train=None),
+        TypeError(f"batch_norm: train=None, {TRAIN}"),
+    ),
+    "integer x": (
+        lambda: call(X.astype(int)),
+        TypeError(
+            "batch_norm: x has dtype int32, but statistics need a floating or complex dtype; "
+            "write x.astype(jnp.float32)."
+        ),
+    ),
+    "boolean x": (
+        lambda: jaxbn.moments(X > 0),
+        TypeError(
+            "moments: x has dtype bool, but statistics need a floating or complex dtype; "
+            "write x.astype(jnp.float32)."
+        ),
+    ),
+    "integer dtype": (
+        lambda: call(dtype="int32"),
+        TypeError(
+            "batch_norm: dtype=int32, but y is floating or complex; write dtype=jnp.float32, or "
+            "leave dtype out for that of x."
+        ),
+    ),
+    "scalar x": (
+        lambda: call(jnp.float32(1)),
+        ValueError(
+            "batch_norm: x is a scalar, but a feature axis was expected; write x[None, None]."
+        ),
+    ),
+    "axis out of range": (
+        lambda: call(axis=3),
+        ValueError(f"batch_norm: axis=3 does not name axes of x with shape (8, 5, 3); {AXIS}"),
+    ),
+    "no axis": (
+        lambda: jaxbn.moments(X, axis=()),
+        ValueError(f"moments: axis=() does not name axes of x with shape (8, 5, 3); {AXIS}"),
+    ),
+    "params of another size": (
+        lambda: call(params=jaxbn.init(4)[0]),
+        ValueError(
+            "batch_norm: params.scale has shape (4,), but x with shape (8, 5, 3) has features "
+            f"(3,) on axes (2,); write jaxbn.init(3), or {FEATURES}"
+        ),
+    ),
+    "a bias that would broadcast": (
+        lambda: call(params=PARAMS._replace(bias=jnp.ones(1))),
+        ValueError(
+            "batch_norm: params.bias has shape (1,), but x with shape (8, 5, 3) has features "
+            f"(3,) on axes (2,); write jaxbn.init(3), or {FEATURES}"
+        ),
+    ),
+    "state of another size": (
+        lambda: call(state=jaxbn.init(5)[1], train=False),
+        ValueError(
+            "batch_norm: state.mean has shape (5,), but x with shape (8, 5, 3) has features "
+            f"(3,) on axes (2,); write jaxbn.init(3), or {FEATURES}"
+        ),
+    ),
+    "state.var of another size": (
+        lambda: call(state=STATE._replace(var=jnp.ones(5))),
+        ValueError(
+            "batch_norm: state.var has shape (5,), but x with shape (8, 5, 3) has features "
+            f"(3,) on axes (2,); write jaxbn.init(3), or {FEATURES}"
+        ),
+    ),
+    "params for one of two feature axes": (
+        lambda: call(axis=(1, 2)),
+        ValueError(
+            "batch_norm: params.scale has shape (3,), but x with shape (8, 5, 3) has features "
+            f"(5, 3) on axes (1, 2); write jaxbn.init((5, 3)), or {FEATURES}"
+        ),
+    ),
+    "mask per sample": (
+        lambda: call(mask=jnp.ones(8)),
+        ValueError(
+            f"batch_norm: mask has shape (8,) {MASK} "
+            "A mask over the leading axes: mask[..., None, None]."
+        ),
+    ),
+    "mask per step": (
+        lambda: jaxbn.moments(X, mask=jnp.ones((8, 5))),
+        ValueError(
+            f"moments: mask has shape (8, 5) {MASK} A mask over the leading axes: mask[..., None]."
+        ),
+    ),
+    "mask of another size": (
+        lambda: call(mask=jnp.ones((8, 4, 1))),
+        ValueError(
+            f"batch_norm: mask has shape (8, 4, 1) {MASK} "
+            "A mask broadcasts as in NumPy, from the last axis backwards."
+        ),
+    ),
+    "mask of higher rank": (
+        lambda: call(mask=jnp.ones((1, 8, 5, 3))),
+        ValueError(
+            f"batch_norm: mask has shape (1, 8, 5, 3) {MASK} "
+            "A mask broadcasts as in NumPy, from the last axis backwards."
+        ),
+    ),
+    "momentum below 0": (
+        lambda: call(momentum=-0.1),
+        ValueError(f"batch_norm: momentum=-0.1, {MOMENTUM}"),
+    ),
+    "momentum above 1": (
+        lambda: call(momentum=1.5, train=False),
+        ValueError(f"batch_norm: momentum=1.5, {MOMENTUM}"),
+    ),
+    "momentum NaN": (
+        lambda: call(momentum=float("nan")),
+        ValueError(f"batch_norm: momentum=nan, {MOMENTUM}"),
+    ),
+    "epsilon below 0": (
+        lambda: call(epsilon=-1e-5),
+        ValueError(f"batch_norm: epsilon=-1e-05, {EPSILON}"),
+    ),
+    "epsilon infinite": (
+        lambda: call(epsilon=float("inf"), train=False),
+        ValueError(f"batch_norm: epsilon=inf, {EPSILON}"),
+    ),
+    "virtual_batch_size that does not divide": (
+        lambda: call(virtual_batch_size=3),
+        ValueError(
+            "batch_norm: virtual_batch_size=3 does not divide the 8 rows on axis 0 of x with "
+            "shape (8, 5, 3); write one of [1, 2, 4, 8]."
+        ),
+    ),
+    "virtual_batch_size 0": (
+        lambda: call(virtual_batch_size=0),
+        ValueError(
+            "batch_norm: virtual_batch_size=0 does not divide the 8 rows on axis 0 of x with "
+            "shape (8, 5, 3); write one of [1, 2, 4, 8]."
+        ),
+    ),
+    "virtual_batch_size without a batch": (
+        lambda: call(X[0, 0], virtual_batch_size=1),
+        ValueError(
+            "batch_norm: virtual_batch_size=1 but x with shape (3,) has no batch axis beside its "
+            "feature axes (0,); leave virtual_batch_size out."
+        ),
+    ),
+    "groups of one value": (
+        lambda: call(X[:, 0], virtual_batch_size=1),
+        ValueError(
+            "batch_norm: x with shape (8, 3) has one value per channel in each group of "
+            f"virtual_batch_size=1, {ONE_VALUE} Use a larger virtual_batch_size, or normalize by "
+            "the running statistics with train=False."
+        ),
+    ),
+    "one value per channel": (
+        lambda: call(X[:1, 0]),
+        ValueError(
+            f"batch_norm: x with shape (1, 3) has one value per channel over all devices, "
+            f"{ONE_VALUE} Use a larger batch, pool devices with axis_name=, or normalize by the "
+            "running statistics with train=False."
+        ),
+    ),
+    "one value per channel under vmap": (
+        lambda: jax.vmap(lambda x: call(x[:1]), axis_name="d")(X),
+        ValueError(
+            f"batch_norm: x with shape (1, 3) has one value per channel over all devices, "
+            f"{ONE_VALUE} Use a larger batch, pool devices with axis_name=, or normalize by the "
+            "running statistics with train=False."
+        ),
+    ),
+    "eval without state": (
+        lambda: call(state=None, train=False),
+        ValueError(
+            "batch_norm: state=None with train=False, but eval normalizes by the running "
+            "statistics; pass the State that training returned, or write train=True."
+        ),
+    ),
+    "axis name that is not bound": (
+        lambda: call(axis_name="batch"),
+        ValueError(f"batch_norm: axis_name='batch' is not bound here; bound axes: []. {UNBOUND}"),
+    ),
+    "axis name beside the bound one": (
+        lambda: mapped(axis_name="batch"),
+        ValueError(
+            f"batch_norm: axis_name='batch' is not bound here; bound axes: ['d']. {UNBOUND}"
+        ),
+    ),
+    "one axis name of two": (
+        lambda: jax.vmap(lambda x: jaxbn.moments(x, axis_name=("d", "e")), axis_name="d")(X),
+        ValueError(
+            f"moments: axis_name=('d', 'e') is not bound here; bound axes: ['d']. {UNBOUND}"
+        ),
+    ),
+    "groups that do not cover the axis": (
+        lambda: mapped(axis_name="d", axis_index_groups=[[0, 1], [2, 3]]),
+        ValueError(f"batch_norm: axis_index_groups=[[0, 1], [2, 3]] {GROUPS}"),
+    ),
+    "groups that overlap": (
+        lambda: mapped(axis_name="d", axis_index_groups=[[0, 1, 2, 3, 4], [4, 5, 6, 7]]),
+        ValueError(f"batch_norm: axis_index_groups=[[0, 1, 2, 3, 4], [4, 5, 6, 7]] {GROUPS}"),
+    ),
+    "groups of two sizes": (
+        lambda: mapped(axis_name="d", axis_index_groups=[[0, 1, 2], [3, 4, 5, 6, 7]]),
+        ValueError(f"batch_norm: axis_index_groups=[[0, 1, 2], [3, 4, 5, 6, 7]] {GROUPS}"),
+    ),
+    "groups without an axis name": (
+        lambda: call(axis_index_groups=[[0, 1]]),
+        ValueError(
+            "batch_norm: axis_index_groups=[[0, 1]] without axis_name; groups are indices along "
+            "a mapped axis, write axis_name= too, or virtual_batch_size= for groups of rows "
+            "under jit."
+        ),
+    ),
+    "groups over two axes": (
+        lambda: mapped(axis_name=("d",), axis_index_groups=[list(range(8))]),
+        ValueError(
+            "batch_norm: axis_index_groups with axis_name=('d',): groups index one axis; write "
+            "one name, or pool over one axis of a mesh that has more."
+        ),
+    ),
+    "a negative size": (
+        lambda: jaxbn.init((3, -1)),
+        ValueError(
+            "init: features=(3, -1), expected the size of the feature axis (or axes); write "
+            "jaxbn.init(x.shape[-1])."
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_message_says_all(case):
+    f, expected = CASES[case]
+    with pytest.raises(type(expected)) as error:
+        f()
+    assert str(error.value) == str(expected)
+
+
+@pytest.mark.parametrize("case", ["params of another size", "mask per sample", "integer x"])
+def test_refused_under_jit_too(case):
+    f, expected = CASES[case]
+    with pytest.raises(type(expected)) as error:
+        jax.jit(f)()
+    assert str(error.value) == str(expected)
+
+
+def test_a_traced_train_is_refused():
+    with pytest.raises(TypeError, match=r"^batch_norm: train=.*, expected True or False, known"):
+        jax.jit(lambda flag: call(train=flag))(True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"x": X[:1, 0], "mask": jnp.ones((1, 3))},  # a mask is known only when it runs
+        {"x": X[:1, 0], "train": False},
+        {"x": X[:1]},
+        {"x": X[:0]},
+    ],
+)
+def test_one_row_is_no_error_where_it_may_be_right(options):
+    jax.eval_shape(functools.partial(call, **options))
+
+
+def test_one_row_on_each_device_is_a_batch():
+    run = jax.vmap(lambda x: call(x, axis_name="d")[0], axis_name="d")
+    assert jax.eval_shape(run, X[:, 0]).shape == (8, 3)
