@@ -162,7 +162,7 @@ class Server(BaseHTTPRequestHandler):
     ranges = True
     asked: list  # the Range header of every request
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         self.asked.append(self.headers["Range"])
         start = 0
         if self.ranges and self.headers["Range"]:

@@ -6,19 +6,18 @@ import optax
 
 
 def schedule(kind: str, peak: float, steps: int) -> optax.Schedule:
-    """Learning rate by step. Both end near 0: the last steps only average the noise away."""
-    if kind == "cosine":  # up over a tenth of the run, down along half a cosine
-        return optax.warmup_cosine_decay_schedule(
-            0.1 * peak, peak, warmup_steps=max(1, steps // 10), decay_steps=max(2, steps)
-        )
-    up = max(1, steps // 4)  # one-cycle: up over a quarter, down over the rest, both straight
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(0.1 * peak, peak, up),
-            optax.linear_schedule(peak, 0.001 * peak, max(1, steps - up)),
-        ],
-        boundaries=[up],
-    )
+    """Learning rate by step: up a straight line, then down to 0 along another or half a cosine."""
+    up = max(1, steps // {"onecycle": 4, "cosine": 10}[kind])
+
+    def rate(step):
+        t = jnp.asarray(step, jnp.float32)
+        rise = 0.1 + 0.9 * t / up  # 1 at the peak
+        fall = jnp.clip((steps - t) / max(1, steps - up), 0, 1)  # 1 until the peak, 0 at the end
+        if kind == "cosine":
+            fall = 0.5 - 0.5 * jnp.cos(jnp.pi * fall)
+        return peak * jnp.minimum(rise, fall)
+
+    return rate
 
 
 def sgd(learning_rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:

@@ -78,7 +78,7 @@ def table(title: str, rows: list[tuple[str, str, str]]) -> Table:
 
 
 def curves(path: Path, rows: list[dict], title: str) -> None:
-    """Loss and accuracy by epoch. The training set's are of augmented images and smoothed labels."""
+    """Loss and accuracy by epoch; the training set's with augmentation and smoothed labels."""
     import matplotlib
 
     matplotlib.use("Agg")

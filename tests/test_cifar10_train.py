@@ -1,0 +1,278 @@
+"""The CIFAR example's training: to the bit again, on many devices, after a kill; and the errors."""
+
+import json
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "cifar10"))
+
+import data
+import loop
+import model
+import model_linen
+import model_nnx
+import optimizer
+import report
+import steps
+import train
+from download import FOLDER
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "cifar10"
+N = 12  # records a file: 60 training images, 12 test images
+SMALL = ["--model", "resnet18", "--width", "2", "--batch", "16", "--eval-batch", "8"]
+SMALL += ["--epochs", "2", "--lr", "0.1"]
+ONE_BLOCK = {"blocks": (1,), "bottleneck": False}  # a network that compiles in a second
+
+
+def write_six(folder: Path) -> None:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in [*data.TRAIN, data.TEST]:
+        raw = rng.integers(0, 256, (N, 3073), np.uint8)
+        raw[:, 0] %= 10
+        raw.tofile(folder / name)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """`run("name", "--option", …)` trains the smallest network there is, in this process."""
+    monkeypatch.setattr(data, "RECORDS", N)
+    monkeypatch.setitem(model.RESNETS, "resnet18", ONE_BLOCK)
+    write_six(tmp_path / FOLDER)
+    where = ["--data-dir", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    return lambda name, *options: train.main([*where, "--name", name, *SMALL, *options])
+
+
+def bits(result) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(result["state"])]
+
+
+# A program that trains as `run` does, and dies in the middle of a save, at the event that it is
+# told: (epoch, what, end of the path). Audit hooks hear of every folder made and renamed.
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import checkpoint, data, model, train
+
+fatal_epoch, moment, end, save = *sys.argv[2:5], checkpoint.Checkpoints.save
+data.RECORDS = int(sys.argv[5])
+model.RESNETS["resnet18"] = {"blocks": (1,), "bottleneck": False}
+
+def save_and_die(self, epoch, state):
+    def die(event, args):
+        if event == moment and str(args[0]).endswith(end):
+            os.kill(os.getpid(), signal.SIGKILL)
+    if epoch == int(fatal_epoch):
+        sys.addaudithook(die)
+    save(self, epoch, state)
+
+checkpoint.Checkpoints.save = save_and_die
+train.main(sys.argv[6:])
+"""
+MOMENTS = [
+    ("1", "os.mkdir", "array_metadatas"),  # the first, while the arrays are being written
+    ("2", "os.rename", "2.orbax-checkpoint-tmp"),  # the second, complete but for its name
+]
+
+
+def reproducible(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_s")} for r in rows]
+
+
+def test_killed_in_the_middle_of_a_save_it_resumes_to_the_same_bits(run, tmp_path):
+    more = ["--devices", "2", "--epochs", "3"]
+    undisturbed = run("undisturbed", *more)
+    for i, moment in enumerate(MOMENTS):
+        name, runs = f"killed{i}", tmp_path / "runs"
+        where = ["--data-dir", str(tmp_path), "--runs", str(runs), "--name", name]
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED, EXAMPLE, *moment, str(N), *where, *SMALL, *more],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        left = sorted(path.name for path in (runs / name / "checkpoints").iterdir())
+        assert left == (["1.orbax-checkpoint-tmp"], ["1", "2.orbax-checkpoint-tmp"])[i]
+
+        resumed = run(name, *more, "--resume")
+        assert bits(resumed) == bits(undisturbed)
+        assert reproducible(resumed["rows"]) == reproducible(undisturbed["rows"])
+        kept = sorted(path.name for path in (runs / name / "checkpoints").iterdir())
+        assert kept == ["2", "3"]  # --keep 2, and no temporary folder
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(run, capsys, tmp_path):
+    options = ["--api", "nnx", "--cutout", "4", "--schedule", "cosine"]
+    first, again = run("first", *options), run("again", *options)
+    assert bits(first) == bits(again)
+    capsys.readouterr()
+    other = run("other", *options, "--seed", "1", "--epochs", "1")
+    assert bits(first) != bits(other)
+
+    # What a run leaves behind, and what it prints.
+    folder = tmp_path / "runs" / "other"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "curves.png",
+        "metrics.jsonl",
+    ]
+    (row,) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    assert row == other["rows"][0]
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:3] == [
+        "cifar10: 60 training and 12 test images, 1 epochs of batch 16",
+        f"resnet18 width 2 (nnx, float32) on 8 x cpu, in {folder}",
+        report.HEADER,
+    ]
+    assert f"test accuracy           │ {row['test_accuracy']:6.2%} │" in printed[6]
+    assert printed[-1] == f"Curves: {folder}/curves.png   Metrics: {folder}/metrics.jsonl"
+
+
+def make_loop(api: str, devices: int, eval_batch: int = 8):
+    loss = partial(optimizer.smooth_cross_entropy, smoothing=0.1)
+    tx = optax.sgd(0.05, momentum=0.9)
+    shape = {**ONE_BLOCK, "width": 2}
+    if api == "linen":
+        kind = steps.Linen(model_linen.ResNet(**shape), tx, loss)
+    else:
+        kind = steps.Nnx(lambda rngs: model_nnx.ResNet(**shape, rngs=rngs), tx, loss)
+    rng = np.random.default_rng(5)
+    x, y = rng.integers(0, 256, (61, 32, 32, 3), np.uint8), rng.integers(0, 10, 61, np.int32)
+    noise = data.Data("noise", x[:48], y[:48], x[48:], y[48:], (128.0,) * 3, (70.0,) * 3, True)
+    mesh = loop.make_mesh(devices)
+    made = loop.Loop(kind, noise, mesh, 16, jnp.dtype("float32"), cutout=0)
+    return made, loop.put_data(noise, mesh, eval_batch), noise
+
+
+def one_epoch(api: str, devices: int, scan: bool):
+    made, arrays, _ = make_loop(api, devices)
+    key = jax.random.key(0)
+    state = made.init(key)
+    x, y = made.shuffle(key, arrays.train_x, arrays.train_y)
+    shown = []
+    state, (losses, _) = train.train_one_epoch(
+        made, state, key, x, y, scan, lambda i, loss, accuracy: shown.append(i)
+    )
+    assert len(losses) == made.count == 3
+    assert shown == ([] if scan else [1, 2])
+    return state, losses
+
+
+@pytest.mark.parametrize(
+    ("api", "others"), [("linen", [(8, False), (1, True)]), ("nnx", [(8, True)])]
+)
+def test_eight_devices_and_a_scanned_epoch_do_what_one_device_does_step_by_step(api, others):
+    state, losses = one_epoch(api, devices=1, scan=False)
+    for devices, scan in others:
+        other, other_losses = one_epoch(api, devices, scan)
+        # Sums in another order: a few eps (1.2e-7) a layer, carried through three steps.
+        np.testing.assert_allclose(losses, other_losses, rtol=1e-4)
+        for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_logits_do_not_depend_on_the_batch_and_every_test_image_counts_once(api):
+    made, arrays, noise = make_loop(api, devices=1)
+    state = made.init(jax.random.key(0))
+    x, y = made.shuffle(jax.random.key(0), arrays.train_x, arrays.train_y)
+    state, _ = made.train_step(state, jax.random.key(1), x, y, 0)
+
+    images = loop.normalize(noise.test_x, noise.mean, noise.std)  # [13, 32, 32, 3]
+    logits = jax.jit(made.steps.logits)
+    together = np.asarray(logits(state, images))
+    alone = np.concatenate([logits(state, images[i : i + 1]) for i in range(len(images))])
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
+
+    log_p = np.asarray(jax.nn.log_softmax(together))
+    loss = -log_p[np.arange(13), noise.test_y].mean()
+    hits = (together.argmax(axis=-1) == noise.test_y).mean()
+    state = jax.device_get(state)
+    for devices, eval_batch in ((1, 1), (8, 8)):  # 13 = 8 + 5, and 3 of padding
+        made, arrays, _ = make_loop(api, devices, eval_batch)
+        got_loss, got_hits, count = made.evaluate(state, arrays)
+        assert (got_hits, count) == (pytest.approx(hits), 13)
+        assert got_loss == pytest.approx(loss, rel=1e-4)
+
+
+def test_an_epoch_visits_every_image_once():
+    made, arrays, noise = make_loop("linen", devices=8)
+    x, y = made.shuffle(jax.random.key(0), arrays.train_x, arrays.train_y)
+    assert x.shape == (3, 16, 32, 32, 3)
+    assert x.sharding.spec == jax.sharding.PartitionSpec(None, "data")
+    seen = np.asarray(x).reshape(48, -1)
+    rows = noise.train_x.reshape(48, -1)
+    order = np.array([np.flatnonzero((rows == row).all(axis=1))[0] for row in seen])
+    np.testing.assert_array_equal(np.sort(order), np.arange(48))
+    np.testing.assert_array_equal(np.asarray(y).reshape(-1), noise.train_y[order])
+    assert list(order) != sorted(order)
+
+
+# --- bad arguments ----------------------------------------------------------------------------
+
+BAD = [
+    (["--batch", "12"], "--batch 12 does not divide over 8 devices"),
+    (["--eval-batch", "4"], "--eval-batch 4 does not divide over 8 devices"),
+    (["--devices", "9"], "--devices 9: there are 8"),
+    (["--batch", "64"], "--batch 64: there are 60 training images"),
+    (
+        ["--model", "resnet9", "--block", "pre"],
+        "--block pre: resnet9 has no such form, --model resnet18 has",
+    ),
+    (["--epochs", "0"], "argument --epochs: 0 is out of range, must be at least 1"),
+    (["--smoothing", "2"], "argument --smoothing: 2 is out of range, must be from 0 to 1"),
+    (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+    (["--lr", "nan"], "argument --lr: nan is out of range, must be at least 0"),
+    (["--bacth", "16"], "unrecognized arguments: --bacth 16"),
+    (
+        ["--data-dir", "/nowhere"],
+        "--data-dir /nowhere: no test_batch.bin in it, nor in cifar-10-batches-bin/ below it",
+    ),
+    (["--resume"], "--resume: there is no run in {runs}/bad"),
+    (["--name", "old"], "{runs}/old is there already: --resume it, or take another --name"),
+    (["--name", "old", "--resume"], "--resume: {runs}/old has --batch 32, not 16"),
+]
+
+
+@pytest.mark.parametrize(("options", "expected"), BAD, ids=[" ".join(o) for o, _ in BAD])
+def test_a_bad_argument_is_one_line_and_exit_status_2(run, capsys, tmp_path, options, expected):
+    runs = tmp_path / "runs"
+    (runs / "old").mkdir(parents=True)
+    (runs / "old" / "config.json").write_text('{"batch": 32}')
+    with pytest.raises(SystemExit) as stopped:
+        run("bad", *options)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"train.py: error: {expected.format(runs=runs)}\n"
+    assert not (runs / "bad").exists()  # nothing begun
+
+
+def test_resume_without_a_name_asks_which(run, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        train.main(["--data-dir", str(tmp_path), *SMALL, "--resume"])
+    assert capsys.readouterr().err == (
+        "train.py: error: --resume: which run? Give its --name too\n"
+    )
+
+
+def test_bfloat16_trains(run):
+    result = run("half", "--dtype", "bfloat16", "--epochs", "1")
+    assert np.isfinite(result["train_loss"])
+    assert {leaf.dtype for leaf in jax.tree.leaves(result["state"])} == {
+        jnp.dtype("float32"),
+        jnp.dtype("int32"),
+    }
