@@ -304,11 +304,12 @@ def test_ghost_batches_equal_each_group_alone(road, masked):
     assert_same(got, ghost_oracle(x, params, state, dy, 2, mask), x, road)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_gradients_taken_inside_shard_map(check_vma):
+@pytest.mark.parametrize("road", ["shard_map", "shard_map, check_vma=False", "pmap"])
+def test_gradients_taken_inside(road):
     """Each device differentiates its own loss. With check_vma JAX sums the parameters'
     gradients itself; without, each device holds its part and the sum is the user's to take.
     """
+    check_vma = road == "shard_map"
     x, params, state, dy = example()
     mask = masks("uneven")
 
@@ -319,16 +320,51 @@ def test_gradients_taken_inside_shard_map(check_vma):
         dx, dparams = jax.grad(loss, (0, 1))(x, params)
         return dx, dparams if check_vma else jax.lax.psum(dparams, "d")
 
-    run = jax.shard_map(
-        inside,
+    if road == "pmap":
+        split = lambda v: v.reshape(DEVICES, -1, *v.shape[1:])  # noqa: E731
+        run = jax.pmap(inside, "d", in_axes=(0, None, None, 0, 0), out_axes=(0, None))
+        got = run(split(x), params, state, split(mask), split(dy))
+    else:
+        run = jax.shard_map(
+            inside,
+            mesh=mesh(8),
+            in_specs=(P("d"), P(), P(), P("d"), P("d")),
+            out_specs=(P("d"), P()),
+            check_vma=check_vma,
+        )
+        got = jax.jit(run)(x, params, state, mask, dy)
+    y, new, *want = of_one_device(x, params, state, dy, mask)
+    assert_same((y, new, *got), (y, new, *want), x, "inside")
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_forward_mode_and_second_order_equal_one_device(check_vma):
+    x, dy = (jnp.asarray(v) for v in (example(DEVICES, 1.0)[0], example(DEVICES)[3]))
+    params, directions = jaxbn.Params(dy[0], dy[1]), (dy[::-1], jaxbn.Params(dy[2], dy[3]))
+
+    def derivatives(f):
+        def grad(x, params):
+            return jax.grad(lambda *p: (jnp.sin(f(*p)) * dy).sum(), (0, 1))(x, params)
+
+        def along(x, params):
+            parts = jax.tree.map(lambda g, v: (g * v).sum(), grad(x, params), directions)
+            return sum(jax.tree.leaves(parts))
+
+        forward = jax.jvp(f, (x, params), directions)[1]
+        over = jax.jvp(grad, (x, params), directions)[1]
+        return forward, over, jax.grad(along, (0, 1))(x, params)
+
+    devices = jax.shard_map(
+        lambda x, params: bn(x, params, None, axis_name="d")[0],
         mesh=mesh(8),
-        in_specs=(P("d"), P(), P(), P("d"), P("d")),
-        out_specs=(P("d"), P()),
+        in_specs=(P("d"), P()),
+        out_specs=P("d"),
         check_vma=check_vma,
     )
-    y, new, *want = of_one_device(x, params, state, dy, mask)
-    got = (y, new, *jax.jit(run)(x, params, state, mask, dy))
-    assert_same(got, (y, new, *want), x, "inside")
+    got = jax.jit(lambda: derivatives(devices))()
+    want = jax.jit(lambda: derivatives(lambda x, params: bn(x, params, None)[0]))()
+    for u, v in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        oracle.assert_close(u, np.float64(v), 1e-4)  # as the contract of second order has it
 
 
 @pytest.mark.parametrize("road", ROADS)

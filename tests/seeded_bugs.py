@@ -1,0 +1,281 @@
+"""Seeds bugs one at a time and shows the test that catches each: `python -m tests.seeded_bugs`.
+
+Each bug is one replacement of text in a temporary copy of the package. It counts as caught when
+its test runs there and fails, having passed on the package as it is. Give names to run some.
+"""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+class Bug(NamedTuple):
+    name: str
+    file: str  # in jaxbn/
+    line: str  # as it stands there, once
+    seeded: str
+    test: str  # in tests/
+
+
+BUGS = (
+    Bug(
+        "mean of means, not weighted by count",
+        "moments.py",
+        "    kind = m.mean.dtype\n    weight",
+        "    kind, m = m.mean.dtype, m._replace(count=jnp.ones_like(m.count))\n    weight",
+        "test_devices.py::test_devices_equal_one_device_on_the_pooled_batch[shard_map-uneven]",
+    ),
+    Bug(
+        "E[x²] - E[x]²",
+        "moments.py",
+        "pivot = lax.stop_gradient(_pivot(x, axes, mask, n))",
+        "pivot = jnp.zeros_like(_pivot(x, axes, mask, n))",
+        "test_moments.py::test_variance_does_not_cancel_at_large_means[shape0--1-jit]",
+    ),
+    Bug(
+        "pivot of one row",
+        "moments.py",
+        "        x = lax.slice_in_dim(x, 0, None, STRIDE, axis=axes.reduced[-1])",
+        "        x = x[tuple(np.s_[:1] if a in axes.reduced else np.s_[:] for a in range(x.ndim))]",
+        "test_moments.py::test_no_outlier_spoils_the_variance[a saturated pixel first]",
+    ),
+    Bug(
+        "statistics in bfloat16",
+        "moments.py",
+        "    x = x.astype(wide(x.dtype))\n",
+        "",
+        "test_batch_norm.py::test_bfloat16_of_small_spread_comes_out_with_sd_1",
+    ),
+    Bug(
+        "division by a constant count, rounded twice",
+        "moments.py",
+        "n = lax.optimization_barrier(jnp.where(count > 0, count, 1))",
+        "n = jnp.where(count > 0, count, 1)",
+        "test_moments.py::test_a_constant_channel_is_exact[shape4]",
+    ),
+    Bug(
+        "var clamped with its derivative",
+        "moments.py",
+        "return var - lax.stop_gradient(jnp.minimum(var, 0))",
+        "return jnp.maximum(var, 0)",
+        "test_moments.py::test_moments_are_differentiable_to_second_order[of-True]",
+    ),
+    Bug(
+        "merge forgets the distance of the means",
+        "moments.py",
+        " + _abs2(delta) * (share * (1 - share))",
+        "",
+        "test_moments.py::test_merge_equals_the_moments_of_both_sets[0]",
+    ),
+    Bug(
+        "epsilon outside the root",
+        "normalize.py",
+        "return lax.rsqrt(var + epsilon)",
+        "return 1 / (lax.sqrt(var) + epsilon)",
+        "test_batch_norm.py::test_eval_equals_the_oracle_and_keeps_the_state[dense]",
+    ),
+    Bug(
+        "eval in x's dtype",
+        "normalize.py",
+        "wide = promote(x.dtype, dtype, rstd.dtype)",
+        "wide = promote(x.dtype, dtype)",
+        "test_batch_norm.py::test_eval_of_bfloat16_is_rounded_once",
+    ),
+    Bug(
+        "x * a + (bias - mean * a)",
+        "normalize.py",
+        "    y = (x.astype(wide) - axes.expand(mean.astype(wide))) * axes.expand(a)",
+        "    y = x.astype(wide) * axes.expand(a) - axes.expand(mean.astype(wide) * a)",
+        "test_moments.py::test_a_constant_channel_is_exact[shape4]",
+    ),
+    Bug(
+        "running var biased where unbiased was asked, and the reverse",
+        "state.py",
+        " if unbiased else moments.var",
+        " if not unbiased else moments.var",
+        "test_batch_norm.py::test_running_state_follows_its_equation[0.99-False]",
+    ),
+    Bug(
+        "momentum as in PyTorch",
+        "state.py",
+        "keep: Any = momentum\n",
+        "keep: Any = None if momentum is None else 1 - momentum\n",
+        "test_batch_norm.py::test_running_state_follows_its_equation[0.99-False]",
+    ),
+    Bug(
+        "cumulative average off by one update",
+        "state.py",
+        "(state.count / (state.count + 1))",
+        "((state.count + 1) / (state.count + 2))",
+        "test_batch_norm.py::test_running_state_follows_its_equation[None-False]",
+    ),
+    Bug(
+        "state updated by NaN",
+        "state.py",
+        "return jnp.where(learned, new, old)",
+        "return new",
+        "test_batch_norm.py::test_a_batch_that_is_not_finite_leaves_the_state[float32-nan-0.9]",
+    ),
+    Bug(
+        "gradient through the running state",
+        "state.py",
+        "return State(*(lax.stop_gradient(leaf) for leaf in new))",
+        "return new",
+        "test_batch_norm.py::test_no_gradient_flows_through_the_state",
+    ),
+    Bug(
+        "y normalized by the unbiased variance",
+        "derivative.py",
+        "jnp.where(m.count > 0, rstd(m.var, spec.epsilon), 0)",
+        "jnp.where(m.count > 0, rstd(m.var * m.count / (m.count - 1), spec.epsilon), 0)",
+        "test_batch_norm.py::test_training_equals_the_oracle[dense]",
+    ),
+    Bug(
+        "dscale times the number of devices",
+        "derivative.py",
+        "by_d = by_d + r * tparams.scale.astype(kind)",
+        "by_d = by_d + r * tparams.scale.astype(kind) * (spec.pool.devices if spec.pool else 1)",
+        "test_devices.py::test_devices_equal_one_device_on_the_pooled_batch[pmap-even]",
+    ),
+    Bug(
+        "second sum of backward not pooled",
+        "derivative.py",
+        "sums = collectives.total(sums, spec.pool)",
+        "sums = jnp.stack([collectives.total(sums[0], spec.pool), sums[1]])",
+        "test_devices.py::test_devices_equal_one_device_on_the_pooled_batch[pmap-even]",
+    ),
+    Bug(
+        "mask ignored in backward",
+        "derivative.py",
+        "d, t = jnp.where(mask, d, 0), jnp.where(mask, t, 0)",
+        "d, t = jnp.where(mask, d, d), t",
+        "test_derivative.py::test_gradients_equal_the_oracle[padded batch]",
+    ),
+    Bug(
+        "a NaN outside the mask reaches dscale",
+        "derivative.py",
+        "d = jnp.where(mask | jnp.isfinite(x), d, 0)",
+        "pass",
+        "test_batch_norm.py::test_masked_out_cells_never_reach_the_statistics_or_a_gradient[nan]",
+    ),
+    Bug(
+        "statistics no longer functions of x in second order",
+        "derivative.py",
+        "    m, r = _statistics(spec, x, mask)\n    y = normalize",
+        "    m, r = lax.stop_gradient(_statistics(spec, x, mask))\n    y = normalize",
+        "test_derivative.py::test_derivatives_of_first_and_second_order[plain]",
+    ),
+    Bug(
+        "x kept for backward in float32",
+        "derivative.py",
+        "ty, tm = tangent(x, mask,",
+        "ty, tm = tangent(x.astype(wide(x.dtype)), mask,",
+        "test_derivative.py::test_kept_for_backward_is_x_in_its_own_dtype[plain-bfloat16]",
+    ),
+    Bug(
+        "no rematerialization",
+        "derivative.py",
+        "jax.checkpoint(functools.partial(_tangent, spec), prevent_cse=False)",
+        "functools.partial(_tangent, spec)",
+        "test_derivative.py::test_kept_for_backward_is_x_in_its_own_dtype[plain-bfloat16]",
+    ),
+    Bug(
+        "barrier between forward and backward removed",
+        "derivative.py",
+        "mean, r = lax.optimization_barrier((mean, r.astype(kind)))",
+        "r = r.astype(kind)",
+        "test_derivative.py::test_a_resnet_step_needs_less_memory_than_with_flax[float32-0.7]",
+    ),
+    Bug(
+        "one collective for each number",
+        "derivative.py",
+        "by_d, by_1 = collectives.varying(jnp.stack([by_d, by_1]), spec.pool)",
+        "by_d, by_1 = (collectives.varying(v, spec.pool) for v in (by_d, by_1))",
+        "test_devices.py::test_collectives_of_one_layer[shard_map-False]",
+    ),
+    Bug(
+        "groups contiguous whatever was asked",
+        "collectives.py",
+        "    groups = tuple(tuple(int(i) for i in group) for group in axis_index_groups)\n",
+        "    groups = tuple(tuple(int(i) for i in group) for group in axis_index_groups)\n"
+        "    k = len(groups[0]) if groups else 1\n"
+        "    groups = tuple(tuple(range(i, i + k)) for i in range(0, size, k))\n",
+        "test_devices.py::test_groups_equal_one_device_on_each_group[scattered-pmap]",
+    ),
+    Bug(
+        "ghost batches interleaved",
+        "functional.py",
+        "        return v.reshape(*before, ghosts, v.shape[batch_axis] // ghosts, *after)",
+        "        v = v.reshape(*before, v.shape[batch_axis] // ghosts, ghosts, *after)\n"
+        "        return v.swapaxes(batch_axis, batch_axis + 1)",
+        "test_batch_norm.py::test_ghost_batches_equal_a_loop_over_groups[rows]",
+    ),
+    Bug(
+        "one value per channel let through",
+        "axes.py",
+        "    if count == 1:",
+        "    if count < 0:",
+        "test_errors.py::test_the_message_says_all[one value per channel]",
+    ),
+)
+
+
+def occurrences(bug):
+    """How often the line to replace stands in its file: once, or the table has rotted."""
+    return (ROOT / "jaxbn" / bug.file).read_text().count(bug.line)
+
+
+def fails(bug, seed=True):
+    """Whether the bug's test fails on a copy of the package, seeded or as it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder)
+        for name in ("jaxbn", "tests"):
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, copy / name, ignore=ignore)
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        file = copy / "jaxbn" / bug.file
+        text = file.read_text()
+        if seed:
+            imports = "import numpy as np\n" if "np.s_" in bug.seeded else ""
+            text = text.replace(bug.line, bug.seeded).replace(
+                "\nimport jax\n", f"\nimport jax\n{imports}", 1
+            )
+        file.write_text(text)
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"tests/{bug.test}"]
+        run = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+    if run.returncode not in (0, 1):  # nothing ran: no such test, or no import
+        raise RuntimeError(f"{bug.name}: {bug.test} did not run\n{run.stdout}{run.stderr}")
+    return run.returncode == 1
+
+
+def main(names):
+    chosen = [bug for bug in BUGS if not names or bug.name in names]
+    sound = list(dict.fromkeys(bug.test for bug in chosen))
+    first = {bug.test: bug for bug in reversed(chosen)}
+    with ThreadPoolExecutor(2) as pool:
+        broken = [
+            t
+            for t, bad in zip(sound, pool.map(lambda t: fails(first[t], False), sound), strict=True)
+            if bad
+        ]
+        width = max(len(bug.name) for bug in chosen)
+        print(f"{'seeded bug':{width}}  caught  by")
+        missed = 0
+        for bug, caught in zip(chosen, pool.map(fails, chosen), strict=True):
+            missed += not caught
+            print(f"{bug.name:{width}}  {'yes' if caught else 'NO ':6}  {bug.test}", flush=True)
+    print(
+        f"{len(chosen) - missed} of {len(chosen)} caught; {len(broken)} of {len(sound)} tests "
+        f"fail on the package as it is {broken or ''}"
+    )
+    return int(bool(missed or broken))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
