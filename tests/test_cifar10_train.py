@@ -243,6 +243,7 @@ BAD = [
         ["--data-dir", "/nowhere"],
         "--data-dir /nowhere: no test_batch.bin in it, nor in cifar-10-batches-bin/ below it",
     ),
+    (["--runs", "/proc/none"], "/proc/none: No such file or directory"),
     (["--resume"], "--resume: there is no run in {runs}/bad"),
     (["--name", "old"], "{runs}/old is there already: --resume it, or take another --name"),
     (["--name", "old", "--resume"], "--resume: {runs}/old has --batch 32, not 16"),
