@@ -480,6 +480,12 @@ def test_collectives_of_one_layer(road, masked):
     assert all(size <= PAYLOAD for size in forward + both)
 
 
+def test_collectives_are_one_and_one_as_written():
+    """Under check_vma, before XLA combines any: not every backend does."""
+    lowered = jax.jit(with_gradients(ROADS["shard_map"])).lower(*example(), None)
+    assert lowered.as_text().count('"stablehlo.all_reduce"') == 2
+
+
 @pytest.mark.parametrize("road", ["shard_map", "pmap", "jit"])
 def test_eval_has_no_collective(road):
     x, params, state, _ = example()
