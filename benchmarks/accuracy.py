@@ -175,7 +175,7 @@ def measure(case, batch_norm):
     if batch_norm is None:
         return "not installed"
     try:
-        # Peers mix Python scalars and dtypes more freely than a strict session allows.
+        # Peers mix Python scalars and dtypes more freely than strict promotion allows.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return case(batch_norm)
     except NotImplementedError as missing:

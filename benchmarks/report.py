@@ -60,6 +60,7 @@ def environment() -> dict[str, str]:
             versions.append(f"{package} not installed")
     return {
         "device": f"{jax.devices()[0].device_kind}: {processor()}, {os.cpu_count()} cores",
+        "load": f"{os.getloadavg()[0]:.1f}, average of the last minute, this run included",
         "versions": ", ".join(versions),
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
