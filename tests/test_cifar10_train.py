@@ -1,12 +1,14 @@
 """The CIFAR example's training: to the bit again, on many devices, after a kill; and the errors."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,10 +138,12 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(run, capsys, tmp
     printed = capsys.readouterr().out.splitlines()
     assert printed[:3] == [
         "cifar10: 60 training and 12 test images, 1 epochs of batch 16",
-        f"resnet18 width 2 (nnx, float32) on 8 x cpu, in {folder}",
+        f"resnet18 width 2 (nnx, float32) on 8 x cpu, {os.cpu_count()} cores, "
+        f"jax {jax.__version__}, flax {flax.__version__}, in {folder}",
         report.HEADER,
     ]
-    assert f"test accuracy           │ {row['test_accuracy']:6.2%} │" in printed[6]
+    accuracy = f"{row['test_accuracy'] * 100:.2f}"
+    assert printed[6].split() == ["│", "test", "accuracy", "│", accuracy, "│", "%", "│"]
     assert printed[-1] == f"Curves: {folder}/curves.png   Metrics: {folder}/metrics.jsonl"
 
 

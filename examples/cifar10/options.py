@@ -32,36 +32,36 @@ def parser() -> Parser:
     p = Parser(
         prog="train.py",
         description="Train a ResNet with jaxbn, on CIFAR-10 or on handwritten digits.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        argument_default=None,
     )
     positive = between(int, 1)
-    g = p.add_argument_group("data")
-    g.add_argument("--data", choices=["auto", "cifar10", "digits"], default="auto")
-    g.add_argument("--data-dir", type=Path, help="where CIFAR-10's binary version lies")
-    g.add_argument("--cutout", type=between(int, 0, 32), default=0, help="side of the hole, pixels")
-    g = p.add_argument_group("model")
-    g.add_argument("--model", choices=model.NAMES, help="resnet9 on CPU, else resnet18")
-    g.add_argument("--block", choices=["post", "pre"], default="post", help="activation (ResNets)")
-    g.add_argument("--width", type=positive, help="channels of the first layer: 16 or 64")
-    g.add_argument("--api", choices=["linen", "nnx"], default="linen")
-    g.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute")
-    g = p.add_argument_group("training")
-    g.add_argument("--epochs", type=positive, help="by data set and device")
-    g.add_argument("--batch", type=positive, help="by data set and device")
-    g.add_argument("--eval-batch", type=positive, default=512)
-    g.add_argument("--lr", type=between(float, 0), help="peak learning rate: batch / 640")
-    g.add_argument("--schedule", choices=["onecycle", "cosine"], default="onecycle")
-    g.add_argument("--weight-decay", type=between(float, 0), default=5e-4)
-    g.add_argument("--smoothing", type=between(float, 0, 1), default=0.1, help="of the labels")
-    g.add_argument("--scan-epoch", action="store_true", help="an epoch in one lax.scan: GPU, TPU")
-    g.add_argument("--seed", type=between(int, 0, 2**32 - 1), default=0)
-    g.add_argument("--devices", type=positive, help="use this many (all)")
-    g = p.add_argument_group("run")
-    g.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
-    g.add_argument("--name", help="of the folder in it (date and time)")
-    g.add_argument("--resume", action="store_true", help="go on with the run --name")
-    g.add_argument("--keep", type=positive, default=2, help="checkpoints")
+    add = p.add_argument_group("data").add_argument
+    add("--data", choices=["auto", "cifar10", "digits"], default="auto", help="(auto)")
+    add("--data-dir", type=Path, help="where the files of CIFAR-10's binary version lie")
+    add("--cutout", type=between(int, 0, 32), default=0, help="side of the hole in pixels (0)")
+    add = p.add_argument_group("model").add_argument
+    add("--model", choices=model.NAMES, help="(resnet9 on CPU, resnet18 elsewhere)")
+    add("--block", choices=["post", "pre"], default="post", help="activation of ResNets (post)")
+    add("--width", type=positive, help="channels of the first layer (16; ResNets 64)")
+    add("--api", choices=["linen", "nnx"], default="linen", help="(linen)")
+    add(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of computing (float32)"
+    )
+    add = p.add_argument_group("training").add_argument
+    add("--epochs", type=positive, help="(3 on CPU, 30 elsewhere; digits 15)")
+    add("--batch", type=positive, help="(128 on CPU, 512 elsewhere; digits 64)")
+    add("--eval-batch", type=positive, default=512, help="(512)")
+    add("--lr", type=between(float, 0), help="peak learning rate (batch / 640)")
+    add("--schedule", choices=["onecycle", "cosine"], default="onecycle", help="(onecycle)")
+    add("--weight-decay", type=between(float, 0), default=5e-4, help="of kernels (0.0005)")
+    add("--smoothing", type=between(float, 0, 1), default=0.1, help="of labels (0.1)")
+    add("--scan-epoch", action="store_true", help="an epoch in one lax.scan, for GPU and TPU")
+    add("--seed", type=between(int, 0, 2**32 - 1), default=0, help="(0)")
+    add("--devices", type=positive, help="use only so many (all)")
+    add = p.add_argument_group("run").add_argument
+    add("--runs", type=Path, default=Path("runs"), help="folder of the runs (runs)")
+    add("--name", help="of this run's folder in it (date and time)")
+    add("--resume", action="store_true", help="go on with the run --name")
+    add("--keep", type=positive, default=2, help="checkpoints that are kept (2)")
     return p
 
 

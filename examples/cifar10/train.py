@@ -10,6 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import flax
 import jax
 import jax.numpy as jnp
 import model
@@ -126,10 +127,13 @@ def main(argv: list[str] | None = None) -> dict:
         parser.error(f"{error.filename}: {error.strerror}")
 
     device = f"{args.devices} x {jax.devices()[0].device_kind}"
+    if jax.default_backend() == "cpu":
+        device += f", {os.cpu_count()} cores"
     what = f"{args.model} width {args.width} ({args.api}, {args.dtype})"
     console.print(
         f"{data.name}: {len(data.train_y):,} training and {len(data.test_y):,} test images, "
-        f"{args.epochs} epochs of batch {args.batch}\n{what} on {device}, in {folder}"
+        f"{args.epochs} epochs of batch {args.batch}\n{what} on {device}, "
+        f"jax {jax.__version__}, flax {flax.__version__}, in {folder}"
     )
     if args.scan_epoch and jax.default_backend() == "cpu":
         console.print("--scan-epoch is for GPU and TPU: XLA's CPU convolutions are slow in a loop")
@@ -145,7 +149,7 @@ def main(argv: list[str] | None = None) -> dict:
         report.table(
             f"{what} on {data.name}, {device}",
             [
-                ("test accuracy", f"{result['test_accuracy']:.2%}", ""),
+                ("test accuracy", f"{result['test_accuracy'] * 100:.2f}", "%"),
                 ("test loss", f"{result['test_loss']:.4f}", "nats"),
                 ("test images", f"{result['test_images']:,}", "each once"),
                 ("epochs", f"{len(rows)}", f"of {len(data.train_y):,} images"),
