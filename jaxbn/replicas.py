@@ -31,24 +31,54 @@ def assert_replicated(state: Any) -> None:
     >>> _, state = jaxbn.init(3)
     >>> jaxbn.assert_replicated(state)
     """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if not isinstance(leaf, jax.Array):
+    arrays = [
+        (jax.tree_util.keystr(path) or "the array", leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if isinstance(leaf, jax.Array)
+    ]
+    digests = np.full((len(arrays), jax.local_device_count(), 3), NO_DEVICE, np.uint32)
+    for rows, (_, leaf) in zip(digests, arrays, strict=True):
+        for row, shard in zip(rows, leaf.addressable_shards, strict=False):
+            part = "" if _one_row_a_device(leaf) else str(shard.index)
+            digest = zlib.crc32(_value(shard.data).tobytes())
+            row[:] = (shard.device.id, zlib.crc32(part.encode()), digest)
+    # One exchange for all leaves, before any verdict: a process that raised alone would leave
+    # the others waiting for it.
+    digests = _from_all_processes(digests)
+    for i, (name, leaf) in enumerate(arrays):
+        pair = _difference(digests[:, i])
+        if pair is None:
             continue
-        name = jax.tree_util.keystr(path)
-        copies: dict[Any, tuple[Any, np.ndarray]] = {}
-        for shard in leaf.addressable_shards:
-            key = None if _one_row_a_device(leaf) else str(shard.index)
-            value = np.asarray(shard.data)
-            device, first = copies.setdefault(key, (shard.device, value))
-            if first.tobytes() != value.tobytes():
-                raise AssertionError(
-                    f"assert_replicated: {name} differs between devices {device.id} and "
-                    f"{shard.device.id}, by {np.abs(first - value).max():.3g} at most; each "
-                    f"device trained with statistics of its own. Pool them with axis_name= in "
-                    f"training, or once with jaxbn.sync_state(state, axis_name)."
-                )
-        if jax.process_count() > 1 and (leaf.is_fully_replicated or _one_row_a_device(leaf)):
-            _compare_processes(name, next(iter(copies.values()))[1])
+        values = np.stack([_value(shard.data) for shard in leaf.addressable_shards])
+        values = _from_all_processes(values).astype(np.complex128)
+        error = np.abs(values[pair[0]] - values[pair[1]]).max()
+        devices = " and ".join(str(digests[p, i, d, 0]) for p, d in pair)
+        processes = f" (processes {pair[0][0]} and {pair[1][0]})" if len(digests) > 1 else ""
+        raise AssertionError(
+            f"assert_replicated: {name} differs between devices {devices}{processes}, by "
+            f"{error:.3g} at most; each device trained with statistics of its own. "
+            f"Pool them with axis_name= in training, or once with "
+            f"jaxbn.sync_state(state, axis_name)."
+        )
+
+
+NO_DEVICE = 2**32 - 1  # in place of a device's id, where a leaf lives on fewer
+
+
+def _difference(digests: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """Places (process, local device) of two copies of one part that differ.
+
+    Of [processes, local devices, 3]: device, digest of the part it holds, digest of its copy.
+    """
+    first: dict[int, tuple[tuple[int, int], int]] = {}
+    for process, local in np.ndindex(digests.shape[:2]):
+        device, part, digest = digests[process, local].tolist()
+        if device == NO_DEVICE:
+            continue
+        place, expected = first.setdefault(part, ((process, local), digest))
+        if digest != expected:
+            return place, (process, local)
+    return None
 
 
 def _one_row_a_device(leaf: jax.Array) -> bool:
@@ -58,17 +88,19 @@ def _one_row_a_device(leaf: jax.Array) -> bool:
     return devices > 1 and rows == 1 and leaf.shape[0] == devices
 
 
-def _compare_processes(name: str, value: np.ndarray) -> None:
+def _value(v: jax.Array) -> np.ndarray:
+    """Equals v on the host; the numbers of a random key."""
+    is_key = jnp.issubdtype(v.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(v) if is_key else v)
+
+
+def _from_all_processes(v: np.ndarray) -> np.ndarray:
+    """The v of each process, stacked: [processes, *v.shape]."""
+    if jax.process_count() == 1:
+        return v[None]
     from jax.experimental import multihost_utils  # slow to import, and for many hosts alone
 
-    digest = np.asarray([zlib.crc32(value.tobytes())], np.uint32)
-    digests = np.asarray(multihost_utils.process_allgather(digest)).reshape(-1)
-    if (digests != digests[0]).any():
-        other = int(np.argmax(digests != digests[0]))
-        raise AssertionError(
-            f"assert_replicated: {name} differs between processes 0 and {other}; pool statistics "
-            f"with axis_name= in training, or once with jaxbn.sync_state(state, axis_name)."
-        )
+    return np.asarray(multihost_utils.process_allgather(v))
 
 
 def sync_state(
@@ -85,8 +117,8 @@ def sync_state(
     small. Call it under shard_map, pmap or vmap, once before evaluating or saving.
 
     Args:
-      state: a `State`, or any tree of mappings that hold "mean" and "var" (Flax's batch_stats,
-        `nnx.to_pure_dict` of an nnx state); everything else in it returns as it came.
+      state: any tree with a `State`, or a mapping with "mean" and "var", for each layer (Flax's
+        batch_stats, an nnx state); everything else in it returns as it came.
       axis_name: mapped axis or axes to pool over.
       axis_index_groups: pool within subgroups of that axis.
 
@@ -94,7 +126,8 @@ def sync_state(
       The same tree, equal on all devices; `count` becomes the mean number of updates.
 
     Raises:
-      ValueError: the axis is not bound, or the groups are no partition of it.
+      ValueError: the axis is not bound, the groups are no partition of it, or the tree holds
+        no running statistics.
 
     >>> import jax, jax.numpy as jnp, jaxbn
     >>> local = jaxbn.State(jnp.array([[0.0], [2.0]]), jnp.ones((2, 1)), jnp.array([5, 5]))
@@ -103,7 +136,12 @@ def sync_state(
     ([1.0], [2.0], 5)
     """
     pool = collectives.resolve("sync_state", axis_name, axis_index_groups)
-    assert pool is not None
+    if pool is None:
+        raise ValueError(
+            "sync_state: axis_name=None, expected the mapped axis over which devices hold "
+            'statistics of their own; write jaxbn.sync_state(state, "data") under shard_map, '
+            "pmap or vmap."
+        )
 
     def sync(mean: jax.Array, var: jax.Array, count: jax.Array | None) -> Layer:
         # A weight that vanishes beside one update, and is the same for all where there is none.
@@ -114,7 +152,7 @@ def sync_state(
             count = collectives.total(count, pool) // pool.devices
         return pooled.mean.astype(mean.dtype), pooled.var.astype(var.dtype), count
 
-    return _by_layer(sync, state)
+    return _by_layer("sync_state", sync, state)
 
 
 def merge_updates(states: Any, momentum: float | None = 0.99) -> Any:
@@ -128,12 +166,13 @@ def merge_updates(states: Any, momentum: float | None = 0.99) -> Any:
     statistics that one large batch would have left, up to rounding.
 
     Args:
-      states: leaves stacked [k, ...], as `lax.scan` stacks them: a `State`, or any tree of
-        mappings that hold "mean" and "var". Microbatches of one size.
+      states: as in `sync_state`, leaves stacked [k, ...] as `lax.scan` stacks them.
+        Microbatches of one size.
       momentum: the one they were updated with; None for the cumulative average.
 
     Raises:
-      ValueError: momentum is 1, with which no update leaves a trace, or out of range.
+      ValueError: momentum is 1, with which no update leaves a trace, or out of range; or the
+        tree holds no running statistics, or no count that momentum=None needs.
 
     >>> import jax, jax.numpy as jnp, jaxbn
     >>> x, (_, start) = jnp.array([[[0.0], [2.0]], [[4.0], [6.0]]]), jaxbn.init(1)
@@ -162,22 +201,35 @@ def merge_updates(states: Any, momentum: float | None = 0.99) -> Any:
         last = None if count is None else count[0]
         return middle.astype(mean.dtype), pooled.astype(var.dtype), last
 
-    return _by_layer(merge, states)
+    return _by_layer("merge_updates", merge, states)
 
 
 Layer = tuple[jax.Array, jax.Array, jax.Array | None]  # mean, var, and count where it is kept
 
 
-def _by_layer(f: Callable[..., Layer], tree: Any) -> Any:
+def _by_layer(call: str, f: Callable[..., Layer], tree: Any) -> Any:
     """The tree with `f(mean, var, count or None)` in place of every layer's statistics."""
-    if isinstance(tree, State):
-        return State(*f(*map(jnp.asarray, tree)))  # type: ignore[arg-type]
-    if not isinstance(tree, Mapping):
-        return tree
-    kind: Any = type(tree)
-    if not {"mean", "var"} <= set(tree):
-        return kind({key: _by_layer(f, value) for key, value in tree.items()})
-    count = jnp.asarray(tree["count"]) if "count" in tree else None
-    mean, var, count = f(jnp.asarray(tree["mean"]), jnp.asarray(tree["var"]), count)
-    new = {"mean": mean, "var": var, "count": count}
-    return kind({key: new.get(key, value) for key, value in tree.items()})
+
+    def is_layer(v: Any) -> bool:
+        return isinstance(v, State) or (isinstance(v, Mapping) and {"mean", "var"} <= set(v))
+
+    def update(v: Any) -> Any:
+        if not is_layer(v):
+            return v
+        old = v._asdict() if isinstance(v, State) else v
+        boxes = [old.get(name) for name in State._fields]  # arrays, or nnx variables around them
+        arrays = (None if box is None else jnp.asarray(*jax.tree.leaves(box)) for box in boxes)
+        new = {
+            name: jax.tree.unflatten(jax.tree.structure(box), [array])
+            for name, box, array in zip(State._fields, boxes, f(*arrays), strict=True)
+            if box is not None
+        }
+        return State(**new) if isinstance(v, State) else type(v)({**old, **new})
+
+    leaves = jax.tree.leaves(tree, is_leaf=is_layer)
+    if leaves and not any(map(is_layer, leaves)):
+        raise ValueError(
+            f"{call}: no running statistics in a tree with {len(leaves)} leaves; expected a State, "
+            f'or a mapping with "mean" and "var", for each layer; write {call}(batch_stats, ...).'
+        )
+    return jax.tree.map(update, tree, is_leaf=is_layer)
