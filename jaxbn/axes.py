@@ -55,6 +55,17 @@ def resolve(call: str, x: jax.Array, axis: int | Sequence[int]) -> Axes:
     return Axes(features, tuple(a for a in range(x.ndim) if a not in features))
 
 
+def check_kind(call: str, kind: Any, value: Any) -> Any:
+    """`value` as the NamedTuple `kind`, from one or from any tuple of as many leaves."""
+    if not isinstance(value, tuple) or len(value) != len(kind._fields):
+        name, fields = kind.__name__, ", ".join(kind._fields)
+        raise TypeError(
+            f"{call}: {name.lower()} is {type(value).__name__}, expected jaxbn.{name}({fields}) or "
+            f"None; write params, state = jaxbn.init(features)."
+        )
+    return kind(*value)
+
+
 def check_features(call: str, what: str, v: Any, x: jax.Array, axes: Axes) -> None:
     """`v`, called `what` in the error, must have exactly the shape of the feature axes."""
     expected = tuple(x.shape[a] for a in axes.features)
@@ -86,8 +97,9 @@ def check_mask(call: str, mask: Any, x: jax.Array) -> jax.Array:
 
 
 def check_numbers(call: str, momentum: float | None, epsilon: float) -> None:
-    """Momentum in [0, 1] or None, epsilon finite and not negative."""
-    if momentum is not None and not 0 <= momentum <= 1:
+    """Momentum in [0, 1], None or traced; epsilon finite and not negative."""
+    traced = isinstance(momentum, jax.core.Tracer)
+    if momentum is not None and not traced and not 0 <= momentum <= 1:
         raise ValueError(
             f"{call}: momentum={momentum!r}, expected a number in [0, 1], the fraction of the old "
             f"value that is kept (PyTorch's momentum m is 1 - m here), or None for the cumulative "

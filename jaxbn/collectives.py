@@ -95,6 +95,13 @@ def gather(v: jax.Array, pool: Pool) -> jax.Array:
     return slots[jnp.asarray([group for _, group in group_of])[index]]
 
 
+def varying_axes(v: jax.Array) -> frozenset[str]:
+    """Mapped axes over which v differs by type; none where nothing is typed (`check_vma` off)."""
+    aval = jax.typeof(v)
+    kind = getattr(aval, "manual_axis_type", None)  # jax 0.10 and up, for what was aval.vma
+    return frozenset(getattr(aval, "vma", ()) if kind is None else kind.varying)
+
+
 def varying(v: jax.Array, pool: Pool) -> jax.Array:
     """v, typed as different on each device of the pool.
 

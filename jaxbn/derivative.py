@@ -16,17 +16,16 @@ and y = d * a + bias has the tangent
 which is Ioffe & Szegedy 2015, section 3 in two sums over dy.
 
 The rule is a JVP, so forward mode works as reverse mode does, and the residuals are functions
-of x inside it, so every higher derivative is right. Three things keep it small:
+of x inside it, so every higher derivative is right. Two things keep it small:
 
 * `jax.checkpoint` around the tangent map: kept for backward are its inputs, x in its own dtype
   and mean, rstd and scale [C], never a float32 copy of x. `prevent_cse=False`, because its
   barrier would hold on to x as well.
-* a barrier on mean and rstd: else XLA finds that forward's x - mean is backward's too, and
-  keeps that array alive in between.
-* a second one between the two uses of d in backward, for the same reason.
+* no two of the three x - mean (forward's, that of the sums, that of dx) share their mean, but
+  for a barrier: else XLA finds them equal, and keeps that array alive from one to the next.
 
-The compiled temporary memory of a small ResNet step is 0.66 of Flax's with all three, and 0.99
-without either barrier (`python -m benchmarks memory`).
+With both, the compiled temporary memory of a small ResNet step is 0.66 of Flax's; with dx and
+the sums sharing theirs, 0.99 (`python -m benchmarks memory`).
 """
 
 import functools
@@ -61,21 +60,26 @@ def normalize_by_batch(
 
     Where no device has a valid cell, rstd is taken as 0, so y is bias and gradients are finite.
     """
-    m, r = _statistics(spec, x, mask)
-    return normalize(x, m.mean, r, params, spec.axes, spec.dtype), m
+    y, m, _ = _forward(spec, x, params, mask)
+    return y, m
 
 
-def _statistics(spec: Spec, x: jax.Array, mask: jax.Array | None) -> tuple[Moments, jax.Array]:
+def _forward(
+    spec: Spec, x: jax.Array, params: Params, mask: jax.Array | None
+) -> tuple[jax.Array, Moments, jax.Array]:
     m = across(of(x, spec.axes, mask), spec.pool)
-    return m, jnp.where(m.count > 0, rstd(m.var, spec.epsilon), 0)
+    r = jnp.where(m.count > 0, rstd(m.var, spec.epsilon), 0)
+    # Behind a barrier they are computed once a channel; else XLA's CPU back end fuses what they
+    # are made of into the loop over x, and computes it for every element.
+    once, r_once = lax.optimization_barrier((m.mean, r))
+    return normalize(x, once, r_once, params, spec.axes, spec.dtype), m, r
 
 
 @normalize_by_batch.defjvp
 def _jvp(spec, primals, tangents):  # type: ignore[no-untyped-def]
     x, params, mask = primals
     tx, tparams, _ = tangents
-    m, r = _statistics(spec, x, mask)
-    y = normalize(x, m.mean, r, params, spec.axes, spec.dtype)
+    y, m, r = _forward(spec, x, params, mask)
     tangent = jax.checkpoint(functools.partial(_tangent, spec), prevent_cse=False)
     ty, tm = tangent(x, mask, m.count, m.mean, r, params.scale, tx, tparams)
     return (y, m), (ty, tm)
@@ -87,7 +91,7 @@ def _tangent(spec, x, mask, count, mean, r, scale, tx, tparams):  # type: ignore
     kind = wide(x.dtype)
     x, tx = x.astype(kind), tx.astype(kind)  # [..., C]
     n = jnp.where(count > 0, count, 1).astype(kind)
-    mean, r = lax.optimization_barrier((mean, r.astype(kind)))
+    r = r.astype(kind)
     a = r if scale is None else r * scale.astype(kind)
 
     d, t = x - axes.expand(mean), tx
@@ -96,6 +100,7 @@ def _tangent(spec, x, mask, count, mean, r, scale, tx, tparams):  # type: ignore
     sums = jnp.stack([t.sum(axes.reduced), _real_product(d, t).sum(axes.reduced).astype(kind)])
     if spec.pool is not None:
         sums = collectives.total(sums, spec.pool)
+    sums = lax.optimization_barrier(sums)
     s1, s2 = sums[0] / n, sums[1] / n
 
     by_d = -a * r * r * s2
@@ -107,7 +112,8 @@ def _tangent(spec, x, mask, count, mean, r, scale, tx, tparams):  # type: ignore
     if spec.pool is not None:
         by_d, by_1 = collectives.varying(jnp.stack([by_d, by_1]), spec.pool)
 
-    d = x - axes.expand(lax.optimization_barrier(mean))
+    mean, a = lax.optimization_barrier((mean, a))
+    d = x - axes.expand(mean)
     if mask is not None:
         # A cell outside the mask that holds NaN must not reach dscale through 0 * NaN.
         d = jnp.where(mask | jnp.isfinite(x), d, 0)

@@ -39,7 +39,8 @@ def batch_norm(
     Args:
       x: any rank from 1 up, float16, bfloat16, float32, float64 or complex.
       params: `Params(scale, bias)`, each [C] or None; or None for neither.
-      state: `State(mean, var, count)`; None for no running statistics (training only).
+      state: `State(mean, var, count)`, count None where updates need no counting; or None for no
+        running statistics (training only).
       train: normalize by the batch and update the state, or by the state. A Python bool.
       axis: feature axis, or a tuple of them; statistics have these axes' sizes, in x's order.
       momentum: fraction of the old state kept, as in Flax and Keras; None for the cumulative
@@ -83,14 +84,20 @@ def batch_norm(
             f"the same types, so a traced flag can choose: jax.lax.cond(flag, train_step, "
             f"eval_step, x)."
         )
-    params = Params(None, None) if params is None else Params(*params)
+    params = Params(None, None) if params is None else axes_.check_kind(call, Params, params)
     for name, leaf in zip(params._fields, params, strict=True):
         if leaf is not None:
             axes_.check_features(call, f"params.{name}", leaf, x, axes)
     params = Params(*(None if leaf is None else jnp.asarray(leaf) for leaf in params))
     if state is not None:
+        state = axes_.check_kind(call, State, state)
         axes_.check_features(call, "state.mean", state.mean, x, axes)
         axes_.check_features(call, "state.var", state.var, x, axes)
+        if state.count is None and momentum is None:
+            raise ValueError(
+                f"{call}: state.count=None with momentum=None, but the cumulative average weighs "
+                f"by the updates so far; start from jaxbn.init(features), or write momentum=0.99."
+            )
         state = settle(state, x)
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
     axes_.check_dtype(call, dtype)

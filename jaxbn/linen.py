@@ -64,9 +64,9 @@ class BatchNorm(nn.BatchNorm):
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         mean = self.variable("batch_stats", "mean", jnp.zeros, features, stats_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, features, stats_dtype)
-        count = jnp.zeros((), jnp.int32)
+        count = None
         if self.momentum is None:
-            counter = self.variable("batch_stats", "count", lambda: count)
+            counter = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
             count = counter.value
         scale = bias = None
         if self.use_scale:

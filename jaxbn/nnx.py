@@ -88,7 +88,7 @@ class BatchNorm(nnx.BatchNorm):
         y, state = batch_norm(
             x,
             Params(scale, bias),
-            State(mean, var, self.count[...] if cumulative else jnp.zeros((), jnp.int32)),
+            State(mean, var, self.count[...] if cumulative else None),
             train=not use_running_average,
             axis=self.axis,
             momentum=self.momentum,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn.axes import promote
+from jaxbn.collectives import varying_axes
 
 
 class Params(NamedTuple):
@@ -22,7 +23,7 @@ class State(NamedTuple):
 
     mean: jax.Array  # [C]
     var: jax.Array  # [C]
-    count: jax.Array  # type: ignore[assignment]  # [] int32: updates so far, not values
+    count: jax.Array | None  # type: ignore[assignment]  # [] int32: updates so far; None: uncounted
 
 
 class Moments(NamedTuple):
@@ -62,9 +63,12 @@ def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Param
 
 def settle(state: State, x: jax.Array) -> State:
     """The state in the types that both modes return: strong ones, a complex mean for complex x."""
-    mean, var, count = (jnp.asarray(leaf) for leaf in state)
+    mean, var = jnp.asarray(state.mean), jnp.asarray(state.var)
     kind = promote(mean.dtype, x.dtype) if jnp.iscomplexobj(x) else mean.dtype
-    return State(mean.astype(kind), var.astype(var.dtype), count.astype(count.dtype))
+    count = None if state.count is None else jnp.asarray(state.count)
+    if count is not None:
+        count = count.astype(count.dtype)
+    return State(mean.astype(kind), var.astype(var.dtype), count)
 
 
 def blend(state: State, moments: Moments, momentum: float | None, unbiased: bool) -> State:
@@ -75,6 +79,12 @@ def blend(state: State, moments: Moments, momentum: float | None, unbiased: bool
     are not finite anywhere leave the state as it was, bit for bit; so do those of no value.
     """
     finite = jnp.all(jnp.isfinite(moments.mean)) & jnp.all(jnp.isfinite(moments.var))
+    some = jnp.any(moments.count > 0)
+    if state.count is not None and (split := varying_axes(state.mean) - varying_axes(state.count)):
+        # Features are split over these mapped axes and the count is not: all parts must agree.
+        flags = jnp.stack([~finite, some]).astype(jnp.int32)
+        flags = lax.psum(flags, tuple(split))
+        finite, some = flags[0] == 0, flags[1] > 0
     learned = finite & (moments.count > 0)  # [] or [C]
     n = moments.count
     var = moments.var * (n / jnp.where(n > 1, n - 1, n)) if unbiased else moments.var
@@ -82,11 +92,13 @@ def blend(state: State, moments: Moments, momentum: float | None, unbiased: bool
     def step(old: jax.Array, batch: jax.Array) -> jax.Array:
         wide = promote(old.dtype, batch.dtype)
         keep: Any = momentum
-        if momentum is None:
+        if state.count is not None and momentum is None:
             keep = (state.count / (state.count + 1)).astype(wide)
         new = (keep * old.astype(wide) + (1 - keep) * batch.astype(wide)).astype(old.dtype)
         return jnp.where(learned, new, old)
 
-    count = state.count + jnp.any(learned).astype(state.count.dtype)
+    count = state.count
+    if count is not None:
+        count = count + (finite & some).astype(count.dtype)
     new = State(step(state.mean, moments.mean), step(state.var, var), count)
-    return State(*(lax.stop_gradient(leaf) for leaf in new))
+    return jax.tree.map(lax.stop_gradient, new)

@@ -484,3 +484,18 @@ def test_init_has_the_shapes_and_dtypes_asked_for():
     assert (state.mean.dtype, state.var.dtype) == (jnp.complex64, jnp.float32)
     np.testing.assert_array_equal(params.scale, 1)
     np.testing.assert_array_equal(state.var, 1)
+
+
+def test_a_state_without_a_count_learns_alike_and_momentum_may_be_traced():
+    x = jnp.arange(12.0).reshape(6, 2)
+    _, state = jaxbn.init(2)
+
+    @jax.jit
+    def update(momentum, state):
+        return jaxbn.batch_norm(x, None, state, train=True, momentum=momentum)[1]
+
+    counted, uncounted = update(0.9, state), update(0.9, state._replace(count=None))
+    assert uncounted.count is None
+    np.testing.assert_array_equal(counted.mean, uncounted.mean)
+    np.testing.assert_array_equal(counted.var, uncounted.var)
+    np.testing.assert_allclose(counted.mean, 0.1 * x.mean(0), rtol=1e-6)

@@ -75,20 +75,12 @@ def by_feature_axis(x, params, state, mask):
 
 
 def by_feature_axis_in_shard_map(x, params, state, mask):
-    """shard_map over both axes: statistics pool over the batch axis alone.
-
-    Each shard of features counts its own updates, so the counts are made one by hand.
-    """
-
-    def local(*args):
-        y, new = pooled(*args)
-        return y, new._replace(count=jax.lax.pmax(new.count, "model"))
-
+    """shard_map over both axes: statistics pool over the batch axis alone."""
     batch = P("d", *[None] * (x.ndim - 2), "model")
     state_spec = jaxbn.State(P("model"), P("model"), P())
     rows = None if mask is None else P("d")
     return jax.shard_map(
-        local,
+        pooled,
         mesh=mesh(4, 2),
         in_specs=(batch, P("model"), state_spec, rows),
         out_specs=(batch, state_spec),
@@ -517,3 +509,13 @@ def test_ghost_batches_within_shards_need_no_collective_for_y_and_dx(masked):
         return y, *vjp(dy)
 
     assert collectives(jax.jit(y_and_dx).lower(x, dy, mask).compile()) == []
+
+
+def test_a_nan_in_one_shard_of_features_leaves_the_state_of_all():
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(DEVICES, 4, C)), jnp.float32)
+    params, state = jaxbn.init(C)
+    y, new = jax.jit(by_feature_axis_in_shard_map)(x.at[0, 0, 0].set(jnp.nan), params, state, None)
+    for old, kept in zip(state, new, strict=True):
+        np.testing.assert_array_equal(old, kept)
+    assert np.isnan(y[..., 0]).all()
+    assert np.isfinite(y[..., 1:]).all()

@@ -53,6 +53,27 @@ CASES = {
         lambda: call(train=None),
         TypeError(f"batch_norm: train=None, {TRAIN}"),
     ),
+    "state is a dict": (
+        lambda: call(state={"mean": STATE.mean, "var": STATE.var}),
+        TypeError(
+            "batch_norm: state is dict, expected jaxbn.State(mean, var, count) or None; write "
+            "params, state = jaxbn.init(features)."
+        ),
+    ),
+    "params of three": (
+        lambda: call(params=(1, 2, 3)),
+        TypeError(
+            "batch_norm: params is tuple, expected jaxbn.Params(scale, bias) or None; write "
+            "params, state = jaxbn.init(features)."
+        ),
+    ),
+    "cumulative average without a count": (
+        lambda: call(state=STATE._replace(count=None), momentum=None),
+        ValueError(
+            "batch_norm: state.count=None with momentum=None, but the cumulative average weighs "
+            "by the updates so far; start from jaxbn.init(features), or write momentum=0.99."
+        ),
+    ),
     "integer x": (
         lambda: call(X.astype(int)),
         TypeError(

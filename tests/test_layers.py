@@ -12,8 +12,8 @@ import jaxbn
 
 ROOT = pathlib.Path(jaxbn.__file__).parent
 FLOORS = (
-    ("axes",),
-    ("state", "collectives"),
+    ("axes", "collectives"),
+    ("state",),
     ("moments", "normalize", "kernels"),
     ("derivative",),
     ("functional",),
