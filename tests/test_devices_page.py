@@ -134,13 +134,15 @@ def test_a_row_of_the_table(label):
             y, vjp, state = jax.vjp(whole, x, has_aux=True)
             return y, state, vjp(dy.reshape(y.shape))
 
-        both = jax.jit(backward).lower(x_, dy_).compile()
+        read = transform not in ("pmap", "vmap")
+        with contextlib.nullcontext() if read else compiled_quickly():
+            both = jax.jit(backward).lower(x_, dy_).compile()
         y, state, _ = both(x_, dy_)
         oracle.assert_close(y, want_y, tolerance, f"{label}, {transform}: y")
         for got, want in ((state.mean, want_mean), (state.var, want_var)):
             got = np.broadcast_to(np.asarray(got), (8, C))
             oracle.assert_close(got, want, tolerance, f"{label}, {transform}: state")
-        if transform in ("jit", "Auto", "Explicit", "shard_map"):
+        if read:
             forward = collectives(jax.jit(whole).lower(x_).compile())
             assert [str(forward), str(collectives(both) - forward)] == said[2:], transform
 
@@ -210,7 +212,6 @@ STEPS = {
         ("outside, check_vma=False", "functional"),
         ("pmap", "nnx"),
         ("Auto", "linen"),
-        ("Explicit", "functional"),
         ("Explicit", "nnx"),
     ],
 )

@@ -23,12 +23,19 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from tests import oracle
 from tests.networks import NnxNet
+from tests.test_devices_page import compiled_quickly
 
 C = 5
 FIX = (
     "each device trained with statistics of its own. Pool them with axis_name= in training, or "
     "once with jaxbn.sync_state(state, axis_name)."
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_quickly():
+    with compiled_quickly():
+        yield
 
 
 def mesh(*sizes, names=("d", "model")):
@@ -454,6 +461,7 @@ def test_processes_that_differ_all_get_the_error(two_processes):
 
 def report(rank, port):
     jax.config.update("jax_num_cpu_devices", 2)
+    jax.config.update("jax_disable_most_optimizations", True)
     jax.distributed.initialize(
         f"127.0.0.1:{port}",
         num_processes=2,
