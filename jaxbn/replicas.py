@@ -224,7 +224,7 @@ def _by_layer(call: str, f: Callable[..., Layer], tree: Any) -> Any:
             for name, box, array in zip(State._fields, boxes, f(*arrays), strict=True)
             if box is not None
         }
-        return State(**new) if isinstance(v, State) else type(v)({**old, **new})
+        return v._replace(**new) if isinstance(v, State) else type(v)({**old, **new})
 
     leaves = jax.tree.leaves(tree, is_leaf=is_layer)
     if leaves and not any(map(is_layer, leaves)):

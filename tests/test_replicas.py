@@ -138,15 +138,19 @@ COUNTS = {
     "unequal": [1, 2, 3, 4, 5, 6, 7, 100],
     "some never updated": [0, 3, 0, 0, 2, 0, 1, 0],
     "never updated": [0] * 8,
+    "uncounted": None,
 }
 
 
 @pytest.mark.parametrize("counts", COUNTS)
 def test_sync_weighs_devices_by_their_updates(counts):
-    (mean, var), count = statistics(), np.int32(COUNTS[counts])
-    new = sync(jaxbn.State(mean, var, count))
-    assert_pooled(new, mean, var, count if count.any() else np.ones(8))
-    np.testing.assert_array_equal(new.count, count.sum() // 8)
+    (mean, var), count = statistics(), COUNTS[counts]
+    new = sync(jaxbn.State(mean, var, None if count is None else np.int32(count)))
+    assert_pooled(new, mean, var, count if count and any(count) else np.ones(8))
+    if count is None:
+        assert new.count is None
+    else:
+        np.testing.assert_array_equal(new.count, sum(count) // 8)
     jaxbn.assert_replicated(jax.pmap(lambda s: s)(new))
 
 
