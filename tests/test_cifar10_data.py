@@ -53,7 +53,7 @@ def test_reads_every_record_with_its_planes_as_channels(six, above):
     np.testing.assert_array_equal(got.train_y[N : 2 * N], (1 + np.arange(N)) % 10)
     raw = np.fromfile(six / "data_batch_2.bin", np.uint8)
     green = raw[3 * 3073 + 1 + 1024 + 32 * 5 + 7]  # record 3, plane 1, row 5, column 7
-    assert got.train_x[N + 3, 5, 7, 1] == green
+    assert got.train_x[np.array([N + 3])][0, 5, 7, 1] == green
 
 
 def message(call, *args) -> str:

@@ -1,6 +1,6 @@
 # Two data sets of the same shape: CIFAR-10, and scikit-learn's handwritten digits for a
-# machine that cannot have CIFAR-10. Here they are NumPy arrays on the host; loop.py puts
-# them on the devices, augment.py takes them from bytes to what the network sees.
+# machine that cannot have CIFAR-10. Here they are arrays on the host, CIFAR's images still on
+# disk; loop.py reads them onto the devices, augment.py makes of them what the network sees.
 
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +17,9 @@ PATIENCE = 120.0  # seconds that --data auto gives a download before it turns to
 
 class Data(NamedTuple):
     name: str
-    train_x: np.ndarray  # [N, 32, 32, 3] uint8
+    train_x: "np.ndarray | Images"  # [N, 32, 32, 3] uint8
     train_y: np.ndarray  # [N] int32, 0 to 9
-    test_x: np.ndarray  # [M, 32, 32, 3] uint8
+    test_x: "np.ndarray | Images"  # [M, 32, 32, 3] uint8
     test_y: np.ndarray  # [M] int32
     mean: tuple[float, float, float]  # of the training bytes, per channel
     std: tuple[float, float, float]
@@ -53,16 +53,39 @@ def find(data_dir: Path) -> Path:
 
 def cifar10(folder: Path) -> Data:
     files = [read(folder / name) for name in TRAIN]
-    x = np.concatenate([images for images, _ in files])
+    x = Images([images for images, _ in files])
     y = np.concatenate([labels for _, labels in files])
     mean, std = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
-    return Data("cifar10", x, y, *read(folder / TEST), mean, std, flip=True)
+    test_x, test_y = read(folder / TEST)
+    return Data("cifar10", x, y, Images([test_x]), test_y, mean, std, flip=True)
+
+
+class Images:
+    """The images of files in a row, on disk: `images[rows]` reads these rows, [R, 32, 32, 3]."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, files: list[np.ndarray]):  # [RECORDS, 32, 32, 3] each
+        self.files, self.shape = files, (len(files) * RECORDS, 32, 32, 3)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        out = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        for i, file in enumerate(self.files):
+            here = rows // RECORDS == i
+            out[here] = file[rows[here] % RECORDS]
+        return out
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """One file of the binary version: images [RECORDS, 32, 32, 3] uint8, labels [RECORDS] int32."""
+    """
+    One file of the binary version: images [RECORDS, 32, 32, 3] uint8, which stay on disk, and
+    labels [RECORDS] int32.
+    """
     try:
-        raw = np.fromfile(path, np.uint8)
+        raw = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     if raw.size != RECORDS * RECORD:
@@ -76,7 +99,7 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
         bad = int(np.argmax(labels > 9))
         raise DataError(f"{path}: record {bad} has label {labels[bad]}, labels are 0 to 9")
     planes = raw[:, 1:].reshape(RECORDS, 3, 32, 32)  # [N, C, H, W], as in the file
-    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels  # [N, H, W, C]
+    return planes.transpose(0, 2, 3, 1), labels  # [N, H, W, C], a view of the file
 
 
 def digits() -> Data:

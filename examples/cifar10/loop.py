@@ -29,23 +29,28 @@ def make_mesh(devices: int | None) -> Mesh:
     return jax.make_mesh((len(chosen),), ("data",), axis_types=(AxisType.Auto,), devices=chosen)
 
 
-def put(x: np.ndarray, mesh: Mesh, spec: P) -> jax.Array:
-    """Onto the mesh; each process hands over only the rows of its own devices."""
-    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda rows: x[rows])
+def put(x, order: np.ndarray, mesh: Mesh, spec: P) -> jax.Array:
+    """`x[order]` onto the mesh, 0 past the end; a process reads only the rows of its devices."""
 
+    def read(index):
+        rows = order[index[: order.ndim]]
+        out = np.zeros((*rows.shape, *x.shape[1:]), x.dtype)
+        out[rows < len(x)] = x[rows[rows < len(x)]]
+        return out
 
-def pad_rows(x: np.ndarray, multiple: int) -> np.ndarray:
-    extra = -len(x) % multiple
-    return np.concatenate([x, np.zeros((extra, *x.shape[1:]), x.dtype)]) if extra else x
+    shape = (*order.shape, *x.shape[1:])
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), read)
 
 
 def put_data(data: Data, mesh: Mesh, eval_batch: int) -> Arrays:
+    def padded(x, multiple):  # row numbers, up to the next multiple
+        return np.arange(len(x) + -len(x) % multiple)
+
     def train(x):
-        return put(pad_rows(x, mesh.size), mesh, P("data"))
+        return put(x, padded(x, mesh.size), mesh, P("data"))
 
     def test(x):  # [M, ...] → [T, B, ...]
-        x = pad_rows(x, eval_batch)
-        return put(x.reshape(-1, eval_batch, *x.shape[1:]), mesh, P(None, "data"))
+        return put(x, padded(x, eval_batch).reshape(-1, eval_batch), mesh, P(None, "data"))
 
     ones = np.ones(len(data.test_y), np.float32)
     x, y = train(data.train_x), train(data.train_y)

@@ -5,6 +5,7 @@ import json
 import time
 from pathlib import Path
 
+import hosts
 import jax
 import model
 from data import Data
@@ -32,6 +33,7 @@ def parser() -> Parser:
     p = Parser(
         prog="train.py",
         description="Train a ResNet with jaxbn, on CIFAR-10 or on handwritten digits.",
+        parents=[hosts.options()],
     )
     positive = between(int, 1)
     add = p.add_argument_group("data").add_argument
@@ -82,6 +84,10 @@ def check(args, data: Data) -> None:
     """What can be wrong with the arguments, found before anything is computed or written."""
     if args.devices > jax.device_count():
         raise ValueError(f"--devices {args.devices}: there are {jax.device_count()}")
+    if args.devices < jax.device_count() and jax.process_count() > 1:
+        raise ValueError(f"--devices {args.devices}: many processes use all {jax.device_count()}")
+    if args.num_processes not in (None, jax.process_count()):
+        raise ValueError(f"--num-processes {args.num_processes}: there are {jax.process_count()}")
     for option, batch in (("--batch", args.batch), ("--eval-batch", args.eval_batch)):
         if batch % args.devices:
             raise ValueError(f"{option} {batch} does not divide over {args.devices} devices")
@@ -95,21 +101,27 @@ def check(args, data: Data) -> None:
         raise ValueError("--resume: which run? Give its --name too")
 
 
+def config(args) -> dict:
+    """The arguments that the result depends on."""
+    process = {"coordinator", "num_processes", "process_id", "cluster", "timeout", "heartbeat"}
+    not_the_result = {"data_dir", "runs", "name", "resume", "keep", *process}
+    return {key: value for key, value in vars(args).items() if key not in not_the_result}
+
+
 def open_run(args) -> Path:
     """The run's folder, with its config.json; to resume it the arguments must be the same."""
     folder = args.runs / (args.name or time.strftime("%Y%m%d-%H%M%S"))
-    not_the_result = {"data_dir", "runs", "name", "resume", "keep"}
-    config = {key: value for key, value in vars(args).items() if key not in not_the_result}
+    asked = config(args)
     path = folder / "config.json"
     if not args.resume:
         if folder.exists():
             raise ValueError(f"{folder} is there already: --resume it, or take another --name")
         folder.mkdir(parents=True)
-        write(path, json.dumps(config, indent=1) + "\n")
+        write(path, json.dumps(asked, indent=1) + "\n")
     elif not path.exists():
         raise ValueError(f"--resume: there is no run in {folder}")
     for key, value in json.loads(path.read_text()).items():
-        if config[key] != value:
+        if asked[key] != value:
             option = "--" + key.replace("_", "-")
-            raise ValueError(f"--resume: {folder} has {option} {value}, not {config[key]}")
+            raise ValueError(f"--resume: {folder} has {option} {value}, not {asked[key]}")
     return folder

@@ -45,17 +45,19 @@ def line(m: dict, left: float) -> str:
 class Log:
     """metrics.jsonl: one JSON object an epoch."""
 
-    def __init__(self, path: Path, epochs: int):
+    def __init__(self, path: Path, epochs: int, writes: bool = True):
         """Goes on after `epochs` epochs: lines of later ones, which a kill left, are dropped."""
-        self.path = path
+        self.path, self.writes = path, writes
         lines = path.read_text().splitlines() if epochs else []
         self.rows = [json.loads(line) for line in lines[:epochs]]
-        write(path, "".join(line + "\n" for line in lines[:epochs]))
+        if writes:
+            write(path, "".join(line + "\n" for line in lines[:epochs]))
 
     def add(self, metrics: dict) -> None:
         self.rows.append(metrics)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        if self.writes:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(metrics) + "\n")
 
 
 def write(path: Path, text: str) -> None:

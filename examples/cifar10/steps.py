@@ -11,11 +11,11 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
-IMAGE = jnp.zeros((1, 32, 32, 3))
+IMAGE = np.zeros((1, 32, 32, 3), np.float32)  # NumPy's: to import computes nothing in JAX
 
 
 class State(NamedTuple):

@@ -4,6 +4,12 @@
 #   python examples/cifar10/train.py --data cifar10 --epochs 15
 #   python examples/cifar10/train.py --api nnx --model resnet18 --block pre --dtype bfloat16
 
+import hosts
+
+if __name__ == "__main__":  # before the long imports: a parent needs none of them
+    hosts.supervise()
+
+import json
 import os
 import sys
 import time
@@ -69,7 +75,7 @@ def train(args, data: Data, folder: Path, console: Console) -> dict:
     if done:
         state = checkpoints.restore(done, state)
         console.print(f"Resumed after epoch {done}")
-    log = report.Log(folder / "metrics.jsonl", done)
+    log = report.Log(folder / "metrics.jsonl", done, writes=jax.process_index() == 0)
 
     console.print(report.HEADER)
     with report.progress(console) as bar:
@@ -115,18 +121,28 @@ def train(args, data: Data, folder: Path, console: Console) -> dict:
 def main(argv: list[str] | None = None) -> dict:
     parser = options.parser()
     args = parser.parse_args(argv)
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    try:
+        hosts.connect(args)
+    except ValueError as error:
+        parser.error(str(error))
+    first = jax.process_index() == 0  # the one process that prints and writes
+    console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not first)
+    problem = None
     try:
         data = load(args.data, args.data_dir, console.print)
         options.fill_in(args, data)
         options.check(args, data)
-        folder = options.open_run(args)
+        folder = options.open_run(args) if first else args.runs / args.name
     except (DataError, ValueError) as error:
-        parser.error(str(error))
+        problem = str(error)
     except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}")
+        problem = f"{error.filename}: {error.strerror}"
+    if problem := hosts.agree(problem, json.dumps([args.name, args.resume, options.config(args)])):
+        parser.error(problem)
 
     device = f"{args.devices} x {jax.devices()[0].device_kind}"
+    if jax.process_count() > 1:
+        device += f" in {jax.process_count()} processes"
     if jax.default_backend() == "cpu":
         device += f", {os.cpu_count()} cores"
     what = f"{args.model} width {args.width} ({args.api}, {args.dtype})"
@@ -142,6 +158,12 @@ def main(argv: list[str] | None = None) -> dict:
     except KeyboardInterrupt:
         console.print(f"Stopped. The same command goes on with --name {folder.name} --resume")
         sys.exit(130)
+    except Exception:
+        if jax.process_count() > 1:
+            hosts.give_up(args.heartbeat)
+        raise
+    if not first:
+        return result
 
     rows = result["rows"]
     rates = [row["images_per_s"] for row in rows]
