@@ -24,7 +24,7 @@ SILENT = re.compile(r"Task (\d+) heartbeat timeout|stopped sending heartbeats\):
 LEADER = "the leader task was preempted/died"
 ABSENT = re.compile(r"DEADLINE_EXCEEDED[^\n]*\n+RPC: \S*/RegisterTask")
 # From here on stderr is held back: a traceback or a stack dump, perhaps of another's death.
-DUMP = re.compile(r"Traceback|[EF]\d{4} .*(coordination_service|client\.h)")
+DUMP = re.compile(r"Traceback|[WEF]\d{4} .*(coordination_|preemption_|client\.h)")
 
 
 def options() -> argparse.ArgumentParser:
@@ -79,7 +79,7 @@ def supervise(argv: list[str] | None = None) -> None:
 
     held = []
     for line in child.stderr:
-        if held or DUMP.match(line):
+        if held or DUMP.search(line):
             held.append(line)
         else:
             say(line, end="")
