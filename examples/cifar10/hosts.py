@@ -40,7 +40,12 @@ def options() -> argparse.ArgumentParser:
     add("--num-processes", type=int, metavar="N", help="how many there are")
     add("--process-id", type=int, metavar="I", help="which one this is, 0 to N-1")
     add("--cluster", action="store_true", help="in place of these three: SLURM, TPU pod, ... knows")
-    add("--timeout", type=seconds, default=60, help="seconds until all have met (60)")
+    add(
+        "--timeout",
+        type=seconds,
+        default=60,
+        help="seconds for all to meet, 5 more to end (60)",
+    )
     add("--heartbeat", type=seconds, default=10, help="seconds of silence that mean a death (10)")
     return p
 
