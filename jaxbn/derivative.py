@@ -69,10 +69,9 @@ def _forward(
 ) -> tuple[jax.Array, Moments, jax.Array]:
     m = across(of(x, spec.axes, mask), spec.pool)
     r = jnp.where(m.count > 0, rstd(m.var, spec.epsilon), 0)
-    # Behind a barrier they are computed once a channel; else XLA's CPU back end fuses what they
-    # are made of into the loop over x, and computes it for every element.
-    once, r_once = lax.optimization_barrier((m.mean, r))
-    return normalize(x, once, r_once, params, spec.axes, spec.dtype), m, r
+    # Behind a barrier: this x - mean is not to be merged with that of backward's sums.
+    mean, r_of_y = lax.optimization_barrier((m.mean, r))
+    return normalize(x, mean, r_of_y, params, spec.axes, spec.dtype), m, r
 
 
 @normalize_by_batch.defjvp
@@ -97,11 +96,10 @@ def _tangent(spec, x, mask, count, mean, r, scale, tx, tparams):  # type: ignore
     d, t = x - axes.expand(mean), tx
     if mask is not None:
         d, t = jnp.where(mask, d, 0), jnp.where(mask, t, 0)
-    sums = jnp.stack([t.sum(axes.reduced), _real_product(d, t).sum(axes.reduced).astype(kind)])
+    s1, s2 = t.sum(axes.reduced), _real_product(d, t).sum(axes.reduced).astype(kind)
     if spec.pool is not None:
-        sums = collectives.total(sums, spec.pool)
-    sums = lax.optimization_barrier(sums)
-    s1, s2 = sums[0] / n, sums[1] / n
+        s1, s2 = collectives.total(jnp.stack([s1, s2]), spec.pool)
+    s1, s2 = s1 / n, s2 / n
 
     by_d = -a * r * r * s2
     by_1 = -a * s1
