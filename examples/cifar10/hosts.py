@@ -8,6 +8,7 @@ import argparse
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -147,6 +148,12 @@ def connect(args) -> None:
                 f"--process-id {args.process_id}: --num-processes {args.num_processes} are "
                 f"0 to {args.num_processes - 1}"
             )
+        if args.process_id == 0:
+            host, port = args.coordinator.rsplit(":", 1)
+            try:  # a port that is taken would end JAX in a segmentation fault
+                socket.create_server(("", int(port))).close()
+            except (OSError, OverflowError):
+                raise ValueError(f"--coordinator {host}:{port}: port not free here") from None
     if not args.name:
         raise ValueError("many processes: give the run a --name, the same in each")
     if args.data != "digits" and not args.data_dir:
@@ -159,8 +166,8 @@ def connect(args) -> None:
             **where, initialization_timeout=args.timeout, heartbeat_timeout_seconds=args.heartbeat
         )
     except (ValueError, RuntimeError) as error:
-        option = "--cluster" if args.cluster else f"--coordinator {args.coordinator}"
-        raise ValueError(f"{option}: {str(error).splitlines()[0]}") from None
+        what = "--cluster: is this one? JAX says" if args.cluster else "--coordinator: JAX says"
+        raise ValueError(f"{what}: {str(error).splitlines()[0]}") from None
 
 
 def agree(problem: str | None, terms: str) -> str | None:

@@ -5,9 +5,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-import jaxbn.linen
 from jax.nn.initializers import ones, zeros
 from model import MOMENTUM, block_convs, halve, he_normal
+
+import jaxbn.linen
 
 
 class Layers(nn.Module):

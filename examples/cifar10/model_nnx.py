@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import jaxbn.nnx
 from flax import nnx
 from jax.nn.initializers import ones, zeros
 from model import MOMENTUM, block_convs, halve, he_normal
+
+import jaxbn.nnx
 
 
 class ConvNorm(nnx.Module):
