@@ -256,6 +256,16 @@ def test_a_bad_argument_is_one_line_and_exit_status_2(capsys, options, expected)
     assert capsys.readouterr().err == f"train.py: error: {expected}\n"
 
 
+def test_a_port_that_is_taken_is_one_line(capsys):
+    with socket.create_server(("", 0)) as taken:
+        where = f"localhost:{taken.getsockname()[1]}"
+        with pytest.raises(SystemExit):
+            train.main(["--coordinator", where, *THREE[2:], "0"])
+    assert capsys.readouterr().err == (
+        f"train.py: error: --coordinator {where}: port not free here\n"
+    )
+
+
 def test_a_process_with_other_options_is_named(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     told = {"problem": [None, None, None], "terms": ["a", "a", "b"]}
