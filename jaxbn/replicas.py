@@ -108,7 +108,7 @@ def sync_state(
     axis_name: str | Sequence[str],
     axis_index_groups: Sequence[Sequence[int]] | None = None,
 ) -> Any:
-    """Equals the running statistics of all devices' data, from those of each device's own.
+    """Equals the running statistics of all devices' data, from those of each device's own::
 
         mean = Σ w mean_i        var = Σ w (var_i + |mean_i - mean|²)
 
@@ -156,7 +156,7 @@ def sync_state(
 
 
 def merge_updates(states: Any, momentum: float | None = 0.99) -> Any:
-    """Equals one update by the pooled moments of k microbatches, from k updates side by side.
+    """Equals one update by the pooled moments of k microbatches, from k updates side by side::
 
         mean = Σ mean_i / k      var = Σ var_i / k + Σ |mean_i - mean|² / (k (1 - momentum))
 
