@@ -12,6 +12,7 @@ from types import ModuleType
 
 from jaxbn.functional import batch_norm
 from jaxbn.moments import merge, moments
+from jaxbn.policy import checkpoint_policy
 from jaxbn.replicas import assert_replicated, merge_updates, sync_state
 from jaxbn.state import Moments, Params, State, init
 
@@ -23,6 +24,7 @@ __all__ = [
     "State",
     "assert_replicated",
     "batch_norm",
+    "checkpoint_policy",
     "init",
     "linen",
     "merge",

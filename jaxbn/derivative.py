@@ -40,6 +40,7 @@ from jaxbn.axes import Axes
 from jaxbn.collectives import Pool
 from jaxbn.moments import across, of, wide
 from jaxbn.normalize import normalize, rstd
+from jaxbn.policy import named
 from jaxbn.state import Moments, Params
 
 
@@ -67,7 +68,7 @@ def normalize_by_batch(
 def _forward(
     spec: Spec, x: jax.Array, params: Params, mask: jax.Array | None
 ) -> tuple[jax.Array, Moments, jax.Array]:
-    m = across(of(x, spec.axes, mask), spec.pool)
+    m = named(across(of(x, spec.axes, mask), spec.pool))
     r = jnp.where(m.count > 0, rstd(m.var, spec.epsilon), 0)
     # Behind a barrier: this x - mean is not to be merged with that of backward's sums.
     mean, r_of_y = lax.optimization_barrier((m.mean, r))

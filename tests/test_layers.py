@@ -14,7 +14,7 @@ ROOT = pathlib.Path(jaxbn.__file__).parent
 FLOORS = (
     ("axes", "collectives"),
     ("state",),
-    ("moments", "normalize", "kernels"),
+    ("moments", "normalize", "kernels", "policy"),
     ("derivative",),
     ("functional",),
     # No tool imports another.
