@@ -16,7 +16,8 @@ FLOORS = (
     ("state",),
     ("moments", "normalize", "kernels", "policy"),
     ("derivative",),
-    ("functional",),
+    ("functional", "layers"),
+    ("calls",),
     # No tool imports another.
     ("linen", "nnx", "replicas", "recalibrate", "freeze", "fold", "convert", "export", "health"),
     ("cli", "__main__"),
