@@ -17,7 +17,8 @@ FLOORS = (
     ("moments", "normalize", "kernels", "policy"),
     ("derivative",),
     ("functional", "layers"),
-    ("calls",),
+    ("calls", "checkpoints", "findings"),
+    ("gap", "drift"),
     # No tool imports another.
     ("linen", "nnx", "replicas", "recalibrate", "freeze", "fold", "convert", "export", "health"),
     ("cli", "__main__"),

@@ -1,0 +1,136 @@
+"""Checkpoints of every kind are read as arrays, and their norm layers are found."""
+
+import pickle
+
+import flax.linen as nn
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx, serialization
+from safetensors.numpy import save_file
+
+from jaxbn import checkpoints
+
+
+@pytest.fixture(scope="module")
+def variables():
+    """Of linen, with numbers of their own."""
+    model = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=True)])
+    random = np.random.default_rng(0)
+    tree = model.init(jax.random.key(0), np.ones((1, 2), np.float32))
+    return jax.tree.map(lambda v: random.normal(size=v.shape).astype(np.float32), tree)
+
+
+def flat(tree, separator="."):
+    paths = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator=separator): v for p, v in paths}
+
+
+def save_orbax(path, tree):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, tree)
+
+
+def save_steps(path, tree):
+    with ocp.CheckpointManager(path) as manager:
+        manager.save(9, args=ocp.args.StandardSave(jax.tree.map(np.zeros_like, tree)))
+        manager.save(10, args=ocp.args.StandardSave(tree))
+
+
+WRITERS = {
+    "orbax": save_orbax,
+    "orbax, flat names": lambda path, tree: save_orbax(path, flat(tree)),
+    "orbax, steps": save_steps,
+    "msgpack": lambda path, tree: path.write_bytes(serialization.to_bytes(tree)),
+    "model.safetensors": lambda path, tree: save_file(jax.tree.map(np.asarray, flat(tree)), path),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_what_was_saved_is_read_and_its_layer_found(kind, variables, tmp_path):
+    path = tmp_path / kind.replace(", ", "-")
+    WRITERS[kind](path, {"step": np.int32(7), **variables})
+    tree = checkpoints.read(path)
+    assert jax.tree.all(
+        jax.tree.map(np.array_equal, {k: tree[k] for k in variables}, dict(variables))
+    )
+    found = checkpoints.find(tree)
+    assert list(found) == ["layers_1"]
+    layer = found["layers_1"]
+    stats, params = variables["batch_stats"]["layers_1"], variables["params"]["layers_1"]
+    np.testing.assert_array_equal(layer.state.mean, stats["mean"])
+    np.testing.assert_array_equal(layer.state.var, stats["var"])
+    np.testing.assert_array_equal(layer.params.scale, params["scale"])
+    np.testing.assert_array_equal(layer.params.bias, params["bias"])
+    assert layer.state.count is None
+
+
+def test_an_nnx_state_saved_from_eight_devices(tmp_path):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    norm = nnx.BatchNorm(16, rngs=nnx.Rngs(0))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+    state = jax.tree.map(lambda v: jax.device_put(v, spread), nnx.state(nnx.Dict(bn=norm)))
+    save_orbax(tmp_path / "nnx", state)
+    layer = checkpoints.find(checkpoints.read(tmp_path / "nnx"))["bn"]
+    np.testing.assert_array_equal(layer.state.var, np.ones(16))
+    np.testing.assert_array_equal(layer.params.scale, np.ones(16))
+
+
+def test_the_names_of_pytorch(tmp_path):
+    names = ("running_mean", "running_var", "weight", "bias")
+    tensors = {f"layer1.bn.{name}": np.full(3, i, np.float32) for i, name in enumerate(names)}
+    tensors |= {"layer1.bn.num_batches_tracked": np.array(5), "fc.weight": np.ones((2, 3))}
+    save_file(tensors, tmp_path / "torch.safetensors")
+    found = checkpoints.find(checkpoints.read(tmp_path / "torch.safetensors"))
+    assert list(found) == ["layer1/bn"]
+    params, state = found["layer1/bn"]
+    fields = (state.mean, state.var, params.scale, params.bias)
+    assert [field[0] for field in fields] == [0, 1, 2, 3]
+    assert state.count == 5
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    expected = "Expected an orbax folder, a .safetensors file, or a file of flax.serialization."
+    for name, content, kind in (
+        ("text.txt", b"hello", "a Flax msgpack file (flax.serialization.to_bytes)"),
+        ("short.safetensors", b"\x10\0\0\0\0\0\0\0{", "a safetensors file"),
+    ):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(ValueError) as error:
+            checkpoints.read(path)
+        message = str(error.value)
+        assert message.startswith(f"read: {path} cannot be read as {kind}: ")
+        assert message.endswith(f"{expected}to_bytes.")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError) as error:
+        checkpoints.read(tmp_path / "folder")
+    assert str(error.value) == (
+        f"read: {tmp_path}/folder cannot be read as an orbax checkpoint: it has no _METADATA. "
+        f"{expected}to_bytes."
+    )
+    with pytest.raises(FileNotFoundError) as missing:
+        checkpoints.read(tmp_path / "nothing")
+    assert str(missing.value) == (
+        f"read: no checkpoint at {tmp_path}/nothing: there is no such file or folder"
+    )
+    (tmp_path / "number").write_bytes(serialization.msgpack_serialize(3))
+    with pytest.raises(ValueError) as error:
+        checkpoints.read(tmp_path / "number")
+    assert str(error.value) == (
+        f"read: {tmp_path}/number holds no tree of arrays but int; expected the variables of a "
+        "model, as a Flax msgpack file (flax.serialization.to_bytes)."
+    )
+
+
+def test_a_file_that_would_execute_code_is_only_data(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (tmp_path.joinpath("executed").touch, ())
+
+    for name in ("trap", "trap.safetensors", "trap.pt"):
+        (tmp_path / name).write_bytes(pickle.dumps(Trap()))
+        with pytest.raises(ValueError, match="cannot be read as"):
+            checkpoints.read(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
