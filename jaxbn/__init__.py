@@ -25,6 +25,7 @@ __all__ = [
     "assert_replicated",
     "batch_norm",
     "checkpoint_policy",
+    "health",
     "init",
     "linen",
     "merge",
@@ -34,7 +35,7 @@ __all__ = [
     "sync_state",
 ]
 
-_LAZY = ("linen", "nnx")
+_LAZY = ("health", "linen", "nnx")
 
 
 def __getattr__(name: str) -> ModuleType:

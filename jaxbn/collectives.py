@@ -110,3 +110,10 @@ def varying(v: jax.Array, pool: Pool) -> jax.Array:
     makes that one collective instead of one for each.
     """
     return v + (0 * lax.axis_index(pool.axis_name)).astype(v.dtype)
+
+
+def one_row_a_device(leaf: jax.Array) -> bool:
+    """Whether leaf is [devices, ...] with a row on each."""
+    rows = leaf.sharding.shard_shape(leaf.shape)[0] if leaf.ndim > 1 else 0
+    devices = len(leaf.sharding.device_set)
+    return devices > 1 and rows == 1 and leaf.shape[0] == devices

@@ -39,7 +39,7 @@ def assert_replicated(state: Any) -> None:
     digests = np.full((len(arrays), jax.local_device_count(), 3), NO_DEVICE, np.uint32)
     for rows, (_, leaf) in zip(digests, arrays, strict=True):
         for row, shard in zip(rows, leaf.addressable_shards, strict=False):
-            part = "" if _one_row_a_device(leaf) else str(shard.index)
+            part = "" if collectives.one_row_a_device(leaf) else str(shard.index)
             digest = zlib.crc32(_value(shard.data).tobytes())
             row[:] = (shard.device.id, zlib.crc32(part.encode()), digest)
     # One exchange for all leaves, before any verdict: a process that raised alone would leave
@@ -79,13 +79,6 @@ def _difference(digests: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]] 
         if digest != expected:
             return place, (process, local)
     return None
-
-
-def _one_row_a_device(leaf: jax.Array) -> bool:
-    """Whether leaf is [devices, ...] with a row on each."""
-    rows = leaf.sharding.shard_shape(leaf.shape)[0] if leaf.ndim > 1 else 0
-    devices = len(leaf.sharding.device_set)
-    return devices > 1 and rows == 1 and leaf.shape[0] == devices
 
 
 def _value(v: jax.Array) -> np.ndarray:
