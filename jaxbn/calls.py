@@ -14,6 +14,7 @@ from jaxbn.layers import nnx_layers
 from jaxbn.moments import merge, moments
 
 OBSERVED = "jaxbn_observed"  # the variable beside a layer's mean and var, while it is observed
+PATH = "jaxbn_path"  # an attribute of an nnx layer meanwhile: its place, which it knows not itself
 
 
 class Call(NamedTuple):
@@ -23,6 +24,7 @@ class Call(NamedTuple):
     x: jax.Array
     mask: jax.Array | None
     train: bool  # by statistics of the batch
+    path: str = ""  # as in layers.find
 
 
 Hook = Callable[[Call, Callable[[bool], jax.Array]], tuple[jax.Array, Any]]
@@ -79,7 +81,7 @@ def hooked_apply(
             finally:
                 object.__setattr__(layer, "use_running_average", constructed)
 
-        y, record = hook(Call(layer, x, mask, not mode), run)
+        y, record = hook(Call(layer, x, mask, not mode, "/".join(layer.path)), run)
         if record is not None:
             # In batch_stats, for that is the collection every transform of the model carries.
             if layer.has_variable("batch_stats", OBSERVED):
@@ -131,10 +133,12 @@ def hooked_nnx(
     """
     found = list(nnx_layers(model))
     classes = [type(layer) for _, layer in found]
+    named = [layer for _, layer in found if not hasattr(layer, PATH)]  # not by a hook around this
     seen: dict[str, Any] = {}
-    for _, layer in found:
+    for path, layer in found:
         cls: Any = type(layer)
         object.__setattr__(layer, "__class__", _hooked_class(cls, hook, combine))
+        setattr(layer, PATH, path)
     try:
         yield seen
     finally:
@@ -143,6 +147,8 @@ def hooked_nnx(
             if hasattr(layer, OBSERVED):
                 seen[path] = getattr(layer, OBSERVED).get_value()
                 delattr(layer, OBSERVED)
+        for layer in named:
+            delattr(layer, PATH)
 
 
 @functools.lru_cache(maxsize=64)
@@ -154,7 +160,7 @@ def _hooked_class(cls: Any, hook: Hook, combine: Callable[..., Any]) -> Any:
         mode = nnx.module.first_from(
             given, self.use_running_average, error_msg="BatchNorm: use_running_average is not set"
         )
-        call = Call(self, x, mask, not mode)
+        call = Call(self, x, mask, not mode, getattr(self, PATH))
         y, record = hook(call, lambda train: cls.__call__(self, x, not train, mask=mask))
         if record is not None:
             if hasattr(self, OBSERVED):

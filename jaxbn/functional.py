@@ -5,11 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxbn import axes as axes_
 from jaxbn import collectives
 from jaxbn.derivative import Spec, normalize_by_batch
-from jaxbn.moments import across, merge_all
+from jaxbn.moments import across, merge, merge_all
 from jaxbn.normalize import normalize, rstd
 from jaxbn.state import Moments, Params, State, blend, settle
 
@@ -40,7 +41,8 @@ def batch_norm(
       x: any rank from 1 up, float16, bfloat16, float32, float64 or complex.
       params: `Params(scale, bias)`, each [C] or None; or None for neither.
       state: `State(mean, var, count)`, count None where updates need no counting; or None for no
-        running statistics (training only).
+        running statistics (training only); or a `Moments` to gather those of all calls, for
+        which momentum and unbiased mean nothing (training only).
       train: normalize by the batch and update the state, or by the state. A Python bool.
       axis: feature axis, or a tuple of them; statistics have these axes' sizes, in x's order.
       momentum: fraction of the old state kept, as in Flax and Keras; None for the cumulative
@@ -90,7 +92,8 @@ def batch_norm(
             axes_.check_features(call, f"params.{name}", leaf, x, axes)
     params = Params(*(None if leaf is None else jnp.asarray(leaf) for leaf in params))
     if state is not None:
-        state = axes_.check_kind(call, State, state)
+        gathers = isinstance(state, Moments)
+        state = state if gathers else axes_.check_kind(call, State, state)
         axes_.check_features(call, "state.mean", state.mean, x, axes)
         axes_.check_features(call, "state.var", state.var, x, axes)
         if state.count is None and momentum is None:
@@ -98,7 +101,7 @@ def batch_norm(
                 f"{call}: state.count=None with momentum=None, but the cumulative average weighs "
                 f"by the updates so far; start from jaxbn.init(features), or write momentum=0.99."
             )
-        state = settle(state, x)
+        state = state if gathers else settle(state, x)
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
     axes_.check_dtype(call, dtype)
 
@@ -107,6 +110,11 @@ def batch_norm(
             raise ValueError(
                 f"{call}: state=None with train=False, but eval normalizes by the running "
                 f"statistics; pass the State that training returned, or write train=True."
+            )
+        if gathers:
+            raise ValueError(
+                f"{call}: state is a Moments with train=False, but moments are gathered of batches "
+                f"that are normalized by their own; pass a State, or write train=True."
             )
         y = normalize(x, state.mean, rstd(state.var, epsilon), params, axes, dtype)
         return y, state
@@ -126,9 +134,18 @@ def batch_norm(
         spec = Spec(axes, epsilon, None, dtype)
         y, moments = _by_ghosts(spec, x, params, mask, batch_axis, ghosts)
         moments = across(moments, pool)
-    if state is not None:
-        state = blend(state, moments, momentum, unbiased)
-    return y, state
+    if state is None:
+        return y, None
+    if gathers:
+        return y, _gathered(state, moments)
+    return y, blend(state, moments, momentum, unbiased)
+
+
+def _gathered(state: Moments, moments: Moments) -> Moments:
+    """The two merged, in the wider of their dtypes; no gradient passes."""
+    kinds = [axes_.promote(a.dtype, b.dtype) for a, b in zip(state, moments, strict=True)]
+    both = (Moments(*map(lax.convert_element_type, m, kinds)) for m in (state, moments))
+    return jax.tree.map(lax.stop_gradient, merge(*both))
 
 
 def _by_ghosts(

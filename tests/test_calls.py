@@ -114,6 +114,31 @@ def test_a_hook_may_run_the_linen_layer_in_the_other_mode(in_call, train):
     assert seen == {"BatchNorm_0": train}
 
 
+def paths(call, run):
+    seen_paths.append(call.path)
+    return run(call.train), None
+
+
+seen_paths = []
+
+
+@pytest.mark.parametrize("kind", ["plain", "remat", "scan"])
+def test_a_call_knows_its_path(kind):
+    model = Linen(linen.BatchNorm, kind)
+    variables = model.init(jax.random.key(0), X)
+    seen_paths.clear()
+    calls.hooked_apply(model.apply, paths)(variables, X)
+    assert set(seen_paths) == set(layers.find(variables))
+    model = Nnx(nnx.BatchNorm, nnx.Rngs(0))
+    before = jax.tree.structure(nnx.state(model)), set(vars(model.norms[0]))
+    with calls.hooked_nnx(model):
+        for _ in range(2):
+            with calls.hooked_nnx(model, paths):
+                (nnx.remat(Nnx.__call__) if kind == "remat" else Nnx.__call__)(model, X)
+    assert seen_paths[-1] == "norms/0"
+    assert (jax.tree.structure(nnx.state(model)), set(vars(model.norms[0]))) == before
+
+
 def test_masks_reach_the_record():
     model = jaxbn.linen.BatchNorm(use_running_average=False)
     mask = (np.arange(8) < 5)[:, None]

@@ -17,7 +17,7 @@ FLOORS = (
     ("moments", "normalize", "kernels", "policy"),
     ("derivative",),
     ("functional", "layers"),
-    ("calls", "checkpoints", "findings"),
+    ("calls", "checkpoints", "findings", "selection", "selection"),
     ("gap", "drift"),
     # No tool imports another.
     ("linen", "nnx", "replicas", "recalibrate", "freeze", "fold", "convert", "export", "health"),

@@ -1,0 +1,63 @@
+"""Which of a model's batch norm layers a tool is asked to work on."""
+
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from jaxbn.layers import Layer, find
+
+Where = str | Sequence[str] | Callable[[str], bool]
+
+
+def match(where: Where, path: str) -> bool:
+    """Whether `where` means the layer at path: a glob, several of them, or a predicate.
+
+    `*` is any text, slashes too, so "stage1/*" is all within stage1.
+
+    >>> from jaxbn import selection
+    >>> [selection.match("*/bn", p) for p in ("a/bn", "a/b/bn", "bn")]
+    [True, True, False]
+    """
+    if callable(where):
+        return bool(where(path))
+    globs = [where] if isinstance(where, str) else where
+    return any(fnmatchcase(path, glob) for glob in globs)
+
+
+def select(call: str, tree: Any, where: Where) -> dict[str, Layer]:
+    """The layers of the tree (as in `layers.find`) that `where` means: at least one.
+
+    Raises:
+      ValueError: the tree has no batch norm layer, or none that `where` means.
+
+    >>> import jaxbn
+    >>> from jaxbn import selection
+    >>> tree = {"a": jaxbn.init(2)[1], "b": jaxbn.init(2)[1]}
+    >>> list(selection.select("freeze", tree, "a*"))
+    ['a']
+    """
+    found = find(tree)
+    if not found:
+        raise ValueError(
+            f"{call}: no batch norm layer in this {type(tree).__name__}; expected variables with "
+            f'"batch_stats", an nnx model that holds a BatchNorm, or a tree of jaxbn.State.'
+        )
+    chosen = {path: layer for path, layer in found.items() if match(where, path)}
+    if not chosen:
+        raise ValueError(
+            f"{call}: where={where!r} means none of the batch norm layers {listed(found)}; expected "
+            f'a glob such as "{next(iter(found))}", several of them, or a function of the path.'
+        )
+    return chosen
+
+
+def listed(paths: Iterable[str], most: int = 12) -> str:
+    """Paths for an error: the first so many, and how many there are besides.
+
+    >>> from jaxbn import selection
+    >>> selection.listed("abc", most=2)
+    "['a', 'b'] and 1 more"
+    """
+    paths = list(paths)
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return f"{paths[:most]}{more}"
