@@ -25,6 +25,7 @@ __all__ = [
     "assert_replicated",
     "batch_norm",
     "checkpoint_policy",
+    "convert",
     "health",
     "init",
     "linen",
@@ -35,7 +36,7 @@ __all__ = [
     "sync_state",
 ]
 
-_LAZY = ("health", "linen", "nnx")
+_LAZY = ("convert", "health", "linen", "nnx")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -12,12 +12,12 @@ import jaxbn
 
 ROOT = pathlib.Path(jaxbn.__file__).parent
 FLOORS = (
-    ("axes", "collectives"),
-    ("state",),
-    ("moments", "normalize", "kernels", "policy"),
+    ("axes", "collectives", "state_dicts", "tensors"),
+    ("state", "layouts", "matching", "variables"),
+    ("moments", "normalize", "kernels", "policy", "peers"),
     ("derivative",),
     ("functional", "layers"),
-    ("calls", "checkpoints", "findings", "selection", "selection"),
+    ("calls", "checkpoints", "findings", "transfer", "selection", "selection"),
     ("gap", "drift"),
     # No tool imports another.
     ("linen", "nnx", "replicas", "recalibrate", "freeze", "fold", "convert", "export", "health"),

@@ -1,0 +1,91 @@
+"""The arrays of two models: what comes, where it goes, and the report of what was done."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Role(NamedTuple):
+    """What an array is to its layer."""
+
+    leaf: str  # kernel, bias, scale, mean, var, …: the last part of its path
+    transpose_kernel: bool | None = None  # that of a transposed convolution; None: it is no such
+    flattened: tuple[int, ...] | None = None  # (H, W, C) that a dense layer sees as H * W * C
+
+
+class Tensor(NamedTuple):
+    """One array of the source."""
+
+    key: str
+    layer: str
+    form: Callable[[Role], tuple[str, np.ndarray] | None]  # role → how, value; None: it has no such
+    array: np.ndarray
+
+
+class Slot(NamedTuple):
+    """A place in the target."""
+
+    path: str
+    layer: str
+    role: Role
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+class Move(NamedTuple):
+    """One array that was converted."""
+
+    source: str  # its key there
+    target: str  # its path here
+    shape: tuple[int, ...]  # here
+    how: str  # what was done to it
+
+
+class Report(NamedTuple):
+    """What a conversion did; `print(report)` is a table.
+
+    >>> from jaxbn.tensors import Move, Report
+    >>> how = "OI → IO"
+    >>> print(
+    ...     Report((Move("fc.weight", "params/fc/kernel", (4, 2), how),), "names", (), (), {}, ())
+    ... )
+    source     target            shape  how
+    fc.weight  params/fc/kernel  4x2    OI → IO
+    1 array, matched by names
+    """
+
+    moves: tuple[Move, ...]
+    matched_by: str  # "names", "order" (numbers in the names, or shapes), "rename"
+    dropped: tuple[str, ...]  # keys of the source without a place in the target
+    kept: tuple[str, ...]  # paths of the target that stay as they were
+    batch_norm: Mapping[str, Mapping[str, Any]]  # layer → arguments with which it goes on as there
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        rows = [("source", "target", "shape", "how")]
+        rows += [
+            (m.source, m.target, "x".join(map(str, m.shape)) or "()", m.how) for m in self.moves
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        plural = "" if len(self.moves) == 1 else "s"
+        lines.append(f"{len(self.moves)} array{plural}, matched by {self.matched_by}")
+        lines += [f"dropped: {_short(self.dropped)}"] * bool(self.dropped)
+        lines += [f"kept: {_short(self.kept)}"] * bool(self.kept)
+        for text, names in _grouped(self.batch_norm).items():
+            lines.append(f"BatchNorm({text}) for {_short(names)}")
+        return "\n".join([*lines, *self.notes])
+
+
+def _short(names: Iterable[str], most: int = 4) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _grouped(batch_norm: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for layer, arguments in batch_norm.items():
+        text = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        groups.setdefault(text, []).append(layer or "the layer")
+    return groups

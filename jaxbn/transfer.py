@@ -1,0 +1,59 @@
+"""Tensors of any source into Flax's variables: all of them, or an error with all that is wrong."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+from jaxbn.layers import is_nnx, nnx_layers
+from jaxbn.matching import Match, Rename, match, refuse
+from jaxbn.tensors import Report, Tensor
+from jaxbn.variables import Variables
+
+
+def into_flax(
+    call: str,
+    tensors: Iterable[Tensor],
+    like: Any,
+    target: Variables,
+    rename: Rename | None,
+    keep: Iterable[str],
+    arguments_of: Callable[[str], Mapping[str, Any] | None],  # by layer of the source
+    notes: Iterable[str],
+) -> tuple[Any, Report]:
+    """`like` with the tensors in it, and the report."""
+    found = match(tensors, target.slots, rename, keep)
+    problems, notes = target.problems + found.problems, list(notes)
+    kept = set(found.kept)
+    for slot, leaf in zip(target.slots, target.leaves, strict=True):
+        if slot.path in kept and isinstance(leaf, jax.ShapeDtypeStruct):
+            problems.append(f"keep: {slot.path} is a shape; expected an array that can stay")
+    source_of = {t: s for s, t in found.layers.items()}
+    counted = {slot.layer for slot in target.slots if slot.role.leaf == "count"}
+    modules = dict(nnx_layers(like)) if is_nnx(like) else {}
+    batch_norm: dict[str, Mapping[str, Any]] = {}
+    for layer in (slot.layer for slot in target.slots if slot.role.leaf == "mean"):
+        if layer not in source_of or (arguments := arguments_of(source_of[layer])) is None:
+            continue
+        batch_norm[layer] = arguments
+        if arguments["momentum"] is None and layer not in counted:
+            problems.append(
+                f"missing, in the target: a count in {layer!r}: BatchNorm(momentum=None)"
+            )
+        has = {name: getattr(modules.get(layer), name, None) for name in arguments}
+        if layer not in modules:
+            continue
+        if has["epsilon"] != arguments["epsilon"]:
+            problems.append(
+                f"epsilon: {layer!r} has {has['epsilon']}, the source {arguments['epsilon']}"
+            )
+        other = [f"{k}={has[k]!r}" for k in ("momentum", "unbiased") if has[k] != arguments[k]]
+        notes += [f"{layer} of like has {', '.join(other)}"] if other else []
+    refuse(call, problems)
+    return target.build(found.values), report_of(found, batch_norm, notes)
+
+
+def report_of(found: Match, batch_norm: Mapping[str, Any], notes: Iterable[str]) -> Report:
+    """The report of a match without problems."""
+    parts = tuple(found.moves), found.by, tuple(found.dropped), tuple(found.kept)
+    return Report(*parts, batch_norm, tuple(notes))
