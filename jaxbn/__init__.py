@@ -34,9 +34,11 @@ __all__ = [
     "moments",
     "nnx",
     "sync_state",
+    "watch",
+    "writers",
 ]
 
-_LAZY = ("convert", "health", "linen", "nnx")
+_LAZY = ("convert", "health", "linen", "nnx", "watch", "writers")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -22,7 +22,7 @@ def find(tree: Any) -> dict[str, Layer]:
     Args:
       tree: linen's variables (`params` and `batch_stats`, or batch_stats alone), an nnx module or
         its state, or a tree of dicts with `Params` and `State` or mappings that hold "mean" and
-        "var" in it. Shapes in place of arrays do as well.
+        "var" in it. Shapes in place of arrays do as well, and gradients under `params`.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> from jaxbn import layers
@@ -32,8 +32,8 @@ def find(tree: Any) -> dict[str, Layer]:
     [('layers_1', (3,))]
     """
     tree = _plain(tree)
-    stats = tree.get("batch_stats", tree) if isinstance(tree, Mapping) else tree
-    weights = tree.get("params", {}) if stats is not tree else stats
+    stats = _plain(tree.get("batch_stats", tree)) if isinstance(tree, Mapping) else tree
+    weights = _plain(tree.get("params", {})) if stats is not tree else stats
     return {path: _layer(node, _at(weights, path)) for path, node in _nodes(stats)}
 
 

@@ -17,10 +17,11 @@ FLOORS = (
     ("moments", "normalize", "kernels", "policy", "peers"),
     ("derivative",),
     ("functional", "layers"),
-    ("calls", "checkpoints", "findings", "transfer", "selection", "selection"),
-    ("gap", "drift"),
+    ("calls", "checkpoints", "findings", "transfer", "selection"),
+    ("gap", "drift", "watch"),
     # No tool imports another.
     ("linen", "nnx", "replicas", "recalibrate", "freeze", "fold", "convert", "export", "health"),
+    ("writers",),
     ("cli", "__main__"),
 )
 FLOOR = {module: i for i, floor in enumerate(FLOORS) for module in floor}
