@@ -49,10 +49,11 @@ def hooked_apply(
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """A linen model's `apply` that returns `(what apply returns, path → what the hook recorded)`.
 
-    `hook(call, run)` returns `(y, record)`: `run(train)` is the layer itself, in either mode.
-    Records of a layer that is called twice are combined. Works under every Flax and JAX
-    transform, `nn.scan` (records stacked as its variables are), `nn.remat` and `nn.vmap` among
-    them, and for a model that was called in eval mode.
+    `hook(call, run)` returns `(y, record)`: `run(train)` is the layer itself, in either mode; in
+    train mode it updates the statistics, so where both are wanted eval mode comes first. Records
+    of a layer that is called twice are combined. Works under every Flax and JAX transform,
+    `nn.scan` (records stacked as its variables are), `nn.remat` and `nn.vmap` among them, and for
+    a model that was called in eval mode.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> from jaxbn import calls
@@ -80,6 +81,8 @@ def hooked_apply(
                 return layer_call(x, not train, mask=mask)
             finally:
                 object.__setattr__(layer, "use_running_average", constructed)
+                # As Flax after a call: a second one meets the variables of the first.
+                object.__setattr__(layer, "scope", layer.scope.rewound())
 
         y, record = hook(Call(layer, x, mask, not mode, "/".join(layer.path)), run)
         if record is not None:

@@ -42,6 +42,10 @@ KINDS = {  # worst first: what each figure is
     "exploding": "largest |scale| or |bias|",
     "dead": "smallest sd of the normalized x, or smallest |scale| beside the layer's rms",
     "few_values": "values per channel behind the batch's statistics",
+    # Of `jaxbn.health.gap`:
+    "padding": "share of the cells that are padding",
+    "unbiased": "by how much eval's sd is the larger for n / (n - 1)",
+    "gap": "RMS of train minus eval output, by the sd of train's",
 }
 
 
@@ -61,6 +65,7 @@ class Limits(NamedTuple):
         0.25  # relative RMS between train and eval: the divergence above in a layer's output
     )
     gap_noise: float = 6.0  # / rows, added to the square: 4 times the 3 / 2 of Gaussian rows
+    bessel: float = 0.05  # sqrt(n / (n - 1)) - 1: fewer than 11 values
 
 
 class Distance(NamedTuple):
@@ -117,9 +122,9 @@ def distance(running: Any, batch: Moments, epsilon: float = 1e-5) -> Distance:
     ([0.25, 0.25], [-0.5, 0.0], [0.0, 0.693])
     """
     v, w = _wide(batch.var) + epsilon, _wide(running.var) + epsilon
-    d = np.abs(difference := _wide(running.mean) - _wide(batch.mean))
-    divergence = ((v - w) ** 2 / (v * w) + d**2 / v + d**2 / w) / 2
-    with np.errstate(divide="ignore", invalid="ignore"):  # of a negative running variance
+    with np.errstate(all="ignore"):  # of what is not finite, or negative
+        d = np.abs(difference := _wide(running.mean) - _wide(batch.mean))
+        divergence = ((v - w) ** 2 / (v * w) + d**2 / v + d**2 / w) / 2
         return Distance(divergence, difference / np.sqrt(v), np.log(w / v))
 
 
@@ -227,7 +232,11 @@ def _hardly(share: float, momentum: float | None, limits: Limits, found: Found) 
 
 
 def _batch(moments: Moments, setting: Setting, limits: Limits, found: Found) -> list[Finding]:
-    """Statistics of the batch that are over too little."""
+    """Statistics of the batch that are no statistics, or over too little."""
+    bad = ~(np.isfinite(_wide(moments.mean)) & np.isfinite(_wide(moments.var)))
+    if bad.any():
+        remedy = "look at the data, and at the layers before: what comes to this one is not finite"
+        return [found("not_finite", ERROR, bad.sum(), 0, remedy, bad[None])]
     n = float(np.min(_wide(moments.count), initial=np.inf))
     if not 0 < n < limits.values:
         return []
@@ -239,28 +248,38 @@ def _stale(
     state: Any, moments: Moments, setting: Setting, limits: Limits, found: Found
 ) -> list[Finding]:
     """Running statistics far from those of the batch, and whether their start explains it."""
-    n = float(np.min(_wide(moments.count), initial=np.inf))
-    rows = min(n, n if setting.rows is None else setting.rows)
-    if rows <= 1:  # one row has no variance to speak of
-        return []
-    limit = limits.divergence + limits.divergence_noise / rows
-    apart = distance(state, moments, setting.epsilon).divergence
-    figure = float(np.quantile(apart, 0.75))
+    figure, limit, apart = divergence(state, moments, setting, limits)
     if not figure > limit:
         return []
     share = initial_share(state, moments, setting.epsilon)
     if limits.initial_share < share < 1:
-        learned = Moments(
-            moments.count, state.mean / (1 - share), (state.var - share) / (1 - share)
-        )
-        if (learned.var >= 0).mean() >= 0.75:
-            learned = learned._replace(var=np.maximum(learned.var, 0))
-            rest = distance(learned, moments, setting.epsilon).divergence
-            if float(np.quantile(rest, 0.75)) <= limit:
+        mean, var = state.mean / (1 - share), (state.var - share) / (1 - share)
+        if (var >= 0).mean() >= 0.75:
+            learned = State(mean, np.maximum(var, 0), None)
+            if divergence(learned, moments, setting, limits)[0] <= limit:
                 return _hardly(share, setting.momentum, limits, found)
     remedy = f"{RECALIBRATE}, or over the data at hand if that is what it will serve"
     severity = ERROR if figure > 1 + limit else WARNING
     return [found("stale", severity, figure, limit, remedy, (apart > limit)[None])]
+
+
+def divergence(
+    state: Any, moments: Moments, setting: Setting, limits: Limits
+) -> tuple[float, float, np.ndarray]:
+    """Upper quartile of the channels' divergences, what it may be for so many rows, and all [C].
+
+    Of one row, which has no variance to speak of, it may be anything.
+    """
+    apart = distance(state, moments, setting.epsilon).divergence
+    rows = rows_of(moments, setting)
+    limit = limits.divergence + limits.divergence_noise / rows if rows > 1 else math.inf
+    return float(np.quantile(apart, 0.75)) if apart.size else 0.0, limit, apart
+
+
+def rows_of(moments: Moments, setting: Setting) -> float:
+    """Independent rows behind the moments, at least 1."""
+    n = float(np.min(_wide(moments.count), initial=np.inf))
+    return max(1.0, n if setting.rows is None else min(n, setting.rows))
 
 
 def initial_share(running: Any, batch: Moments, epsilon: float = 1e-5) -> float:

@@ -23,16 +23,20 @@ from jaxbn.findings import (
     setting_of,
     worst_first,
 )
+from jaxbn.gap import Gap, LayerGap, gap
 from jaxbn.state import Moments
 
 __all__ = [
     "KINDS",
     "Distance",
     "Finding",
+    "Gap",
+    "LayerGap",
     "Limits",
     "Row",
     "check",
     "distance",
+    "gap",
     "initial_share",
     "summary",
     "worst_first",
@@ -113,7 +117,7 @@ class Row(NamedTuple):
 
     layer: str
     features: tuple[int, ...]
-    count: int | None  # updates; None where they are not counted
+    count: int | None  # type: ignore[assignment]  # updates; None where they are not counted
     worst: Finding | None
     findings: int
     figures: dict[
