@@ -1,222 +1,18 @@
-"""Where the figures of a watched training run go: TensorBoard, JSON lines, Prometheus."""
+"""Where the figures of a watched training run go, when, from which process, and if that fails."""
 
-import json
-import math
 import os
-import struct
-import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 import jax
-import numpy as np
 
-from jaxbn.watch import METRICS, Channels, Record, channels, metrics
+from jaxbn.formats import JSONLines, Prometheus, TensorBoard, Writer, reason
+from jaxbn.watch import Record, channels, metrics
 
-Figures = Mapping[str, Mapping[str, float]]  # layer → metric → figure
-
-
-class Writer:
-    """Where figures go; a class of your own with `write` does for `Log` as well.
-
-    >>> from jaxbn import writers
-    >>> class Print(writers.Writer):
-    ...     def write(self, step, figures, arrays):
-    ...         print(step, figures["bn"]["scale_abs_min"])
-    >>> Print().write(50, {"bn": {"scale_abs_min": 0.5}}, {})
-    50 0.5
-    """
-
-    def write(self, step: int, figures: Figures, arrays: Mapping[str, Channels]) -> None:
-        """All of a step or nothing: layer → metric → figure, and layer → name → [C]."""
-        raise NotImplementedError
-
-    def rewind(self, step: int) -> None:
-        """Training goes on from this step: what was written of it and of later ones is void."""
-
-    def close(self) -> None:
-        """Nothing more will be written."""
-
-
-class JSONLines(Writer):
-    """A line a step, `{"step": 50, "layers": {"bn1": {"batch_var_min": 0.25, …}, …}}`.
-
-    NaN and infinity, which JSON has not, are null. A file that is there is continued; half a
-    line, which a kill may leave at its end, is cut off.
-
-    Raises:
-      OSError: the file cannot be written.
-
-    >>> import pathlib, tempfile
-    >>> from jaxbn import writers
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = pathlib.Path(folder, "watch.jsonl")
-    ...     writers.JSONLines(path).write(50, {"bn": {"scale_abs_min": 0.5}}, {})
-    ...     print(path.read_text(), end="")
-    {"step": 50, "layers": {"bn": {"scale_abs_min": 0.5}}}
-    """
-
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = _new_or_there("JSONLines", Path(path))
-        whole = self.path.read_bytes().rfind(b"\n") + 1
-        os.truncate(self.path, whole)
-
-    def write(self, step: int, figures: Figures, arrays: Mapping[str, Channels]) -> None:
-        """Append the step's line."""
-        layers = {
-            layer: {k: v if math.isfinite(v) else None for k, v in of_layer.items()}
-            for layer, of_layer in figures.items()
-        }
-        line = json.dumps({"step": step, "layers": layers}, allow_nan=False) + "\n"
-        _append(self.path, line.encode())
-
-    def rewind(self, step: int) -> None:
-        """Drop the lines of this step and of later ones."""
-        lines = self.path.read_text().splitlines(keepends=True)
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(x for x in lines if json.loads(x)["step"] < step))
-        os.replace(temporary, self.path)
-
-
-class TensorBoard(Writer):
-    """An event file in the folder: scalars `metric/layer`, histograms `array/layer` of channels.
-
-    Needs tensorboardX, whose formats it takes and whose thread it does not: after a full disk
-    that thread would be dead, its queue full, and the training run waiting on it for good.
-
-    Raises:
-      ModuleNotFoundError: tensorboardX is not installed.
-      OSError: the folder cannot be written.
-
-    >>> import os, tempfile
-    >>> from jaxbn import writers
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     writers.TensorBoard(folder).write(50, {"bn": {"scale_abs_min": 0.5}}, {})
-    ...     print([name.split(".")[2] for name in os.listdir(folder)])
-    ['tfevents']
-    """
-
-    def __init__(self, folder: str | os.PathLike[str]):
-        try:
-            import tensorboardX.proto.event_pb2  # noqa: F401
-        except ImportError:
-            raise ModuleNotFoundError(
-                "TensorBoard: needs the package tensorboardX, which is not installed; write "
-                "pip install 'jaxbn[watch]'."
-            ) from None
-        # To the nanosecond: a second file of the same second must not be the first one.
-        name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
-        self.path = _new_or_there("TensorBoard", Path(folder) / name)
-        self._event(file_version="brain.Event:2")
-
-    def write(self, step: int, figures: Figures, arrays: Mapping[str, Channels]) -> None:
-        """Append the step's scalars and histograms, in one event."""
-        from tensorboardX import summary
-        from tensorboardX.proto.summary_pb2 import Summary
-
-        parts = [
-            summary.scalar(f"{metric}/{layer or '.'}", figure)
-            for layer, of_layer in figures.items()
-            for metric, figure in of_layer.items()
-        ]
-        for layer, of_channels in arrays.items():
-            for name, v in of_channels.items():
-                # float32, for NumPy refuses to put bins between neighbours in float64.
-                with np.errstate(over="ignore"):
-                    v = (np.abs(v) if np.iscomplexobj(v) else v).astype(np.float32)
-                if (v := v[np.isfinite(v)]).size:
-                    parts.append(summary.histogram(f"{name}/{layer or '.'}", v, bins=BINS))
-        self._event(step=step, summary=Summary(value=[v for part in parts for v in part.value]))
-
-    def rewind(self, step: int) -> None:
-        """Tell the reader to drop the events of this step and of later ones."""
-        from tensorboardX.proto.event_pb2 import SessionLog
-
-        self._event(step=step, session_log=SessionLog(status=SessionLog.START))
-
-    def _event(self, **fields: Any) -> None:
-        """Append an event as a TFRecord: length, its checksum, the event, its checksum."""
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.record_writer import masked_crc32c
-
-        event = Event(wall_time=time.time(), **fields).SerializeToString()
-        length = struct.pack("<Q", len(event))
-        sums = (struct.pack("<I", masked_crc32c(part)) for part in (length, event))
-        _append(self.path, length + next(sums) + event + next(sums))
-
-
-BINS = 20  # of a histogram; TensorBoard itself shows 30
-
-
-class Prometheus(Writer):
-    """The latest figures at `http://127.0.0.1:PORT/metrics`, from a registry of their own.
-
-    Gauges `jaxbn_layer_<metric>{layer="…"}` and `jaxbn_step`. A scrape sees one step's figures,
-    never parts of two. Other machines are served where `address` is one of this machine's
-    that they reach, or "0.0.0.0"; there is no password, so that is for a network you trust.
-
-    Attributes:
-      url: where the figures are.
-
-    Raises:
-      OSError: the port is taken, or address and port are none.
-
-    >>> import urllib.request
-    >>> from jaxbn import writers
-    >>> writer = writers.Prometheus(port=0)  # any that is free
-    >>> writer.write(50, {"bn": {"scale_abs_min": 0.5}}, {})
-    >>> text = urllib.request.urlopen(writer.url).read().decode()
-    >>> writer.close()
-    >>> [line for line in text.splitlines() if line.startswith("jaxbn_layer")]
-    ['jaxbn_layer_scale_abs_min{layer="bn"} 0.5']
-    """
-
-    def __init__(self, port: int = 9464, address: str = "127.0.0.1"):
-        from prometheus_client import CollectorRegistry, start_http_server
-
-        self._latest: tuple[int, Figures] | None = None
-        registry = CollectorRegistry()
-        registry.register(self)
-        try:
-            self._server, self._thread = start_http_server(port, address, registry)
-        except (OSError, OverflowError) as error:
-            raise OSError(
-                f"Prometheus: cannot listen at {address}:{port} ({_reason(error)}), expected an "
-                f"address of this machine and a port that is free; write port=0 for any free one."
-            ) from None
-        self.url = f"http://{address}:{self._server.server_port}/metrics"
-
-    def write(self, step: int, figures: Figures, arrays: Mapping[str, Channels]) -> None:
-        """Show these figures from the next scrape on."""
-        self._latest = step, figures
-
-    def rewind(self, step: int) -> None:
-        """Show nothing until the next `write`."""
-        self._latest = None
-
-    def collect(self) -> Iterator[Any]:
-        """What a scrape gets; prometheus_client calls it."""
-        from prometheus_client.core import GaugeMetricFamily
-
-        if self._latest is None:
-            return
-        step, figures = self._latest
-        yield GaugeMetricFamily("jaxbn_step", "Training step of these figures.", value=step)
-        for name, metric in METRICS.items():
-            family = GaugeMetricFamily(f"jaxbn_layer_{name}", metric.help, labels=["layer"])
-            for layer, of_layer in figures.items():
-                if name in of_layer:
-                    family.add_metric([layer or "."], of_layer[name])
-            yield family
-
-    def close(self) -> None:
-        """End the server; the port is free again."""
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+__all__ = ["NAMES", "JSONLines", "Log", "Prometheus", "TensorBoard", "Writer", "open"]
 
 
 class Log:
@@ -291,7 +87,7 @@ class Log:
                 self.writers.remove(writer)
                 with suppress(Exception):
                     writer.close()
-                failed.append(f"{type(writer).__name__}: {_reason(error)}")
+                failed.append(f"{type(writer).__name__}: {reason(error)}")
         # After all have had their turn: a warning may be an error in this program.
         for what in failed:
             warnings.warn(
@@ -356,32 +152,3 @@ def open(
         log.close()
         raise
     return log
-
-
-def _new_or_there(call: str, path: Path) -> Path:
-    """The path of a file that can be appended to, made if it was not there."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("ab").close()
-    except OSError as error:
-        raise OSError(
-            f"{call}: cannot write {path} ({_reason(error)}), expected a folder that this process "
-            f"may write in."
-        ) from None
-    return path
-
-
-def _append(path: Path, data: bytes) -> None:
-    """All of data at the end of the file, or none of it."""
-    size = path.stat().st_size
-    try:
-        with path.open("ab") as file:
-            file.write(data)
-    except OSError:
-        with suppress(OSError):
-            os.truncate(path, size)
-        raise
-
-
-def _reason(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"

@@ -21,6 +21,7 @@ FLOORS = (
     ("gap", "drift", "watch"),
     # No tool imports another.
     ("linen", "nnx", "replicas", "recalibrate", "freeze", "fold", "convert", "export", "health"),
+    ("formats",),
     ("writers",),
     ("cli", "__main__"),
 )
