@@ -10,6 +10,7 @@ first use, so the functional core needs jax alone.
 import importlib
 from types import ModuleType
 
+from jaxbn.fold import FoldReport, fold
 from jaxbn.functional import batch_norm
 from jaxbn.moments import merge, moments
 from jaxbn.policy import checkpoint_policy
@@ -19,6 +20,7 @@ from jaxbn.state import Moments, Params, State, init
 __version__ = "0.1.0"
 
 __all__ = [
+    "FoldReport",
     "Moments",
     "Params",
     "State",
@@ -26,6 +28,7 @@ __all__ = [
     "batch_norm",
     "checkpoint_policy",
     "convert",
+    "fold",
     "health",
     "init",
     "linen",

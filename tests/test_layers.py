@@ -12,9 +12,9 @@ import jaxbn
 
 ROOT = pathlib.Path(jaxbn.__file__).parent
 FLOORS = (
-    ("axes", "collectives", "state_dicts", "tensors"),
-    ("state", "layouts", "matching", "variables"),
-    ("moments", "normalize", "kernels", "policy", "peers"),
+    ("axes", "collectives", "jaxprs", "state_dicts", "tensors"),
+    ("state", "affine", "layouts", "matching", "variables"),
+    ("moments", "normalize", "kernels", "policy", "peers", "rewrite"),
     ("derivative",),
     ("functional", "layers"),
     ("calls", "checkpoints", "findings", "transfer", "selection"),

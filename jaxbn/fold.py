@@ -1,0 +1,288 @@
+"""`fold`: a trained network without its norms, which went into the kernels beside them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbn.affine import CONTRACTIONS, transparent
+from jaxbn.axes import promote
+from jaxbn.jaxprs import Program, batch_statistics, evaluate, floating, known, trace
+from jaxbn.rewrite import Rewrite, Row
+
+
+class FoldSite(NamedTuple):
+    """One convolution or dot with a constant kernel, or one norm that stays; as printed."""
+
+    name: str  # "0 conv 3x3, 3 -> 8 ResNet/conv_init"
+    folded: bool | None  # None where there is nothing to fold
+    note: str  # what was folded, or why not
+    absolute: float | None  # largest error of its own on the example; None where not folded
+    relative: float | None  # the same over the largest value
+
+
+class FoldReport(NamedTuple):
+    """What `fold` did: its sites in order, and the largest error of fn's results on the example.
+
+    Printed, it is a table.
+
+    >>> import jax.numpy as jnp, jaxbn
+    >>> w, mean, scale = jnp.ones((3, 2)), jnp.array([[1.0, 0.0]]), jnp.array([[2.0, -4.0]])
+    >>> _, report = jaxbn.fold(lambda x: (x @ w - mean) * scale, jnp.eye(3))
+    >>> print(report)
+    site            folded  what or why not  absolute  relative
+    0 dense 3 -> 2  yes     sub, mul          0.0e+00   0.0e+00
+    result                  1 site of 1       0.0e+00   0.0e+00
+    """
+
+    sites: tuple[FoldSite, ...]
+    absolute: float
+    relative: float
+    tolerance: float
+
+    @property
+    def folded(self) -> tuple[FoldSite, ...]:
+        """The sites that were folded."""
+        return tuple(site for site in self.sites if site.folded)
+
+    def __str__(self) -> str:
+        def error(v: float | None) -> str:
+            return "" if v is None else f"{v:.1e}"
+
+        word = {True: "yes", False: "no", None: "-"}
+        total = f"{len(self.folded)} site{'s' * (len(self.folded) != 1)} of {len(self.sites)}"
+        rows = [("site", "folded", "what or why not", "absolute", "relative")]
+        rows += [
+            (s.name, word[s.folded], s.note, error(s.absolute), error(s.relative))
+            for s in self.sites
+        ]
+        rows += [("result", "", total, error(self.absolute), error(self.relative))]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = (
+            [cell.ljust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
+            + [cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True)]
+            for row in rows
+        )
+        return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def fold(
+    fn: Callable[..., Any], *example_args: Any, tolerance: float | None = None
+) -> tuple[Callable[..., Any], FoldReport]:
+    """A function that equals `fn`, with its norms in the kernels and biases beside them.
+
+    In inference a norm is `x * a + b` per channel, so `(W x + c) * a + b = (W a) x + (c a + b)`:
+    Jacob et al. 2018, section 3.2. `fn` is traced, so it does not matter which library wrote it.
+    After each convolution and dot with a constant kernel, the additions, subtractions,
+    multiplications and divisions by constants of each channel are folded, through reshapes,
+    transposes and casts that keep channels apart; before one too, where it pads with no zeros.
+    All in float64, cast once. What is read elsewhere as well stays as it is.
+
+    Args:
+      fn: an inference function of arrays, or trees of them, with its weights closed over. It is
+        traced again for each new shape, with the weights of now.
+      example_args: a batch to trace with, and to measure errors on.
+      tolerance: the largest error that is no fault, over the largest value, for each site and
+        for fn's results; by default 1e-5 in float32, 1e-12 in float64, and 4 units in the last
+        place of bfloat16 or float16.
+
+    Returns:
+      `(folded, report)`: a function for any batch size, under `jit`, `vmap` and `grad`, and for
+      `jax.export`; and what became of each site.
+
+    Raises:
+      TypeError: fn is no function, or an argument is no array.
+      ValueError: fn is in training mode, or there is nothing to fold, or an error is above
+        tolerance; the message names the place.
+
+    >>> import jax, jax.numpy as jnp, jaxbn
+    >>> params, state = jaxbn.init(2)
+    >>> state = state._replace(mean=jnp.array([1.0, 2.0]))
+    >>> w = jnp.ones((3, 2))
+    >>> def fn(x):
+    ...     return jaxbn.batch_norm(x @ w, params, state, train=False)[0]
+    >>> folded, report = jaxbn.fold(fn, jnp.eye(3))
+    >>> print([site.note for site in report.folded])
+    ['sub, mul, add']
+    >>> print(str(jax.make_jaxpr(folded)(jnp.eye(3))).count("sub"))
+    0
+    """
+    _check_arguments(fn, example_args, tolerance)
+    example_args = jax.tree.map(jnp.asarray, example_args)
+    try:
+        where = batch_statistics(fn, example_args)
+    except Exception as error:
+        error.add_note(
+            "fold: fn failed while it was traced; expected an inference function of the example "
+            "arguments: a module in eval mode (use_running_average=True, model.eval()), with no "
+            "variable written."
+        )
+        raise
+    if where is not None:
+        raise ValueError(
+            f"fold: {where} normalizes by statistics of the batch, expected a function in "
+            f"inference mode; write train=False (jaxbn.batch_norm), use_running_average=True "
+            f"(linen), model.eval() (nnx), is_training=False (Haiku) or "
+            f"eqx.nn.inference_mode(model) (Equinox)."
+        )
+
+    kept: dict[Any, jax.Array] = {}
+    program = trace(fn, example_args, transparent)
+    shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), example_args)
+
+    def run_folded(*args: Any) -> Any:
+        again = trace(fn, args, transparent)
+        # Constants may follow the shape (a mean over the batch), but not the time.
+        if not _same(again, program) and not _same(trace(fn, shapes, transparent), program):
+            raise ValueError(
+                "fold: the weights that fn closes over have changed since it was folded; fold "
+                "again: folded, report = jaxbn.fold(fn, x)."
+            )
+        return again.tree.unflatten(Rewrite(again, kept).run(jax.tree.leaves(args)))
+
+    if tolerance is None:
+        tolerance = _tolerance(program)
+    report = _measure(fn, example_args, kept, tolerance)
+    if not report.folded:
+        _check_something(report, program)
+    _verify(report)
+    return jax.jit(run_folded), report
+
+
+def _same(one: Program, other: Program) -> bool:
+    """Whether two traces hold the same constants."""
+
+    def equal(a: Any, b: Any) -> bool:
+        if a is b:
+            return True
+        one, other = known(a), known(b)
+        if one is None or other is None:
+            return one is other
+        return (
+            one.shape == other.shape
+            and one.dtype == other.dtype
+            and one.value.tobytes() == other.value.tobytes()
+        )
+
+    values = list(one.consts.values()), list(other.consts.values())
+    return len(values[0]) == len(values[1]) and all(map(equal, *values))
+
+
+# Errors on the example
+
+
+def _measure(
+    fn: Callable[..., Any], args: Sequence[Any], kept: dict[Any, jax.Array], tolerance: float
+) -> FoldReport:
+    """The report: each site run alone on what it reads in fn, then all of them together."""
+    rows: list[Row] = []
+
+    def differences(*args: Any) -> Any:
+        program, leaves = trace(fn, args, transparent), jax.tree.leaves(args)
+        values, rewrite = evaluate(program, leaves), Rewrite(program, kept)
+        results = rewrite.run(leaves)
+        rows[:] = [rewrite.rows[i] for i in sorted(rewrite.rows)]
+        alone = [
+            _difference(row.alone(values[row.reads]), values[row.gives])
+            for row in rows
+            if row.alone is not None
+        ]
+        pairs = ((y, values[i]) for y, i in zip(results, program.outputs, strict=True))
+        return alone, [_difference(y, r) for y, r in pairs if jnp.issubdtype(r, jnp.inexact)]
+
+    # Accelerators multiply float32 in fewer bits by default, which is no fault of the fold.
+    with jax.default_matmul_precision("highest"):
+        alone, together = jax.device_get(jax.jit(differences)(*args))
+    errors = iter(alone)
+    sites = []
+    for i, row in enumerate(rows):
+        error = _worst([next(errors)]) if row.folded else (None, None)
+        sites.append(FoldSite(f"{i} {row.name}", row.folded, row.note, *error))
+    return FoldReport(tuple(sites), *_worst(together), tolerance)
+
+
+def _difference(y: jax.Array, reference: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Largest error and largest value; equal infinities and NaNs do not differ."""
+    wide = promote(y.dtype, jnp.float32)
+    y, reference = y.astype(wide), reference.astype(wide)
+    same = (y == reference) | (jnp.isnan(y) & jnp.isnan(reference))
+    error = jnp.where(same, 0, jnp.abs(y - reference))
+    size = jnp.where(jnp.isfinite(reference), jnp.abs(reference), 0)
+    return jnp.max(error, initial=0), jnp.max(size, initial=0)
+
+
+def _worst(errors: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The largest error, and the largest over its largest value; what is no number is infinite."""
+    absolute = [float("inf") if np.isnan(error) else float(error) for error, _ in errors]
+    relative = [
+        error / float(largest) if largest else error and float("inf")
+        for error, (_, largest) in zip(absolute, errors, strict=True)
+    ]
+    return max(absolute, default=0.0), max(relative, default=0.0)
+
+
+def _tolerance(program: Program) -> float:
+    """4 units in the last place of the narrowest dtype that is summed in; 1e-5 in float32."""
+    dtypes = [op.dtype for op in program.ops if op.name in CONTRACTIONS and floating(op.dtype)]
+    eps = max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
+    return {np.finfo("float64").eps: 1e-12, np.finfo("float32").eps: 1e-5}.get(eps, 4 * eps)
+
+
+# What cannot be folded
+
+
+def _check_arguments(fn: Any, args: Sequence[Any], tolerance: float | None) -> None:
+    if not callable(fn):
+        raise TypeError(
+            f"fold: fn is a {type(fn).__name__}, expected an inference function with its weights "
+            f"closed over; write jaxbn.fold(lambda x: model.apply(variables, x), x)."
+        )
+    if not jax.tree.leaves(args):
+        raise ValueError(
+            "fold: no example arguments, expected a batch to trace fn with; write "
+            "jaxbn.fold(fn, x)."
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(args):
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+            raise TypeError(
+                f"fold: example_args{jax.tree_util.keystr(path)} is a {type(leaf).__name__}, "
+                f"expected an array; close over what is none: "
+                f"jaxbn.fold(lambda x: fn(x, option), x)."
+            )
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(
+            f"fold: tolerance={tolerance!r}, expected a relative error above 0; write "
+            f"tolerance=1e-5."
+        )
+
+
+def _check_something(report: FoldReport, program: Program) -> None:
+    """An error, if there is neither a norm that went away nor one that had to stay."""
+    if any(site.folded is False for site in report.sites):
+        return
+    multiplied = [op for op in program.ops if op.name in CONTRACTIONS]
+    if multiplied and not report.sites:
+        raise ValueError(
+            f"fold: no convolution or dot of fn has a constant kernel ({len(multiplied)} have "
+            f"none), so there is nothing to fold into; close over concrete weights and pass data "
+            f"alone: jaxbn.fold(lambda x: model.apply(variables, x), x)."
+        )
+    raise ValueError(
+        f"fold: fn has no norm to fold: none of its {len(multiplied)} convolutions and dots is "
+        f"followed by more than a bias; expected a network with batch norms, in inference mode."
+    )
+
+
+def _verify(report: FoldReport) -> None:
+    worst = max(report.folded, key=lambda site: site.relative or 0.0, default=None)
+    if worst is None or max(worst.relative or 0.0, report.relative) <= report.tolerance:
+        return
+    raise ValueError(
+        f"fold: folding changes fn's result by {report.relative:.1e} of its largest value, and "
+        f"the result of site {worst.name!r} alone, more than any other, by {worst.relative:.1e}; "
+        f"expected {report.tolerance:.1e} at most. A running mean far beyond its standard "
+        f"deviation, or a var near 0, amplifies rounding: recalibrate the statistics, or accept "
+        f"it by tolerance={max(worst.relative or 0.0, report.relative) * 2:.0e}."
+    )
