@@ -34,6 +34,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn import collectives
 from jaxbn.axes import Axes
@@ -78,6 +79,9 @@ def _forward(
 @normalize_by_batch.defjvp
 def _jvp(spec, primals, tangents):  # type: ignore[no-untyped-def]
     x, params, mask = primals
+    # A copy by name only, which no policy keeps: else a checkpoint around the one below, whose
+    # policy keeps x, would keep it twice, once for itself and once to hand it down.
+    x = checkpoint_name(x, "batch_norm_x")
     tx, tparams, _ = tangents
     y, m, r = _forward(spec, x, params, mask)
     tangent = jax.checkpoint(functools.partial(_tangent, spec), prevent_cse=False)

@@ -32,7 +32,9 @@ def checkpoint_policy(prim: Any, *avals: Any, **params: Any) -> bool:
     convolution. Chen et al. 2016 (arXiv:1604.06174) drop the same layers' outputs.
 
     Args:
-      prim, avals, params: as JAX calls a policy, one equation at a time.
+      prim: the primitive of one equation; JAX calls a policy for each.
+      *avals: shapes and dtypes of its inputs.
+      **params: its parameters.
 
     >>> import jax, jax.numpy as jnp, jaxbn
     >>> params, _ = jaxbn.init(3)
