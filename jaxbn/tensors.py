@@ -71,14 +71,15 @@ class Report(NamedTuple):
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         plural = "" if len(self.moves) == 1 else "s"
         lines.append(f"{len(self.moves)} array{plural}, matched by {self.matched_by}")
-        lines += [f"dropped: {_short(self.dropped)}"] * bool(self.dropped)
-        lines += [f"kept: {_short(self.kept)}"] * bool(self.kept)
+        lines += [f"dropped: {short(self.dropped)}"] * bool(self.dropped)
+        lines += [f"kept: {short(self.kept)}"] * bool(self.kept)
         for text, names in _grouped(self.batch_norm).items():
-            lines.append(f"BatchNorm({text}) for {_short(names)}")
+            lines.append(f"BatchNorm({text}) for {short(names)}")
         return "\n".join([*lines, *self.notes])
 
 
-def _short(names: Iterable[str], most: int = 4) -> str:
+def short(names: Iterable[str], most: int = 4) -> str:
+    """The first names, and how many there are beside."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 

@@ -7,7 +7,7 @@ import jax
 
 from jaxbn.layers import is_nnx, nnx_layers
 from jaxbn.matching import Match, Rename, match, refuse
-from jaxbn.tensors import Report, Tensor
+from jaxbn.tensors import Report, Tensor, short
 from jaxbn.variables import Variables
 
 
@@ -32,6 +32,7 @@ def into_flax(
     counted = {slot.layer for slot in target.slots if slot.role.leaf == "count"}
     modules = dict(nnx_layers(like)) if is_nnx(like) else {}
     batch_norm: dict[str, Mapping[str, Any]] = {}
+    others: dict[str, list[str]] = {}  # arguments of like that differ → layers
     for layer in (slot.layer for slot in target.slots if slot.role.leaf == "mean"):
         if layer not in source_of or (arguments := arguments_of(source_of[layer])) is None:
             continue
@@ -47,8 +48,9 @@ def into_flax(
             problems.append(
                 f"epsilon: {layer!r} has {has['epsilon']}, the source {arguments['epsilon']}"
             )
-        other = [f"{k}={has[k]!r}" for k in ("momentum", "unbiased") if has[k] != arguments[k]]
-        notes += [f"{layer} of like has {', '.join(other)}"] if other else []
+        if other := [f"{k}={has[k]!r}" for k in arguments if has[k] != arguments[k]]:
+            others.setdefault(", ".join(other), []).append(layer)
+    notes += [f"like has {text} in {short(layers)}" for text, layers in others.items()]
     refuse(call, problems)
     return target.build(found.values), report_of(found, batch_norm, notes)
 
