@@ -2,7 +2,6 @@
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,15 +56,11 @@ def test_an_epoch_takes_each_image_once_and_the_next_one_mirrors_it(speedrun, da
     assert shifts.shape == (6, 479, 2)
     assert int(shifts.min()) == 0
     assert int(shifts.max()) == 4
-    first, second = (
-        (rows[:3].ravel(), mirrored[:3].ravel()),
-        (rows[3:].ravel(), mirrored[3:].ravel()),
-    )
-    for seen, _ in (first, second):
+    flips = []
+    for epoch in (slice(0, 3), slice(3, 6)):
+        seen = np.asarray(rows[epoch]).ravel()
         np.testing.assert_array_equal(np.sort(seen), np.arange(1437))
-    flips = [np.zeros(1437, bool), np.zeros(1437, bool)]
-    for flip, (seen, mirror) in zip(flips, (first, second), strict=True):
-        flip[np.asarray(seen)] = mirror
+        flips.append(np.asarray(mirrored[epoch]).ravel()[np.argsort(seen)])
     np.testing.assert_array_equal(flips[0], ~flips[1])
     assert 0.4 < flips[0].mean() < 0.6
 
@@ -80,14 +75,12 @@ def test_one_scan_equals_step_by_step(speedrun, data):
     for i in range(r.steps):
         run, loss = step(run, jnp.int32(i), jax.tree.map(lambda v, i=i: v[i], plan), x, y)
         np.testing.assert_allclose(loss, losses[i], rtol=1e-4)
+    # Rounding grows from step to step; a step that differed would be a matter of 10 %.
     for a, b in zip(jax.tree.leaves(run.weights), jax.tree.leaves(scanned.weights), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+        assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(a)
     np.testing.assert_array_equal(run.weights.whiten, start.weights.whiten)
     # The last pull leaves both copies equal, statistics included.
-    for a, b in zip(
-        jax.tree.leaves((run.weights, run.states)), jax.tree.leaves(run.slow), strict=True
-    ):
-        np.testing.assert_array_equal(a, b)
+    jax.tree.map(np.testing.assert_array_equal, (run.weights, run.states), run.slow)
 
 
 def test_a_small_run_learns_and_says_so(speedrun, tmp_path, capsys):
