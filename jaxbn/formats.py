@@ -38,6 +38,10 @@ class Writer:
     def close(self) -> None:
         """Nothing more will be written."""
 
+    def __str__(self) -> str:
+        """Where to look."""
+        return type(self).__name__
+
 
 class JSONLines(Writer):
     """A line a step, `{"step": 50, "layers": {"bn1": {"batch_var_min": 0.25, …}, …}}`.
@@ -61,6 +65,9 @@ class JSONLines(Writer):
         self.path = _new_or_there("JSONLines", Path(path))
         whole = self.path.read_bytes().rfind(b"\n") + 1
         os.truncate(self.path, whole)
+
+    def __str__(self) -> str:
+        return str(self.path)
 
     def write(self, step: int, figures: Figures, arrays: Mapping[str, Channels]) -> None:
         """Append the step's line."""
@@ -109,6 +116,9 @@ class TensorBoard(Writer):
         name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
         self.path = _new_or_there("TensorBoard", Path(folder) / name)
         self._event(file_version="brain.Event:2")
+
+    def __str__(self) -> str:
+        return str(self.path)
 
     def write(self, step: int, figures: Figures, arrays: Mapping[str, Channels]) -> None:
         """Append the step's scalars and histograms, in one event."""
@@ -186,6 +196,9 @@ class Prometheus(Writer):
                 f"address of this machine and a port that is free; write port=0 for any free one."
             ) from None
         self.url = f"http://{address}:{self._server.server_port}/metrics"
+
+    def __str__(self) -> str:
+        return self.url
 
     def write(self, step: int, figures: Figures, arrays: Mapping[str, Channels]) -> None:
         """Show these figures from the next scrape on."""

@@ -168,8 +168,15 @@ def test_two_processes_of_two_devices_equal_one_of_four(folder, two, one):
 
 
 def test_four_processes_of_one_device_equal_one_of_four(folder, one):
-    ended = launch(folder, "four", meet(4), devices=1)
+    ended = launch(folder, "four", meet(4, "--watch", "jsonl", "--watch-every", "3"), devices=1)
     assert_is_one_process(folder, "four", ended, one)
+
+    # What the norm layers saw, all devices together, written by the first process alone.
+    lines = (folder / "runs" / "four" / "watch.jsonl").read_text().splitlines()
+    seen = [(line["step"], line["layers"]) for line in map(json.loads, lines)]
+    assert [step for step, _ in seen] == [0, 3, 6]
+    assert all(layers["BatchNorm_0"]["batch_count"] == 16 * 32 * 32 for _, layers in seen)
+    assert [err for _, _, err in ended] == [""] * 4
 
     # Each has read its own quarter: of 68 training rows, 65 and 3 of padding, and of 13 test rows.
     read = [np.load(folder / "four.state" / f"{i}.npz")["rows_read"].tolist() for i in range(4)]

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from functools import partial
@@ -27,6 +29,8 @@ import report
 import steps
 import train
 from download import FOLDER
+
+from jaxbn import writers
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cifar10"
 N = 12  # records a file: 60 training images, 12 test images
@@ -170,7 +174,15 @@ def one_epoch(api: str, devices: int, scan: bool):
     x, y = made.shuffle(key, arrays.train_x, arrays.train_y)
     shown = []
     state, (losses, _) = train.train_one_epoch(
-        made, state, key, x, y, scan, lambda i, loss, accuracy: shown.append(i)
+        made,
+        state,
+        key,
+        x,
+        y,
+        scan,
+        lambda i, loss, accuracy: shown.append(i),
+        writers.Log([], every=0),
+        first=0,
     )
     assert len(losses) == made.count == 3
     assert shown == ([] if scan else [1, 2])
@@ -195,7 +207,7 @@ def test_logits_do_not_depend_on_the_batch_and_every_test_image_counts_once(api)
     made, arrays, noise = make_loop(api, devices=1)
     state = made.init(jax.random.key(0))
     x, y = made.shuffle(jax.random.key(0), arrays.train_x, arrays.train_y)
-    state, _ = made.train_step(state, jax.random.key(1), x, y, 0)
+    state, _, _ = made.train_step(state, jax.random.key(1), x, y, 0)
 
     images = loop.normalize(noise.test_x, noise.mean, noise.std)  # [13, 32, 32, 3]
     logits = jax.jit(made.steps.logits)
@@ -227,8 +239,61 @@ def test_an_epoch_visits_every_image_once():
     assert list(order) != sorted(order)
 
 
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_watched_it_writes_figures_of_every_norm_layer_and_resumes_where_it_was(
+    run, capsys, tmp_path, api
+):
+    options = ["--api", api, "--watch", "jsonl", "tensorboard", "--watch-every", "2"]
+    options += ["--devices", "1"]
+    result = run("watched", *options)  # 2 epochs of 3 steps
+    folder = tmp_path / "runs" / "watched"
+    layers = {
+        "linen": ["BatchNorm_0", "BatchNorm_1", "BatchNorm_2"],
+        "nnx": ["blocks/0/layers/0/bn", "blocks/0/layers/1/bn", "bn"],
+    }[api]
+
+    def figures():
+        lines = map(json.loads, (folder / "watch.jsonl").read_text().splitlines())
+        return {line["step"]: line["layers"] for line in lines}
+
+    first = figures()
+    assert list(first) == [0, 2, 4]
+    assert all(sorted(step) == layers for step in first.values())
+    assert first[0][layers[0]]["batch_count"] == 16 * 32 * 32
+    assert all(step[layers[0]]["dbias_norm"] > 0 for step in (first[2], first[4]))
+    (events,) = folder.glob("events.out.tfevents.*")
+    printed = capsys.readouterr().out.splitlines()
+    where = [line for line in printed if line.startswith("Norm layers, every 2 steps: ")]
+    assert [line.split(": ")[1] for line in where] == [str(events), f"{folder}/watch.jsonl"]
+
+    if api == "nnx":
+        return  # nothing below depends on it
+    # Epoch 2 again: what was written of it is taken back, and written anew.
+    shutil.rmtree(folder / "checkpoints" / "2")
+    resumed = run("watched", *options, "--resume")
+    assert bits(resumed) == bits(result)
+    assert figures() == first
+    assert len((folder / "watch.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(("api", "devices"), [("linen", 8), ("nnx", 1)])
+def test_watching_does_not_change_what_is_learned(api, devices):
+    made, arrays, _ = make_loop(api, devices)
+    x, y = made.shuffle(jax.random.key(0), arrays.train_x, arrays.train_y)
+    plain, watched = (
+        step(made.init(jax.random.key(0)), jax.random.key(1), x, y, 0)
+        for step in (made.train_step, made.watched_step)
+    )
+    assert plain[2] == {}
+    assert len(watched[2]) == 3
+    # The watched step is another program: a few eps (1.2e-7) of the largest terms.
+    for a, b in zip(jax.tree.leaves(plain[:2]), jax.tree.leaves(watched[:2]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 # --- bad arguments ----------------------------------------------------------------------------
 
+WATCH_EVERY = "argument --watch-every: 0 is out of range, "
 BAD = [
     (["--batch", "12"], "--batch 12 does not divide over 8 devices"),
     (["--eval-batch", "4"], "--eval-batch 4 does not divide over 8 devices"),
@@ -251,6 +316,19 @@ BAD = [
     (["--resume"], "--resume: there is no run in {runs}/bad"),
     (["--name", "old"], "{runs}/old is there already: --resume it, or take another --name"),
     (["--name", "old", "--resume"], "--resume: {runs}/old has --batch 32, not 16"),
+    (
+        ["--watch", "wandb"],
+        "argument --watch: invalid choice: 'wandb' (choose from {choices})",
+    ),
+    (["--watch", "jsonl", "--watch-every", "0"], WATCH_EVERY + "must be at least 1"),
+    (
+        ["--watch", "jsonl", "--scan-epoch"],
+        "--watch: not with --scan-epoch, which shows nothing before its end",
+    ),
+    (
+        ["--watch", "prometheus", "--watch-port", "{taken}"],
+        "--watch-port {taken}: not free here, 0 takes any that is",
+    ),
 ]
 
 
@@ -259,10 +337,15 @@ def test_a_bad_argument_is_one_line_and_exit_status_2(run, capsys, tmp_path, opt
     runs = tmp_path / "runs"
     (runs / "old").mkdir(parents=True)
     (runs / "old" / "config.json").write_text('{"batch": 32}')
-    with pytest.raises(SystemExit) as stopped:
-        run("bad", *options)
+    # Python 3.12 and later name choices without quotes.
+    choices = ", ".join(map(str if sys.version_info >= (3, 12) else repr, writers.NAMES))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        names = {"runs": runs, "choices": choices, "taken": server.getsockname()[1]}
+        options = [option.format(**names) for option in options]
+        with pytest.raises(SystemExit) as stopped:
+            run("bad", *options)
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == f"train.py: error: {expected.format(runs=runs)}\n"
+    assert capsys.readouterr().err == f"train.py: error: {expected.format(**names)}\n"
     assert not (runs / "bad").exists()  # nothing begun
 
 

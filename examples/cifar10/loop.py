@@ -73,6 +73,7 @@ class Loop:
         # The state is donated: the new one is written where the old one lay.
         donating = partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
         self.train_step = donating(self._train_step)
+        self.watched_step = donating(partial(self._train_step, watched=True))
         self.train_epoch = donating(self._train_epoch)
         self.eval_step = jax.jit(self._eval_step, out_shardings=everywhere)
 
@@ -82,17 +83,17 @@ class Loop:
         order = order.reshape(self.count, self.batch)
         return x[order], y[order]
 
-    def _train_step(self, state, key, x, y, i):
+    def _train_step(self, state, key, x, y, i, watched=False):
         """Step `i` of the epoch that `x` [steps, B, 32, 32, 3] and `y` [steps, B] hold."""
         images = self.augment(jax.random.fold_in(key, i), x[i]).astype(self.dtype)
-        state, loss, logits = self.steps.train(state, images, y[i])
-        return state, (loss, jnp.mean(logits.argmax(axis=-1) == y[i]))
+        state, loss, logits, seen = self.steps.train(state, images, y[i], watched)
+        return state, (loss, jnp.mean(logits.argmax(axis=-1) == y[i])), seen
 
     def _train_epoch(self, state, key, x, y):
         """All steps of an epoch in one program: losses and accuracies come back as [steps]."""
 
         def body(state, i):
-            return self._train_step(state, key, x, y, i)
+            return self._train_step(state, key, x, y, i)[:2]
 
         return jax.lax.scan(body, state, jnp.arange(self.count))
 

@@ -1,7 +1,9 @@
 # The command line: what can be asked for, what it defaults to, and what is wrong with it.
 
 import argparse
+import importlib.util
 import json
+import socket
 import time
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import jax
 import model
 from data import Data
 from report import write
+
+from jaxbn import writers
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,6 +68,10 @@ def parser() -> Parser:
     add("--name", help="of this run's folder in it (date and time)")
     add("--resume", action="store_true", help="go on with the run --name")
     add("--keep", type=positive, default=2, help="checkpoints that are kept (2)")
+    add = p.add_argument_group("watching the norm layers").add_argument
+    add("--watch", nargs="+", choices=writers.NAMES, default=[], help="where their figures go")
+    add("--watch-every", type=positive, default=50, help="steps from figures to figures (50)")
+    add("--watch-port", type=between(int, 0, 65535), default=9464, help="of prometheus (9464)")
     return p
 
 
@@ -78,6 +86,7 @@ def fill_in(args, data: Data) -> None:
     args.epochs = args.epochs or (15 if small else 3 if cpu else 30)
     args.lr = args.batch / 640 if args.lr is None else args.lr
     args.devices = args.devices or jax.device_count()
+    args.watch_every = args.watch_every if args.watch else 0
 
 
 def check(args, data: Data) -> None:
@@ -99,12 +108,24 @@ def check(args, data: Data) -> None:
         raise ValueError("--data digits: they come with scikit-learn, without --data-dir")
     if args.resume and not args.name:
         raise ValueError("--resume: which run? Give its --name too")
+    if args.watch and args.scan_epoch:
+        raise ValueError("--watch: not with --scan-epoch, which shows nothing before its end")
+    if "tensorboard" in args.watch and not importlib.util.find_spec("tensorboardX"):
+        raise ValueError("--watch tensorboard: needs tensorboardX, pip install 'jaxbn[watch]'")
+    if "prometheus" in args.watch and jax.process_index() == 0:
+        try:
+            socket.create_server(("127.0.0.1", args.watch_port)).close()
+        except OSError:
+            raise ValueError(
+                f"--watch-port {args.watch_port}: not free here, 0 takes any that is"
+            ) from None
 
 
 def config(args) -> dict:
     """The arguments that the result depends on."""
     process = {"coordinator", "num_processes", "process_id", "cluster", "timeout", "heartbeat"}
-    not_the_result = {"data_dir", "runs", "name", "resume", "keep", *process}
+    # Not watch_every: the watched step is a program of its own, and may round otherwise.
+    not_the_result = {"data_dir", "runs", "name", "resume", "keep", "watch", "watch_port", *process}
     return {key: value for key, value in vars(args).items() if key not in not_the_result}
 
 

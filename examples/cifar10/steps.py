@@ -2,10 +2,11 @@
 # asks four things of it:
 #
 #   init(key)                    → state    parameters, running statistics, optimizer's state
-#   train(state, images, labels) → state, loss, logits        one step, training statistics
+#   train(state, images, labels) → state, loss, logits, seen  one step, training statistics
 #   logits(state, images)        → logits                     running statistics, any batch
 #   params(state)                → its parameters             to look at
 #
+# `seen` is what the norm layers saw and learned in this step, with watched=True; else {}.
 # `state` is a pytree of arrays that nobody but its owner looks into.
 
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+
+from jaxbn import watch
 
 IMAGE = np.zeros((1, 32, 32, 3), np.float32)  # NumPy's: to import computes nothing in JAX
 
@@ -33,20 +36,23 @@ class Linen:
         params = variables["params"]
         return State(params, variables["batch_stats"], self.tx.init(params))
 
-    def train(self, state: State, images, labels):
+    def train(self, state: State, images, labels, watched=False):
         def loss(params):
-            logits, new = self.model.apply(
+            (logits, new), seen = watch.linen(self.model.apply, on=watched)(
                 {"params": params, "batch_stats": state.batch_stats},
                 images,
                 train=True,
                 mutable=["batch_stats"],
             )
-            return self.loss(logits, labels), (logits, new["batch_stats"])
+            return self.loss(logits, labels), (logits, new["batch_stats"], seen)
 
-        (value, (logits, batch_stats)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        logits, batch_stats, seen = aux
+        variables = {"params": state.params, "batch_stats": batch_stats}
+        seen = watch.records(seen, variables, grads)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return State(params, batch_stats, opt_state), value, logits
+        return State(params, batch_stats, opt_state), value, logits, seen
 
     def logits(self, state: State, images):
         variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -70,16 +76,18 @@ class Nnx:
     def init(self, key) -> nnx.State:
         return nnx.state(self.make(key))
 
-    def train(self, state: nnx.State, images, labels):
+    def train(self, state: nnx.State, images, labels, watched=False):
         model, optimizer = nnx.merge(self.graphdef, state)
 
         def loss(model):
             logits = model(images, train=True)  # updates the running statistics in place
             return self.loss(logits, labels), logits
 
-        (value, logits), grads = nnx.value_and_grad(loss, has_aux=True)(model)
+        with watch.nnx(model, on=watched) as seen:
+            (value, logits), grads = nnx.value_and_grad(loss, has_aux=True)(model)
+        seen = watch.records(seen, model, grads)
         optimizer.update(model, grads)
-        return nnx.state((model, optimizer)), value, logits
+        return nnx.state((model, optimizer)), value, logits, seen
 
     def logits(self, state: nnx.State, images):
         model, _ = nnx.merge(self.graphdef, state)

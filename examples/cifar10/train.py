@@ -30,6 +30,8 @@ from optimizer import schedule, sgd, smooth_cross_entropy
 from rich.console import Console
 from steps import Linen, Nnx
 
+from jaxbn import writers
+
 
 def make_steps(args, count: int):
     """The model, the optimizer and the loss, as linen or as nnx."""
@@ -46,22 +48,28 @@ def make_steps(args, count: int):
     return Nnx(lambda rngs: make(rngs=rngs), tx, loss)
 
 
-def train_one_epoch(loop: Loop, state, key, x, y, scan: bool, show):
-    """Every image once; `show(steps done, loss, accuracy)` as it goes on."""
+def train_one_epoch(loop: Loop, state, key, x, y, scan: bool, show, watch: writers.Log, first: int):
+    """Every image once, from step `first`; `show(steps done, loss, accuracy)` as it goes on."""
     if scan:
         state, metrics = loop.train_epoch(state, key, x, y)  # [steps], [steps]
         return state, jax.device_get(metrics)
-    metrics = []
+    metrics, seen = [], {}
     for i in range(loop.count):
-        state, new = loop.train_step(state, key, x, y, i)
+        before = seen
+        step = loop.watched_step if watch.due(first + i) else loop.train_step
+        state, new, seen = step(state, key, x, y, i)
         if metrics:  # look at the step before: the device has this one to work on meanwhile
             metrics[-1] = jax.device_get(metrics[-1])
             show(i, *metrics[-1])
+        if before:
+            watch.write(first + i - 1, before)
         metrics.append(new)
+    if seen:
+        watch.write(first + loop.count - 1, seen)
     return state, np.transpose(jax.device_get(metrics))
 
 
-def train(args, data: Data, folder: Path, console: Console) -> dict:
+def train(args, data: Data, folder: Path, console: Console, watch: writers.Log) -> dict:
     mesh = make_mesh(args.devices)
     arrays = put_data(data, mesh, args.eval_batch)
     steps = make_steps(args, len(data.train_y) // args.batch)
@@ -74,6 +82,7 @@ def train(args, data: Data, folder: Path, console: Console) -> dict:
     done = checkpoints.latest() if args.resume else 0
     if done:
         state = checkpoints.restore(done, state)
+        watch.rewind(done * loop.count)
         console.print(f"Resumed after epoch {done}")
     log = report.Log(folder / "metrics.jsonl", done, writes=jax.process_index() == 0)
 
@@ -81,19 +90,18 @@ def train(args, data: Data, folder: Path, console: Console) -> dict:
     with report.progress(console) as bar:
         task = bar.add_task("", total=args.epochs * loop.count, epoch=done + 1, status="compiling")
         for epoch in range(done + 1, args.epochs + 1):
-            begun = time.perf_counter()
+            begun, first = time.perf_counter(), (epoch - 1) * loop.count
 
-            def show(i, loss, accuracy, epoch=epoch, begun=begun):
+            def show(i, loss, accuracy, epoch=epoch, begun=begun, first=first):
                 rate = i * args.batch / (time.perf_counter() - begun)
                 status = f"loss {loss:.3f}  accuracy {accuracy:6.2%}  {rate:,.0f} images/s"
-                at = (epoch - 1) * loop.count + i
-                bar.update(task, completed=at, epoch=epoch, status=status)
+                bar.update(task, completed=first + i, epoch=epoch, status=status)
 
             # One key an epoch, one fold of it a step: an epoch is the same however it was reached.
             shuffle_key, augment_key = jax.random.split(jax.random.fold_in(data_key, epoch))
             x, y = loop.shuffle(shuffle_key, arrays.train_x, arrays.train_y)
             state, (losses, accuracies) = train_one_epoch(
-                loop, state, augment_key, x, y, args.scan_epoch, show
+                loop, state, augment_key, x, y, args.scan_epoch, show, watch, first
             )
             trained = time.perf_counter() - begun
             bar.update(task, completed=epoch * loop.count)
@@ -133,10 +141,11 @@ def main(argv: list[str] | None = None) -> dict:
         options.fill_in(args, data)
         options.check(args, data)
         folder = options.open_run(args) if first else args.runs / args.name
+        watch = writers.open(args.watch, folder, every=args.watch_every, port=args.watch_port)
     except (DataError, ValueError) as error:
         problem = str(error)
     except OSError as error:
-        problem = f"{error.filename}: {error.strerror}"
+        problem = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     if problem := hosts.agree(problem, json.dumps([args.name, args.resume, options.config(args)])):
         parser.error(problem)
 
@@ -151,10 +160,13 @@ def main(argv: list[str] | None = None) -> dict:
         f"{args.epochs} epochs of batch {args.batch}\n{what} on {device}, "
         f"jax {jax.__version__}, flax {flax.__version__}, in {folder}"
     )
+    for writer in watch.writers:
+        console.print(f"Norm layers, every {args.watch_every} steps: {writer}")
     if args.scan_epoch and jax.default_backend() == "cpu":
         console.print("--scan-epoch is for GPU and TPU: XLA's CPU convolutions are slow in a loop")
     try:
-        result = train(args, data, folder, console)
+        with watch:
+            result = train(args, data, folder, console, watch)
     except KeyboardInterrupt:
         console.print(f"Stopped. The same command goes on with --name {folder.name} --resume")
         sys.exit(130)
