@@ -45,16 +45,7 @@ def norm_arguments(momentum: float | None = 0.1, eps: float = 1e-5) -> dict[str,
     >>> convert.norm_arguments()
     {'momentum': 0.9, 'epsilon': 1e-05, 'unbiased': True}
     """
-    if momentum is not None and not 0 <= momentum <= 1:
-        raise ValueError(
-            f"norm_arguments: momentum={momentum!r}, expected PyTorch's, in [0, 1], or None for "
-            f"the cumulative average; write momentum=0.1."
-        )
-    if not eps >= 0:
-        raise ValueError(f"norm_arguments: eps={eps!r}, expected at least 0; write eps=1e-5.")
-    # 1 - 0.9 is 0.09999999999999998 in floating point.
-    kept = None if momentum is None else round(1 - momentum, 12)
-    return {"momentum": kept, "epsilon": eps, "unbiased": True}
+    return _arguments("norm_arguments", momentum, eps)
 
 
 def from_torch(
@@ -101,7 +92,7 @@ def from_torch(
     [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
     """
     call = "from_torch"
-    arguments = norm_arguments(momentum, eps)
+    arguments = _arguments(call, momentum, eps)
     tensors = peers.torch(read(call, source))
     target = flatten(call, like, transposed, flattened)
     notes = [
@@ -336,6 +327,22 @@ def to_torch(
     return new, report_of(found, batch_norm, [])
 
 
+COUNT = "num_batches_tracked"
+
+
+def _arguments(call: str, momentum: float | None, eps: float) -> dict[str, Any]:
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ValueError(
+            f"{call}: momentum={momentum!r}, expected PyTorch's, in [0, 1], or None for "
+            f"the cumulative average; write momentum=0.1."
+        )
+    if not eps >= 0:
+        raise ValueError(f"{call}: eps={eps!r}, expected at least 0; write eps=1e-5.")
+    # 1 - 0.9 is 0.09999999999999998 in floating point.
+    kept = None if momentum is None else round(1 - momentum, 12)
+    return {"momentum": kept, "epsilon": eps, "unbiased": True}
+
+
 def _named(source: Variables, rename: Rename | None) -> dict[str, np.ndarray]:
     """The state_dict whose layers are called by rename, or as in Flax."""
     names = {slot.layer: slot.layer for slot in source.slots}
@@ -352,9 +359,6 @@ def _named(source: Variables, rename: Rename | None) -> dict[str, np.ndarray]:
         if name == "running_var" and slot.layer not in counted:
             new[f"{layer}.{COUNT}".lstrip(".")] = np.zeros((), np.int64)
     return new
-
-
-COUNT = "num_batches_tracked"
 
 
 def _if_called(name: str, form: layouts.Form, role: Role) -> layouts.Form | None:

@@ -23,9 +23,12 @@ from jaxbn import convert
 from tests import oracle
 from tests.test_devices_page import compiled_quickly
 
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples" / "cifar10"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples" / "cifar10"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples" / "convert"))
 import model_linen
 import model_nnx
+import torch_roundtrip
+import torchvision_resnet
 
 FIX = (
     "\nLayers of other names: rename={source: target}, or a function; None for the target drops "
@@ -340,7 +343,7 @@ def test_boxed_variables_and_collections_that_stay():
 # ResNets by their names
 
 
-def resnet(blocks=(1, 2), bottleneck=False, width=8, classes=5, seed=0, stem=3):
+def resnet_state(blocks=(1, 2), bottleneck=False, width=8, classes=5, seed=0, stem=3):
     """A state_dict with the names and shapes of torchvision, in the order of definition."""
     rng = np.random.default_rng(seed)
     state = {}
@@ -391,7 +394,7 @@ def as_in_model_nnx(name, blocks=(1, 2)):
 def test_a_resnet_by_its_names_in_linen_and_nnx(bottleneck):
     """By the order of the forward pass in linen, by names in nnx: both compute the same."""
     options = {"blocks": (1, 2), "bottleneck": bottleneck, "width": 8, "classes": 5}
-    state, x = resnet(bottleneck=bottleneck), normal(2, 32, 32, 3)
+    state, x = resnet_state(bottleneck=bottleneck), normal(2, 32, 32, 3)
     linen = model_linen.ResNet(**options)
     like = shapes(linen, x, train=False)
     variables, report = convert.from_torch(state, like)
@@ -399,12 +402,12 @@ def test_a_resnet_by_its_names_in_linen_and_nnx(bottleneck):
     # Neither the order of a file, which is sorted, nor that of definition matters.
     again, _ = convert.from_torch(dict(sorted(state.items())), like)
     assert_same(again, variables)
-    y = linen.apply(variables, x, False)
+    y = jax.jit(lambda v: linen.apply(v, x, False))(variables)
 
     empty = model_nnx.ResNet(**options, rngs=nnx.Rngs(0))
     model, report = convert.from_torch(state, empty, rename=as_in_model_nnx)
     assert report.matched_by == "rename"
-    oracle.assert_close(model(x, False), np.float64(y), 1e-6)
+    oracle.assert_close(nnx.jit(lambda m: m(x, False))(model), np.float64(y), 1e-6)
     assert report.notes[1].startswith("like has unbiased=False in blocks/0/layers/0/bn, ")
 
     names = {move.target.rsplit("/", 1)[0]: move.source for move in report.moves}
@@ -423,12 +426,12 @@ def test_linen_to_nnx_and_back():
     x = normal(2, 32, 32, 3)
     linen = model_linen.ResNet(**options)
     like = shapes(linen, x, train=False)
-    variables, by_order = convert.from_torch(resnet(), like)
+    variables, by_order = convert.from_torch(resnet_state(), like)
     targets = {move.source: move.target.split("/")[1] for move in by_order.moves}
     rename = {target: as_in_model_nnx(key.rpartition(".")[0]) for key, target in targets.items()}
     empty = model_nnx.ResNet(**options, rngs=nnx.Rngs(0))
     model, report = convert.linen_to_nnx(variables, empty, rename=rename)
-    direct, _ = convert.from_torch(resnet(), empty, rename=as_in_model_nnx)
+    direct, _ = convert.from_torch(resnet_state(), empty, rename=as_in_model_nnx)
     assert_same(nnx.to_pure_dict(nnx.state(model)), nnx.to_pure_dict(nnx.state(direct)))
     back, _ = convert.nnx_to_linen(model, like, rename={v: k for k, v in rename.items()})
     assert_same(back, variables)
@@ -437,7 +440,7 @@ def test_linen_to_nnx_and_back():
 
 def test_a_deep_stem_in_order():
     """That of timm's resnet50d: conv1.0, bn conv1.1, conv1.3, bn conv1.4, conv1.6; then bn1."""
-    state = resnet(blocks=())
+    state = resnet_state(blocks=())
     stem = {}
     for name, c in {"conv1.0": 3, "conv1.3": 8, "conv1.6": 8}.items():
         stem[f"{name}.weight"] = normal(8, c, 3, 3)
@@ -579,6 +582,66 @@ def test_the_report_is_a_table():
     )
 
 
+# The example
+
+
+def test_the_example(tmp_path, capsys):
+    state = resnet_state(blocks=(1, 1, 2, 1), stem=7)
+    source, target = tmp_path / "net.safetensors", tmp_path / "again.safetensors"
+    save_file(state, source)
+    torch_roundtrip.main(source, target)
+    table, linen_and_nnx, end = capsys.readouterr().out.rstrip().rsplit("\n", 2)
+    keys = len(state)
+    assert end == f"{target}: {keys} arrays, the same bits"
+    assert float(linen_and_nnx.split()[-3]) <= 1e-5
+    assert f"\n{keys - keys // 6} arrays, matched by names" in table
+
+
+def test_a_resnet_of_pytorch_with_the_names_of_torchvision():
+    torch = pytest.importorskip("torch")
+    t = torch.nn
+
+    def conv(i, o, k, stride=1):
+        return t.Conv2d(i, o, k, stride, k // 2, bias=False)
+
+    class Block(t.Module):
+        def __init__(self, i, o, stride):
+            super().__init__()
+            self.conv1, self.bn1 = conv(i, o, 3, stride), t.BatchNorm2d(o)
+            self.conv2, self.bn2 = conv(o, o, 3), t.BatchNorm2d(o)
+            if i != o:
+                self.downsample = t.Sequential(conv(i, o, 1, stride), t.BatchNorm2d(o))
+
+        def forward(self, x):
+            y = torch.relu(self.bn1(self.conv1(x)))
+            y = self.bn2(self.conv2(y))
+            return torch.relu(y + (self.downsample(x) if hasattr(self, "downsample") else x))
+
+    state = resnet_state(blocks=(2, 2, 2, 2), stem=7)
+    net = t.Sequential()
+    net.add_module("conv1", conv(3, 8, 7, 2))
+    net.add_module("bn1", t.BatchNorm2d(8))
+    net.add_module("relu", t.ReLU())
+    net.add_module("maxpool", t.MaxPool2d(3, 2, 1))
+    for s in range(4):
+        o = 8 * 2**s
+        first = Block(8 if s == 0 else o // 2, o, 1 if s == 0 else 2)
+        net.add_module(f"layer{s + 1}", t.Sequential(first, Block(o, o, 1)))
+    net.add_module("avgpool", t.AdaptiveAvgPool2d(1))
+    net.add_module("flatten", t.Flatten())
+    net.add_module("fc", t.Linear(64, 5))
+    net.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()})
+    x = normal(2, 3, 64, 64)
+    model = torchvision_resnet.ResNet(width=8, classes=5)
+    variables, report = convert.from_torch(net.state_dict(), shapes(model, last(x)))
+    assert report.matched_by == "names"
+    want = net.eval()(torch.from_numpy(x)).detach().numpy()
+    # Twenty convolutions, whose sums of up to 576 terms PyTorch rounds in another order.
+    tolerance = 20 * oracle.tolerance("float32", 576)
+    y = jax.jit(model.apply)(variables, last(x))
+    oracle.assert_close(y, np.float64(want), tolerance)
+
+
 # Bad input
 
 
@@ -689,7 +752,7 @@ BAD = {
     "momentum": (
         lambda: convert.from_torch({"w": normal(1)}, {"params": {}}, momentum=9),
         ValueError,
-        "norm_arguments: momentum=9, expected PyTorch's, in [0, 1], or None for the cumulative "
+        "from_torch: momentum=9, expected PyTorch's, in [0, 1], or None for the cumulative "
         "average; write momentum=0.1.",
     ),
     "eps": (

@@ -34,7 +34,7 @@ X = normal(3, 9, 9, 4) + 1
 
 
 class Net(nn.Module):
-    """What each peer below builds: convolutions of all kinds with norms, and a dense layer."""
+    """What each peer below builds: convolutions of three kinds with norms, and a dense layer."""
 
     momentum: float
     epsilon: float
@@ -54,6 +54,19 @@ class Net(nn.Module):
         x = nn.ConvTranspose(x.shape[-1], (3, 2), (2, 2), padding="VALID", name="up")(x)
         x = bn(x, use_scale=False, use_bias=False)
         return nn.Dense(5)(x.mean((1, 2)))
+
+
+def evaluated(net, variables):
+    return jax.jit(net.apply)(variables, X)
+
+
+def trained(net, variables):
+    """The output in training, and the statistics after it."""
+    return jax.jit(lambda v: net.apply(v, X, True, mutable=["batch_stats"]))(variables)
+
+
+def fresh_statistics(net):
+    return jax.jit(net.init)(jax.random.key(0), X)["batch_stats"]
 
 
 def statistics(variables):
@@ -127,8 +140,8 @@ def test_keras(keras):
     model, net = keras_model(keras), Net(0.8, 1e-2)
     like, options = shapes(net, X), {"rename": KERAS, "transposed": {"up": False}}
     variables, report = convert.from_keras(model, like, **options)
-    oracle.assert_close(net.apply(variables, X), np.float64(model(X, training=False)), 1e-6)
-    y, new = net.apply(variables, X, True, mutable=["batch_stats"])
+    oracle.assert_close(evaluated(net, variables), np.float64(model(X, training=False)), 1e-6)
+    y, new = trained(net, variables)
     oracle.assert_close(y, np.float64(model(X, training=True)), CLOSE)
     want, _ = convert.from_keras(model, like, **options)  # whose statistics have moved as well
     assert_close(statistics(new), statistics(want), CLOSE)
@@ -203,7 +216,7 @@ def test_haiku():
         return hk.Linear(5)(x.mean((1, 2)))
 
     model = hk.without_apply_rng(hk.transform_with_state(f))
-    params, fresh = model.init(jax.random.key(0), X, True)
+    params, fresh = jax.jit(lambda key: model.init(key, X, True))(jax.random.key(0))
     params = jax.tree.map(lambda v: v + 0.1 * normal(*v.shape), params)
     train = jax.jit(lambda state, x: model.apply(params, state, x, True))
     state, net = fresh, Net(0.9, 1e-2)
@@ -214,14 +227,14 @@ def test_haiku():
     places |= {f"batch_norm_{i}": f"BatchNorm_{i}" for i in (1, 2)}
     options = {"decay_rate": 0.9, "eps": 1e-2, "rename": places, "transposed": {"up": False}}
     variables, report = convert.from_haiku(params, state, shapes(net, X), **options)
-    want, _ = model.apply(params, state, X, False)
-    oracle.assert_close(net.apply(variables, X), np.float64(want), 1e-6)
+    want, _ = jax.jit(lambda state: model.apply(params, state, X, False))(state)
+    oracle.assert_close(evaluated(net, variables), np.float64(want), 1e-6)
     arguments = {"momentum": 0.9, "epsilon": 1e-2, "unbiased": False}
     assert report.batch_norm == {f"BatchNorm_{i}": arguments for i in range(3)}
     assert report.notes[0] == "batch_norm: debiased averages of 3 updates"
 
     # One more update there is that of here, but for the debiasing: 0.9^3 of the past at most.
-    updates = net.apply(variables, X, True, mutable=["batch_stats"])[1]["batch_stats"]
+    updates = trained(net, variables)[1]["batch_stats"]
     average = train(state, X)[1]["batch_norm/~/mean_ema"]["average"].reshape(-1)
     old = np.float64(state["batch_norm/~/mean_ema"]["average"]).reshape(-1)
     value = (np.float64(updates["BatchNorm_0"]["mean"]) - 0.9 * old) / 0.1
@@ -230,7 +243,7 @@ def test_haiku():
 
     # Before any update Haiku's averages are 0, and so is its variance; here it is 1.
     variables, _ = convert.from_haiku(params, fresh, shapes(net, X), **options)
-    assert_same(variables["batch_stats"], net.init(jax.random.key(0), X)["batch_stats"])
+    assert_same(variables["batch_stats"], fresh_statistics(net))
 
 
 @pytest.mark.parametrize("transpose_kernel", [False, True])
@@ -297,19 +310,19 @@ def test_equinox(mode):
         _, state = run(model, state, x + i)
     variables, report = convert.from_equinox(model, state, shapes(net, X), **options)
     want, _ = run(eqx.nn.inference_mode(model), state, x)
-    oracle.assert_close(net.apply(variables, X), np.float64(want), 1e-6)
+    oracle.assert_close(evaluated(net, variables), np.float64(want), 1e-6)
     arguments = {"momentum": 0.9, "epsilon": 1e-2, "unbiased": False}
     assert report.batch_norm == {f"BatchNorm_{i}": arguments for i in range(3)}
 
     if mode == "ema":  # in mode "batch" the past is debiased
-        _, updates = net.apply(variables, X, True, mutable=["batch_stats"])
+        _, updates = trained(net, variables)
         _, state = run(model, state, x)
         # Equinox normalizes by the average in this mode, so the first layer alone sees the same x.
         want, _ = convert.from_equinox(model, state, shapes(net, X), **options)
         first = [v["BatchNorm_0"] for v in (statistics(updates), statistics(want))]
         assert_close(*first, CLOSE)
     fresh_variables, _ = convert.from_equinox(model, fresh, shapes(net, X), **options)
-    assert_same(fresh_variables["batch_stats"], net.init(jax.random.key(0), X)["batch_stats"])
+    assert_same(fresh_variables["batch_stats"], fresh_statistics(net))
 
 
 @pytest.mark.parametrize("transpose_kernel", [False, True])

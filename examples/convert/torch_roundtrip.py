@@ -1,0 +1,50 @@
+# A ResNet file with torchvision's names → Flax linen → Flax nnx → back to the same file.
+#
+#     python examples/convert/torch_roundtrip.py resnet18.safetensors resnet18_again.safetensors
+#
+# From PyTorch: safetensors.torch.save_file(torchvision.models.resnet18(...).state_dict(), path)
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+from torchvision_resnet import NnxResNet, ResNet
+
+from jaxbn import convert
+
+
+def sizes(state):
+    """The arguments of the ResNet whose state_dict this is."""
+    blocks = {tuple(key.split(".")[:2]) for key in state if key.startswith("layer")}
+    counts = [sum(stage == f"layer{s}" for stage, _ in blocks) for s in (1, 2, 3, 4)]
+    width, classes = len(state["conv1.weight"]), len(state["fc.bias"])
+    return {"blocks": counts, "width": width, "classes": classes}
+
+
+def main(source, target):
+    options = sizes(load_file(source))
+    x = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)  # [B, H, W, C]
+
+    linen = ResNet(**options)
+    like = jax.eval_shape(linen.init, jax.random.key(0), x)  # shapes are enough
+    variables, report = convert.from_torch(source, like, momentum=0.1, eps=1e-5)
+    print(report)
+
+    empty = nnx.eval_shape(lambda: NnxResNet(**options, rngs=nnx.Rngs(0)))
+    model, _ = convert.linen_to_nnx(variables, empty)
+    model.eval()
+    difference = jnp.abs(linen.apply(variables, x) - model(x)).max()
+    print(f"linen and nnx: logits differ by {difference:.1e} at most")
+
+    # Without `source` the counts of updates would be 0: Flax keeps none with a momentum.
+    state, _ = convert.to_torch(model, source)
+    save_file(state, target)
+    same = all((state[key] == value).all() for key, value in load_file(source).items())
+    print(f"{target}: {len(state)} arrays, {'the same bits' if same else 'NOT the same'}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
