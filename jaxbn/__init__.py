@@ -11,11 +11,14 @@ import importlib
 from types import ModuleType
 
 from jaxbn.fold import FoldReport, fold
+from jaxbn.freeze import decay_mask, freeze, labels, unfreeze
 from jaxbn.functional import batch_norm
 from jaxbn.moments import merge, moments
 from jaxbn.policy import checkpoint_policy
+from jaxbn.recalibrate import recalibrate, reset
 from jaxbn.replicas import assert_replicated, merge_updates, sync_state
 from jaxbn.state import Moments, Params, State, init
+from jaxbn.swap import swap
 
 __version__ = "0.1.0"
 
@@ -28,15 +31,22 @@ __all__ = [
     "batch_norm",
     "checkpoint_policy",
     "convert",
+    "decay_mask",
     "fold",
+    "freeze",
     "health",
     "init",
+    "labels",
     "linen",
     "merge",
     "merge_updates",
     "moments",
     "nnx",
+    "recalibrate",
+    "reset",
+    "swap",
     "sync_state",
+    "unfreeze",
     "watch",
     "writers",
 ]

@@ -113,8 +113,8 @@ def batch_norm(
             )
         if gathers:
             raise ValueError(
-                f"{call}: state is a Moments with train=False, but moments are gathered of batches "
-                f"that are normalized by their own; pass a State, or write train=True."
+                f"{call}: state is a Moments with train=False, but moments are gathered, as "
+                f"jaxbn.recalibrate does, of batches in training; write train=True, or pass a State."
             )
         y = normalize(x, state.mean, rstd(state.var, epsilon), params, axes, dtype)
         return y, state
@@ -141,8 +141,8 @@ def batch_norm(
     return y, blend(state, moments, momentum, unbiased)
 
 
-def _gathered(state: Moments, moments: Moments) -> Moments:
-    """The two merged, in the wider of their dtypes; no gradient passes."""
+def _gathered(state: Any, moments: Moments) -> Moments:
+    """Two `Moments` merged, in the wider of their dtypes; no gradient passes."""
     kinds = [axes_.promote(a.dtype, b.dtype) for a, b in zip(state, moments, strict=True)]
     both = (Moments(*map(lax.convert_element_type, m, kinds)) for m in (state, moments))
     return jax.tree.map(lax.stop_gradient, merge(*both))

@@ -45,8 +45,8 @@ def select(call: str, tree: Any, where: Where) -> dict[str, Layer]:
     chosen = {path: layer for path, layer in found.items() if match(where, path)}
     if not chosen:
         raise ValueError(
-            f"{call}: where={where!r} means none of the batch norm layers {listed(found)}; expected "
-            f'a glob such as "{next(iter(found))}", several of them, or a function of the path.'
+            f"{call}: where={where!r} means none of the batch norm layers {listed(found)}; "
+            f'expected a glob such as "{next(iter(found))}", several of them, or a function of the path.'
         )
     return chosen
 
