@@ -46,6 +46,8 @@ KINDS = {  # worst first: what each figure is
     "padding": "share of the cells that are padding",
     "unbiased": "by how much eval's sd is the larger for n / (n - 1)",
     "gap": "RMS of train minus eval output, by the sd of train's",
+    # Of `jaxbn.health.drift`:
+    "drift": "shift beyond the tolerance, in standard errors",
 }
 
 
@@ -53,7 +55,7 @@ class Limits(NamedTuple):
     """The thresholds of all findings. Where each comes from: docs/health.md."""
 
     divergence: float = 0.25  # a shift by sd / 2, or variances apart by a factor 2
-    divergence_noise: float = 11.0  # / rows, added: 4 times the upper quartile of chi²_2 / rows
+    divergence_noise: float = 27.6  # / rows, added: chi²_2 / rows is beyond once in a million
     initial_share: float = 0.05  # momentum**count: three time constants, 3 / (1 - momentum) updates
     values: int = 16  # below, the batch's sd is off by more than 18 %: 1 / sqrt(2 (n - 1))
     dead_sd: float = 0.1  # of the normalized x, sqrt(var / (var + epsilon)): var of epsilon / 99
@@ -264,14 +266,31 @@ def _stale(
 
 
 def divergence(
-    state: Any, moments: Moments, setting: Setting, limits: Limits
+    running: Any,
+    batch: Moments,
+    setting: Setting = Setting(),  # noqa: B008
+    limits: Limits = Limits(),  # noqa: B008
 ) -> tuple[float, float, np.ndarray]:
     """Upper quartile of the channels' divergences, what it may be for so many rows, and all [C].
 
-    Of one row, which has no variance to speak of, it may be anything.
+    Of one row, which has no variance to speak of, it may be anything. A quartile and not the
+    mean, so that no single channel decides: one that is rarely active may be anywhere.
+
+    Args:
+      running: anything with `mean` and `var` [C].
+      batch: the moments it is held against.
+      setting: how the layer is used: epsilon and rows.
+      limits: the thresholds.
+
+    >>> import numpy as np, jaxbn
+    >>> from jaxbn import health
+    >>> batch = jaxbn.Moments(110, np.zeros(4), np.ones(4))
+    >>> figure, limit, _ = health.divergence(jaxbn.State(np.ones(4), np.ones(4), None), batch)
+    >>> round(figure, 3), round(limit, 3)
+    (1.0, 0.501)
     """
-    apart = distance(state, moments, setting.epsilon).divergence
-    rows = rows_of(moments, setting)
+    apart = distance(running, batch, setting.epsilon).divergence
+    rows = rows_of(batch, setting)
     limit = limits.divergence + limits.divergence_noise / rows if rows > 1 else math.inf
     return float(np.quantile(apart, 0.75)) if apart.size else 0.0, limit, apart
 

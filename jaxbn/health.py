@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxbn import layers
+from jaxbn.drift import Drift, LayerDrift, Seen, decide, drift, incoming, merge, seen
 from jaxbn.findings import (
     KINDS,
     Distance,
@@ -18,6 +19,7 @@ from jaxbn.findings import (
     Limits,
     Setting,
     distance,
+    divergence,
     initial_share,
     of_layer,
     setting_of,
@@ -29,15 +31,26 @@ from jaxbn.state import Moments
 __all__ = [
     "KINDS",
     "Distance",
+    "Drift",
     "Finding",
     "Gap",
+    "LayerDrift",
     "LayerGap",
     "Limits",
     "Row",
+    "Seen",
+    "Setting",
     "check",
+    "decide",
     "distance",
+    "divergence",
+    "drift",
     "gap",
+    "incoming",
     "initial_share",
+    "merge",
+    "of_layer",
+    "seen",
     "summary",
     "worst_first",
 ]
