@@ -59,9 +59,9 @@ def match(
     else:
         names, unused = renamed(sources, rename)
         found.problems.extend(f"rename: {name!r} is no layer of the source" for name in unused)
-    pair = _by_order if found.by == "order" else _by_name
+    pair, before = _by_order if found.by == "order" else _by_name, len(found.problems)
     found.layers.update(pair(sources, targets, names, found))
-    if found.by == "order" and found.problems:
+    if found.by == "order" and len(found.problems) > before:
         return found  # they list both sides
     for source, group in sources.items():
         if source in names:

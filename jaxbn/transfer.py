@@ -41,14 +41,14 @@ def into_flax(
             problems.append(
                 f"missing, in the target: a count in {layer!r}: BatchNorm(momentum=None)"
             )
-        has = {name: getattr(modules.get(layer), name, None) for name in arguments}
-        if layer not in modules:
-            continue
-        if has["epsilon"] != arguments["epsilon"]:
+        has: dict[str, Any] = {"momentum": None} if layer in counted else {}
+        if layer in modules:  # Flax's own knows no unbiased
+            has = {name: getattr(modules[layer], name, False) for name in arguments}
+        if has.get("epsilon", arguments["epsilon"]) != arguments["epsilon"]:
             problems.append(
                 f"epsilon: {layer!r} has {has['epsilon']}, the source {arguments['epsilon']}"
             )
-        if other := [f"{k}={has[k]!r}" for k in arguments if has[k] != arguments[k]]:
+        if other := [f"{name}={v!r}" for name, v in has.items() if v != arguments[name]]:
             others.setdefault(", ".join(other), []).append(layer)
     notes += [f"like has {text} in {short(layers)}" for text, layers in others.items()]
     refuse(call, problems)

@@ -302,15 +302,23 @@ def test_nnx_updates_as_in_pytorch(momentum):
     assert_same(nnx.to_pure_dict(part), nnx.to_pure_dict(nnx.state(model)))
 
 
+def aligned(*shape):
+    """Ones that begin at a multiple of 64 bytes, whose memory `jax.device_put` shares."""
+    size = 4 * int(np.prod(shape))
+    memory = np.zeros(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    array = memory[start : start + size].view(np.float32).reshape(shape)
+    array[:] = 1
+    return array
+
+
 def test_the_source_may_go_on_training():
-    source = {"fc.weight": np.ones((2, 3), np.float32).T.copy(), "fc.bias": np.ones(3, np.float32)}
-    like = {"params": {"fc": {"kernel": np.zeros((2, 3)), "bias": np.zeros(3)}}}
-    like = jax.tree.map(np.float32, like)
+    source = {"fc.weight": aligned(32, 16), "fc.bias": aligned(32)}
+    like = {"params": {"fc": {"kernel": np.zeros((16, 32)), "bias": np.zeros(32)}}}
+    like = jax.device_put(jax.tree.map(np.float32, like), jax.devices()[1])
     new, _ = convert.from_torch(source, like)
     back, _ = convert.to_torch(new)
-    for array in source.values():
-        array += 1
-    for array in back.values():
+    for array in [*source.values(), *back.values()]:
         array += 1
     assert_same(new, jax.tree.map(np.ones_like, like))
 
@@ -560,6 +568,17 @@ def test_rename_by_beginnings_and_a_new_head():
     assert report.dropped == dropped
     back, _ = convert.to_torch(new, rename=lambda name: f"backbone.{name}")
     assert sorted(back) == sorted(f"backbone.{key}" for key in checkpoint(True))
+
+
+def test_arguments_of_like_that_differ_are_reported():
+    state, x = checkpoint(True), data(1)[0][0]
+    counting = shapes(Net(None, True), x, train=False)
+    _, report = convert.from_torch(state, counting, momentum=0.1)
+    assert report.notes[1:] == ("like has momentum=None in bn",)
+    like = NnxNet(0.1, True)
+    like.bn = nnx.BatchNorm(8, epsilon=1e-3, rngs=nnx.Rngs(0))  # Flax's own
+    _, report = convert.from_torch(state, like, eps=1e-3)
+    assert report.notes[1:] == ("like has momentum=0.99, unbiased=False in bn",)
 
 
 def test_the_report_is_a_table():
@@ -845,14 +864,17 @@ def test_a_pt_file_is_never_unpickled_here(tmp_path, monkeypatch):
         f"safetensors.torch.save_file(torch.load(path, weights_only=True), new_path)."
     )
 
-    def load(path, *, map_location, weights_only):
-        assert weights_only is True
+    calls = []
+
+    def load(path, **options):
+        calls.append(options)
         raise pickle.UnpicklingError("Weights only load failed")
 
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=load))
     with pytest.raises(ValueError) as error:
         convert.from_torch(path, like)
     assert str(error.value) == refusal(path)
+    assert calls == [{"map_location": "cpu", "weights_only": True}]
     assert [p.name for p in tmp_path.iterdir()] == ["net.pt"]
 
 
