@@ -19,7 +19,7 @@ lint: .venv/test.done
 	$(BIN)/mypy
 
 bench: .venv/bench.done
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(ARGS)
 
 docs: .venv/docs.done
 	$(BIN)/sphinx-build --fail-on-warning docs docs/_build

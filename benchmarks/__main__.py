@@ -1,33 +1,87 @@
-"""`python -m benchmarks [accuracy|memory|op|parity|collectives|all]`."""
+"""`python -m benchmarks [NAME …]`: measure, print, write `results/<device>_<date>.json`, draw.
+
+`python -m benchmarks tables [PAGE …]` puts the newest results into pages: `tables.py`.
+"""
 
 import argparse
-import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
 
-import jax
+from benchmarks import plots, report, results, tables
+from benchmarks.timing import ENVIRONMENT
 
-NAMES = ("accuracy", "memory", "op", "parity", "collectives")
+DEVICES = {  # each benchmark, and the CPU devices it sees
+    "op": 1,
+    "memory": 1,
+    "step": 1,
+    "latency": 1,
+    "imports": 1,
+    "accuracy": 8,
+    "parity": 8,
+    "collectives": 8,
+}
 
-parser = argparse.ArgumentParser(
-    prog="python -m benchmarks", description="What the library claims, measured beside its peers."
-)
-parser.add_argument("name", nargs="?", default="all", choices=(*NAMES, "all"))
-parser.add_argument("--json", metavar="FILE", help="write the tables there too, unrounded")
-parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="for op")
-parser.add_argument("--repeats", type=int, default=25, help="for op: timed calls of each")
+
+BUSY = 0.5  # load above which a time tells of other programs too
+
+
+def measure(name: str, size: str, command: str, load: float, path: str) -> bool:
+    """Runs one benchmark in a process of its own, started with ENVIRONMENT; True if it came."""
+    child = [sys.executable, "-m", "benchmarks.child", name, size, str(DEVICES[name])]
+    environment = os.environ | ENVIRONMENT
+    return subprocess.run([*child, command, f"{load}", path], env=environment).returncode == 0
+
+
+def main(arguments) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="What the library claims, measured beside its peers.",
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(DEVICES)}; all of them by default"
+    )
+    # How much of it; see shapes.py, step.py, latency.py.
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--full", action="store_const", dest="size", const="full", help="everything")
+    size.add_argument(
+        "--tiny", action="store_const", dest="size", const="tiny", help="only to see that it runs"
+    )
+    parser.set_defaults(size="usual")
+    parser.add_argument("--results", type=pathlib.Path, default=results.FOLDER, metavar="FOLDER")
+    options = parser.parse_args(arguments)
+    names = list(DEVICES) if options.names in ([], ["all"]) else options.names
+    for name in names:
+        if name not in DEVICES:
+            parser.error(f"benchmark {name!r}, expected some of: {', '.join(DEVICES)}, all")
+    command = " ".join(["python -m benchmarks", *arguments])
+    load, failed = os.getloadavg()[0], []
+    if load > BUSY:
+        print(f"load {load:.1f}: other work runs here, and times will not be good for much")
+    for name in names:
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            if not measure(name, options.size, command, load, file.name):
+                failed.append(name)
+                continue
+            record = json.load(file)
+        tables_of = [report.from_json(values) for values in record["tables"]]
+        for table in tables_of:
+            report.show(table)
+        path = results.write(options.results, name, record)
+        charts = [chart for table in tables_of for chart in table.charts]
+        if charts:
+            plots.draw(charts, path.with_name(f"{path.stem}_{name}.png"))
+        report.show_environment(record["environment"])
+        print(f"written   {path}\n", flush=True)
+    for name in failed:
+        print(f"benchmark {name!r} failed; what it said stands above", file=sys.stderr)
+    return 1 if failed else 0
+
 
 if __name__ == "__main__":
-    arguments = parser.parse_args()
-    jax.config.update("jax_num_cpu_devices", 8)  # `op` measures in a process of its own, on one
-    from benchmarks import report
-
-    tables = []
-    for name in NAMES if arguments.name == "all" else (arguments.name,):
-        options = {}
-        if name == "op":
-            options = {"dtype": arguments.dtype, "repeats": arguments.repeats}
-        for table in importlib.import_module(f"benchmarks.{name}").run(**options):
-            report.show(table)
-            tables.append(table)
-    report.show_environment()
-    if arguments.json:
-        report.write(arguments.json, tables)
+    if sys.argv[1:2] == ["tables"]:
+        sys.exit(tables.main(sys.argv[2:]))
+    sys.exit(main(sys.argv[1:]))

@@ -206,5 +206,6 @@ def run(names=None) -> list[Table]:
                 "y to bfloat16 in eval.",
                 "Shards by vmap. An error's name stands where a library raised it.",
             ],
+            key="accuracy",
         )
     ]

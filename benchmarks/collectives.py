@@ -73,5 +73,6 @@ def run(names=None) -> list[Table]:
                 f"Ghost batches of {ROWS // DEVICES} rows lie within the shards: y needs no "
                 "collective, the running statistics of the whole batch do.",
             ],
+            key="collectives",
         )
     ]

@@ -1,67 +1,123 @@
-"""What a training step of a small ResNet keeps for backward, and the memory it compiles to."""
+"""What is kept for backward, and what the compiled program takes; nothing is run.
+
+Of one batch norm, in N, the bytes of x: kept between forward and backward, temporaries, and the
+bytes that XLA counts as read and written. Of the training step of a small ResNet: megabytes.
+"""
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-import jaxbn
-from benchmarks import network
-from benchmarks.report import Table
+from benchmarks import network, peers
+from benchmarks.report import Chart, Table, track
+from benchmarks.roads import training
 
-NORMS = {"Flax linen": nn.BatchNorm, "jaxbn": jaxbn.linen.BatchNorm}
-
-
-def measure(norm, dtype, batch, stages):
-    """(bytes kept for backward, bytes of temporaries) of one step; nothing is run."""
-    norm = functools.partial(norm, use_running_average=False, dtype=dtype)
-    model = network.ResNet(norm, dtype, stages)
-    x = jax.ShapeDtypeStruct((batch, 32, 32, 3), dtype)
-    label = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), x)
-
-    def forward(params, batch_stats, x, label):
-        def loss(params):
-            return network.loss(model, params, batch_stats, x, label)
-
-        return jax.vjp(loss, params, has_aux=True)
-
-    def step(params, batch_stats, x, label):
-        loss, vjp, batch_stats = forward(params, batch_stats, x, label)
-        (grads,) = vjp(jnp.ones_like(loss))
-        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
-        return params, batch_stats, loss
-
-    arguments = (variables["params"], variables["batch_stats"], x, label)
-    residuals = jax.tree.leaves(jax.eval_shape(forward, *arguments)[1])
-    compiled = jax.jit(step).lower(*arguments).compile()
-    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in residuals)
-    return kept, compiled.memory_analysis().temp_size_in_bytes
+DTYPES = (jnp.float32, jnp.bfloat16)
+SHAPES = ((64, 28, 28, 128), (8192, 1024))
+SMALL = network.Task("small ResNet", (2, 2, 2), False, 32, 64, 32)
+STEP = ("jaxbn", "Flax linen")
 
 
-def run(batch=64, stages=(2, 2, 2)) -> list[Table]:
-    rows = []
-    for dtype in (jnp.float32, jnp.bfloat16):
-        with jax.numpy_dtype_promotion("standard"):  # Flax mixes dtypes
-            measured = {name: measure(norm, dtype, batch, stages) for name, norm in NORMS.items()}
-        for name, (kept, temp) in measured.items():
-            kept_flax, temp_flax = measured["Flax linen"]
-            rows.append(
-                [
-                    f"{jnp.dtype(dtype)}, {name}",
-                    *(kept / 1e6, kept / kept_flax, temp / 1e6, temp / temp_flax),
-                ]
-            )
-    return [
-        Table(
-            f"Memory of a ResNet training step, batch {batch}",
-            ["norm", "kept for backward, MB", "of Flax's", "compiled temporaries, MB", "of Flax's"],
-            rows,
-            [
-                f"Stages {stages} of width 32 on 32x32 images. Kept: all that forward hands to "
-                "backward, weights and convolutions included.",
-                "Temporaries: temp_size_in_bytes of the compiled step.",
-            ],
-        )
-    ]
+def compiled(f, *arguments):
+    """(temporaries, bytes accessed)."""
+    program = jax.jit(f).lower(*arguments).compile()
+    return program.memory_analysis().temp_size_in_bytes, program.cost_analysis()["bytes accessed"]
+
+
+def kept(vjp) -> int:
+    """Bytes of the arrays that a function's `jax.vjp` holds."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(vjp))
+
+
+def of_op(batch_norm, shape, dtype) -> list[float]:
+    """In N: kept, temporaries of forward + backward, bytes accessed by forward and by both."""
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    vector = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
+    pair = (vector, vector)
+
+    def train(x, params, state, mask):
+        return batch_norm(x, params, state, train=True, mask=mask)
+
+    def forward(x, params, state):
+        return jax.vjp(lambda x, params: train(x, params, state, None), x, params, has_aux=True)[1]
+
+    residuals = kept(jax.eval_shape(forward, x, pair, pair))
+    _, read = compiled(train, x, pair, pair, None)
+    temporaries, moved = compiled(training(train), x, pair, pair, None, x)
+    n = x.size * x.dtype.itemsize
+    return [residuals / n, temporaries / n, read / n, moved / n]
+
+
+def op(size) -> Table:
+    rows: list[list[str | float]] = []
+    libraries = {n: f for n, f in peers.installed().items() if n != "torch"}
+    shapes = SHAPES[1:] if size == "tiny" else SHAPES
+    steps = [(d, s, n) for d in DTYPES for s in shapes for n in libraries]
+    charts = {d: Chart(f"{d.__name__}, {shapes[-1]}", "N", {}) for d in DTYPES}
+    for dtype, shape, name in track(steps, "memory"):
+        start = [dtype.__name__, "x".join(map(str, shape)), name]
+        if libraries[name] is None:
+            rows.append([*start, "not installed", "", "", ""])
+            continue
+        try:
+            with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+                cells = of_op(libraries[name], shape, dtype)
+        except Exception as error:
+            rows.append([*start, peers.failure(name, error), "", "", ""])
+            continue
+        rows.append([*start, *cells])
+        titles = ("kept for backward", "temporaries", "accessed, forward", "accessed, both")
+        for title, value in zip(titles, cells, strict=True):
+            charts[dtype].points.setdefault(name, {})[title] = value
+    return Table(
+        "Bytes of one batch norm in training, in N, those of x",
+        [
+            *("dtype", "shape", "library", "kept for\nbackward", "temporaries\nforward + backward"),
+            *("accessed\nforward", "accessed\nforward + backward"),
+        ],
+        rows,
+        [
+            "Kept: by jax.vjp, shapes and dtypes alone. Temporaries: temp_size_in_bytes of the "
+            "compiled program. Accessed: XLA's own count, which knows no caches. Equinox's "
+            "channels are moved to the front and back. At the least 1, 0, 3 and 8.",
+        ],
+        list(charts.values()),
+        "memory-op",
+    )
+
+
+def of_step(batch_norm, dtype, task) -> tuple[int, int]:
+    """(bytes kept for backward, bytes of temporaries) of one step."""
+    model = task.model(batch_norm, dtype)
+    arguments = task.shapes(model)
+    _, vjp, _ = jax.eval_shape(functools.partial(network.forward, model), *arguments)
+    temporaries, _ = compiled(functools.partial(network.step, model), *arguments)
+    return kept(vjp), temporaries
+
+
+def step(task=SMALL) -> Table:
+    libraries = peers.installed()
+    rows: list[list[str | float]] = []
+    for dtype in DTYPES:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            measured = {name: of_step(libraries[name], dtype, task) for name in STEP}
+        flax_kept, flax_temp = measured["Flax linen"]
+        for name, (residuals, temporaries) in measured.items():
+            cells = (residuals / 1e6, residuals / flax_kept, temporaries / 1e6)
+            rows.append([f"{dtype.__name__}, {name}", *cells, temporaries / flax_temp])
+    return Table(
+        f"Memory of a training step: {task}",
+        ["norm", "kept for backward, MB", "of Flax's", "compiled temporaries, MB", "of Flax's"],
+        rows,
+        [
+            f"Stages {task.stages}. Kept: all that forward hands to backward, weights and "
+            "convolutions included. Temporaries: temp_size_in_bytes of the compiled step.",
+        ],
+        key="memory-step",
+    )
+
+
+def run(size="usual") -> list[Table]:
+    task = SMALL._replace(stages=(1,)) if size == "tiny" else SMALL
+    return [op(size), step(task)]

@@ -1,55 +1,38 @@
-"""Time of one batch norm on this machine: forward, and forward + backward, beside every peer.
+"""Time of one batch norm in training: forward, and forward + backward, beside every peer.
 
 The floor is the bytes that must move, N being those of x: forward 3N (read x for the moments,
 read it again, write y), backward 5N (read x and dy, read both again, write dx), over the
-bandwidth of a copy measured in the same run.
-
-All is measured in one child process, whose allocator keeps its memory: a fresh array of 50 MB
-costs more in page faults than the arithmetic on it. There torch's threads sleep when they wait,
-for spinning ones would slow down whatever is measured next.
+bandwidth of a copy of as many bytes as x has, timed in the same rounds. Where x fits on chip the
+second reads are free and a time may lie below the floor.
 """
 
-import functools
-import json
 import math
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import peers
-from benchmarks.report import Table
+from benchmarks import peers, shapes, timing
+from benchmarks.report import Chart, Table, track
 from benchmarks.roads import training
-from tests.cases import LARGE
+from benchmarks.timing import Timed, Times
 
-NAMES = ("stage 1", "stage 3 expanded", "stage 3", "projector")
-ENVIRONMENT = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "100000000000",
-    "MALLOC_TOP_PAD_": "1000000000",
-    "OMP_WAIT_POLICY": "passive",
-}
 COPY = "copy"  # stands among the libraries; moves 2N
 FLOOR = {"forward": 3 / 2, "forward + backward": 8 / 2}  # in copies
+DTYPES = ("float32", "bfloat16")
 
 
-def calls(x, dy, libraries) -> dict[str, dict[str, Callable]]:
-    """What is timed, by direction and library: functions without arguments."""
+def calls(x, dy, libraries) -> dict[str, dict[str, Timed]]:
+    """What is timed, by direction and library."""
     c = x.shape[-1]
     params = state = (jnp.ones(c), jnp.zeros(c))
     words = jnp.zeros(x.nbytes // 4, jnp.uint32)
-    copy = functools.partial(jax.jit(lambda v: v ^ 1), words)
-    table: dict[str, dict[str, Callable]] = {direction: {COPY: copy} for direction in FLOOR}
+    copy = timing.timed(lambda v: v ^ 1, words, size=x.nbytes)
+    table: dict[str, dict[str, Timed]] = {direction: {COPY: copy} for direction in FLOOR}
     for name, batch_norm in libraries.items():
         if batch_norm is None:
             continue
         if batch_norm is peers.torch:
-            forward, both = torch_calls(x, dy)
+            forward, both = (timing.graph(f, x.nbytes) for f in torch_calls(x, dy))
         else:
             own_x, own_dy = x, dy
             if batch_norm is peers.equinox:
@@ -60,8 +43,8 @@ def calls(x, dy, libraries) -> dict[str, dict[str, Callable]]:
                 return batch_norm(x, params, state, train=True, mask=mask)
 
             arguments = (own_x, params, state, None)
-            forward = functools.partial(jax.jit(train), *arguments)
-            both = functools.partial(jax.jit(training(train)), *arguments, own_dy)
+            forward = timing.timed(train, *arguments, size=x.nbytes)
+            both = timing.timed(training(train), *arguments, own_dy, size=x.nbytes)
         table["forward"][name] = forward
         table["forward + backward"][name] = both
     return table
@@ -70,8 +53,9 @@ def calls(x, dy, libraries) -> dict[str, dict[str, Callable]]:
 def torch_calls(x, dy):
     import torch
 
-    x, dy = (peers.channels_first(peers.to_torch(v)) for v in (x, dy))
-    scale, bias, mean, var = (torch.ones(x.shape[1]) for _ in range(4))
+    device = "cuda" if timing.accelerated() else "cpu"
+    x, dy = (peers.channels_first(peers.to_torch(v).to(device)) for v in (x, dy))
+    scale, bias, mean, var = (torch.ones(x.shape[1], device=device) for _ in range(4))
     leaves = tuple(v.requires_grad_() for v in (x, scale, bias))
 
     def batch_norm():
@@ -88,96 +72,108 @@ def torch_calls(x, dy):
     return forward, both
 
 
-def milliseconds(functions, repeats) -> dict[str, list[float]]:
-    """Times of each, called in turn; the turn starts one further every round."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    names = list(functions)
-    for i in range(-2, repeats):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = time.perf_counter()
-            result = jax.block_until_ready(functions[name]())
-            if i >= 0:
-                times[name].append(1e3 * (time.perf_counter() - start))
-            del result
-    return times
-
-
-def measure(shape, dtype, repeats, libraries):
-    """{direction: {library: (median, spread)}} in ms; spread is between the quartiles."""
+def measure(shape, dtype, rounds, libraries) -> dict[str, dict[str, Times | str]]:
+    """By direction and library."""
     rng = np.random.default_rng(0)
-    x, dy = (jnp.asarray(rng.normal(size=shape), dtype) for _ in range(2))
-    quartiles = {}
-    for direction, functions in calls(x, dy, libraries).items():
-        times = milliseconds(functions, repeats)
-        quartiles[direction] = {name: np.percentile(t, (25, 50, 75)) for name, t in times.items()}
+    x, dy = (jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for _ in range(2))
     return {
-        direction: {name: (mid, high - low) for name, (low, mid, high) in of.items()}
-        for direction, of in quartiles.items()
+        direction: timing.measure(functions, rounds)
+        for direction, functions in calls(x, dy, libraries).items()
     }
 
 
-def run(dtype="float32", repeats=25, names=NAMES) -> list[Table]:
-    child = [sys.executable, "-m", "benchmarks.op", json.dumps([dtype, repeats, names])]
-    output = subprocess.run(
-        child, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, check=True, text=True
-    ).stdout
-    measured = json.loads(output.splitlines()[-1])
-    return [by_shape(measured, dtype, repeats, peers.installed()), over_shapes(measured)]
+def run(size="usual") -> list[Table]:
+    free = timing.free_bytes()
+    chosen, too_large = shapes.of_size(size, timing.accelerated(), free)
+    timing.prefault(shapes.ARRAYS * chosen[-1].size)
+    libraries = peers.installed()
+    measured: dict[str, dict[str, dict]] = {dtype: {} for dtype in DTYPES}
+    for dtype, shape in track([(d, s) for d in DTYPES for s in chosen], "op"):
+        measured[dtype][str(shape)] = measure(shape.shape, dtype, timing.ROUNDS[size], libraries)
+    every = (
+        times
+        for of_dtype in measured.values()
+        for of_shape in of_dtype.values()
+        for of in of_shape.values()
+        for times in of.values()
+    )
+    notes = [
+        f"Median of {timing.ROUNDS[size]} rounds (after 6 s of fewer, but of {timing.FEWEST}) in "
+        "which the libraries take turns in one process; spread: between the quartiles, over the "
+        "median.",
+        "torch: channels_last. Equinox: channels first. Running statistics are updated.",
+        timing.note(every),
+    ]
+    if too_large:
+        left_out = "; ".join(map(str, too_large))
+        notes.append(f"Left out for want of memory ({free / 1e9:.0f} GB are free): {left_out}.")
+    return [
+        *(by_shape(of, dtype, libraries, notes) for dtype, of in measured.items()),
+        over_shapes(measured, libraries),
+    ]
 
 
-def by_shape(measured, dtype, repeats, libraries) -> Table:
+def by_shape(measured, dtype, libraries, notes) -> Table:
     rows, bandwidth = [], []
-    for case in LARGE:
-        if case.name not in measured:
-            continue
+    points: dict[str, dict[str, dict[str, float]]] = {d: {} for d in FLOOR}
+    for shape, of_shape in measured.items():
         for library in libraries:
-            row: list[str | float] = [f"{case.shape}", library]
+            row: list[str | float] = [shape, library]
             for direction, floor in FLOOR.items():
-                of = measured[case.name][direction]
-                if library not in of:
-                    row += ["not installed", "", "", ""]
+                of = of_shape[direction]
+                times = of.get(library, "not installed")
+                if isinstance(times, str):
+                    row += [times, "", "", ""]
                     continue
-                median, spread = of[library]
-                fraction = floor * of[COPY][0] / median
-                row += [median, spread / median, median / of["jaxbn"][0], fraction]
+                fraction = floor * of[COPY].median / times.median
+                ratio = times.median / of["jaxbn"].median
+                row += [times.median, times.spread / times.median, ratio, fraction]
+                points[direction].setdefault(library, {})[shape] = 1 / fraction
             rows.append(row)
-        moved = 2 * math.prod(case.shape) * jnp.dtype(dtype).itemsize
-        copy, _ = measured[case.name]["forward + backward"][COPY]
-        bandwidth.append(f"{case.name} {moved / copy / 1e6:.0f} GB/s")
+        moved = 2 * math.prod(map(int, shape.split()[0].split("x"))) * jnp.dtype(dtype).itemsize
+        copy = of_shape["forward + backward"][COPY].median
+        bandwidth.append(f"{moved / copy / 1e6:.0f}")
     columns = ("ms", "spread", "of ours", "floor/it")
+    floor = (
+        f"Floor: 3N bytes forward, 8N in all, at a copy's bandwidth: {', '.join(bandwidth)} GB/s."
+    )
     return Table(
         f"Time of one batch norm in training, {dtype}",
         ["shape", "library", *(f"{d}\n{c}" for d in ("forward", "fwd+bwd") for c in columns)],
         rows,
-        [
-            f"Median of {repeats} calls in rotated order, one process; spread: between the "
-            "quartiles, over the median.",
-            "Floor: 3N bytes forward, 8N in all, at the bandwidth of a copy: "
-            + ", ".join(bandwidth),
-            "Page faults kept out: " + " ".join(f"{k}={v}" for k, v in ENVIRONMENT.items()),
-            "torch: channels_last. Equinox: channels first. Running statistics are updated.",
-        ],
+        [*notes, floor],
+        [Chart(f"{d}, {dtype}", "time / floor", of, line=1.0) for d, of in points.items()],
+        f"op-{dtype}",
     )
 
 
-def over_shapes(measured) -> Table:
-    """Geometric mean of ours / peer."""
-    rows = []
-    first = next(iter(measured.values()))["forward"]
-    for library in first:
-        if library in (COPY, "jaxbn"):
-            continue
-        row = [library]
-        for direction in FLOOR:
-            of = [shape[direction] for shape in measured.values()]
-            row.append(math.exp(np.mean([math.log(v["jaxbn"][0] / v[library][0]) for v in of])))
-        rows.append(row)
-    return Table("Our time over theirs, geometric mean of the shapes", ["library", *FLOOR], rows)
-
-
-if __name__ == "__main__":
-    dtype, repeats, names = json.loads(sys.argv[1])
-    cases = [case for case in LARGE if case.name in names]
-    libraries = peers.installed()
-    measured = {case.name: measure(case.shape, dtype, repeats, libraries) for case in cases}
-    print(json.dumps(measured))
+def over_shapes(measured, libraries) -> Table:
+    """Our time over a peer's and over the floor: geometric mean, worst and best of the shapes."""
+    rows: list[list[str | float]] = []
+    for dtype, of_dtype in measured.items():
+        for direction, floor in FLOOR.items():
+            for library in (*libraries, COPY):
+                ratios = {}
+                for shape, of_shape in of_dtype.items():
+                    of = of_shape[direction]
+                    if isinstance(of.get(library), Times):
+                        theirs = of[library].median * (floor if library == COPY else 1)
+                        ratios[shape] = of["jaxbn"].median / theirs
+                if library == "jaxbn":
+                    continue
+                name = "the floor" if library == COPY else library
+                if not ratios:
+                    rows.append([dtype, direction, name, "not installed", "", "", "", ""])
+                    continue
+                mean = math.exp(np.mean(np.log(list(ratios.values()))))
+                worst, best = max(ratios, key=ratios.get), min(ratios, key=ratios.get)
+                rows.append(
+                    [dtype, direction, name, mean, ratios[worst], worst, ratios[best], best]
+                )
+    return Table(
+        "Our time over theirs, and over the floor: below 1 is faster",
+        ["dtype", "direction", "library", "mean", "worst", "at", "best", "at"],
+        rows,
+        ["Mean: geometric, over the shapes of op-float32 and op-bfloat16."],
+        key="op-summary",
+    )

@@ -106,10 +106,12 @@ def run(names=None, cases=tuple(CASES)) -> list[Table]:
                 f"{DEVICES} devices.",
                 "At mean/sd = 1e4, half a unit in the last place of the mean is 5e-4 of an sd.",
             ],
+            key="parity",
         ),
         Table(
             "Parity: the same by quantity, the largest over all cases but mean/sd = 1e4",
             ["road", *QUANTITIES],
             by_quantity,
+            key="parity-quantity",
         ),
     ]

@@ -1,11 +1,47 @@
 """Each benchmark runs, returns the rows it promises, and the rows show what is claimed."""
 
+import functools
 import json
 import math
+import os
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from benchmarks import accuracy, collectives, memory, op, parity, peers, report
+from benchmarks import (
+    __main__,
+    accuracy,
+    collectives,
+    cost_model,
+    imports,
+    latency,
+    memory,
+    network,
+    op,
+    parity,
+    peers,
+    plots,
+    report,
+    results,
+    shapes,
+    step,
+    tables,
+    timing,
+    views,
+)
+from benchmarks.report import Chart, Table
+from benchmarks.timing import Times
+
+ENVIRONMENT = {
+    "device": "cpu Some Chip",
+    "host": "Some Chip, 2 cores",
+    "load": "0.1, average of the minute before",
+    "versions": "python 3.11.7, jax 0.10.2, torch not installed",
+    "command": "python -m benchmarks op",
+    "date": "2026-01-02",
+}
 
 
 def column(table, name):
@@ -35,10 +71,22 @@ def test_a_library_that_lacks_an_option_or_is_not_there_says_so_in_its_cell():
 
 
 def test_a_training_step_with_ours_is_smaller_than_with_flax():
-    (table,) = memory.run(stages=(1,))
+    table = memory.step(memory.SMALL._replace(stages=(1,)))
     assert len(table.rows) == 4
     for name, *ratios in table.rows:
         assert all(0.3 < r <= (0.75 if "jaxbn" in name else 1) for r in (ratios[1], ratios[3]))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_ours_keeps_x_for_backward_and_moves_less_than_flax(dtype):
+    shape = (256, 64)
+    ours = memory.of_op(peers.ours, shape, dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        flax = memory.of_op(peers.linen, shape, dtype)
+    small = 16 * 64 * 4 / (256 * 64 * jnp.dtype(dtype).itemsize)  # vectors of one number a channel
+    assert 1 <= ours[0] <= 1 + small
+    assert flax[0] >= (2 if dtype == jnp.float32 else 4)
+    assert ours[3] < flax[3]
 
 
 def test_parity_holds_on_the_roads_and_cases_asked_for():
@@ -60,12 +108,52 @@ def test_collectives_are_counted_with_their_bytes():
     assert table.rows[0][7] == table.rows[1][7] == "0"
 
 
+# The op, and how time is taken.
+
+
+def measured_op():
+    """Two shapes in both directions, times made up; torch failed on one of them."""
+
+    def of(ours, flax, torch):
+        return {
+            "copy": Times(1.0, 0.1, 5),
+            "jaxbn": Times(ours, 0.6, 5),
+            "Flax linen": Times(flax, 0.1, 5),
+            "torch": torch,
+        }
+
+    small, large = of(6.0, 9.0, "RuntimeError"), of(8.0, 4.0, Times(8.0, 0.1, 5))
+    return {
+        "2x3 MLP": dict.fromkeys(op.FLOOR, small),
+        "4x5x5x3 ResNet": dict.fromkeys(op.FLOOR, large),
+    }
+
+
+LIBRARIES = ("jaxbn", "Flax linen", "Haiku", "torch")
+
+
+def op_tables():
+    measured = {"float32": measured_op(), "bfloat16": measured_op()}
+    by_shape = [op.by_shape(of, dtype, LIBRARIES, ["A note."]) for dtype, of in measured.items()]
+    return [*by_shape, op.over_shapes(measured, LIBRARIES)]
+
+
 def test_op_reports_ratios_to_ours_and_to_the_floor():
-    times = {"copy": (1.0, 0.1), "jaxbn": (6.0, 0.1), "Flax linen": (9.0, 0.1)}
-    measured = {"projector": dict.fromkeys(op.FLOOR, times)}
-    table = op.by_shape(measured, "float32", 25, ("jaxbn", "Flax linen"))
+    table, _, summary = op_tables()
+    assert table.rows[0][1:6] == ["jaxbn", 6.0, 0.6 / 6, 1.0, 1.5 / 6]
     assert table.rows[1][1:6] == ["Flax linen", 9.0, 0.1 / 9, 1.5, 1.5 / 9]
-    assert op.over_shapes(measured).rows == [["Flax linen", 6 / 9, 6 / 9]]
+    assert table.rows[1][6:] == [9.0, 0.1 / 9, 1.5, 4 / 9]
+    assert table.rows[2][1:4] == ["Haiku", "not installed", ""]
+    assert table.rows[3][1:4] == ["torch", "RuntimeError", ""]
+    flax, haiku, torch, floor = summary.rows[:4]
+    assert flax[2:] == [
+        "Flax linen",
+        pytest.approx(math.sqrt(6 / 9 * 2)),
+        *(2.0, "4x5x5x3 ResNet", 6 / 9, "2x3 MLP"),
+    ]
+    assert haiku[2:4] == ["Haiku", "not installed"]
+    assert torch[3:] == [1.0, 1.0, "4x5x5x3 ResNet", 1.0, "4x5x5x3 ResNet"]
+    assert floor[2:5] == ["the floor", pytest.approx(math.sqrt(4 * 8 / 1.5)), 8 / 1.5]
 
 
 def test_op_times_every_library_in_both_directions():
@@ -73,15 +161,128 @@ def test_op_times_every_library_in_both_directions():
     measured = op.measure((8, 4, 4, 16), "float32", 1, libraries)
     for direction in op.FLOOR:
         assert set(measured[direction]) == {"copy", "jaxbn", "Flax linen"}
-        assert all(median > 0 for median, _ in measured[direction].values())
+        assert all(times.median > 0 and times.rounds == 1 for times in measured[direction].values())
 
 
-def test_every_case_that_op_times_is_in_the_table_of_cases():
-    assert {case.name for case in op.LARGE} >= set(op.NAMES)
+def test_turns_are_rotated_and_what_fails_is_named():
+    order = []
+
+    def failing():
+        raise MemoryError
+
+    functions = {name: timing.Timed(functools.partial(order.append, name)) for name in "abc"}
+    measured = timing.measure(functions | {"d": timing.Timed(failing)}, rounds=3)
+    assert "".join(order) == "aabbcc" + "abc" + "bca" + "cab"
+    assert list(measured) == ["a", "b", "c", "d"]
+    assert measured["d"] == "MemoryError"
+    assert measured["a"].rounds == 3
+    with pytest.raises(MemoryError):
+        timing.measure({"jaxbn": timing.Timed(failing)}, rounds=3)
+
+
+def test_a_loop_of_calls_computes_each_of_them():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 8)), jnp.float32)
+
+    def f(x):
+        return jnp.cos(x), x.sum(0)
+
+    loop = jax.jit(timing.repeated(f, 7)).lower(x).compile()
+    first = 0.0  # of x; each call's first result goes there in the next
+    for _ in range(6):
+        first = math.cos(first)
+    for a, b in zip(loop(x), f(x.at[0, 0].set(first)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    # The arithmetic stands in the loop's body, and not before it.
+    text = loop.as_text()
+    entry = text[text.index("ENTRY ") :]
+    assert "while(" in entry
+    assert "cosine" in text
+    assert "cosine" not in entry
+    assert "reduce" not in entry
+
+
+def test_enough_calls_last_longer_than_a_dispatch():
+    assert timing.enough(1) == 500
+    assert timing.enough(1 << 40) == 10
+    assert timing.enough(1 << 26) == math.ceil(0.01 * 4e12 / 2**29)
+
+
+def test_shapes_of_each_size():
+    def names(size, accelerated=False, free=10**15):
+        fit, left_out = shapes.of_size(size, accelerated, free)
+        return {shape.shape for shape in fit}, {shape.shape for shape in left_out}
+
+    tiny, usual, full = (names(size)[0] for size in ("tiny", "usual", "full"))
+    assert tiny < usual < names("usual", accelerated=True)[0] < full
+    assert {(8192, 1024), (100_000, 32), (4096, 300)} < usual
+    channels = {channels for _, channels in (*shapes.LAST, *shapes.REST)}
+    assert channels == set(cost_model.RESNET50)
+    fit, left_out = names("full", free=20 * 4 * 8192 * 1024)
+    assert fit | left_out == full
+    assert max(map(math.prod, fit)) == 8192 * 1024 < min(map(math.prod, left_out))
+
+
+# Networks.
+
+
+@pytest.mark.parametrize("batch_norm", [peers.ours, peers.linen, peers.flax_nnx])
+def test_a_network_trains_by_any_librarys_norm(batch_norm):
+    task = network.Task("ResNet", (1,), True, 4, 4, 8)
+    model = task.model(batch_norm, jnp.float32)
+    arguments = task.arrays(model)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        run = jax.jit(functools.partial(network.step, model))
+        params, batch_stats, first = run(*arguments)
+        _, _, second = run(params, batch_stats, *arguments[2:])
+        logits = network.infer(model, params, batch_stats, arguments[2])
+    assert second < first
+    assert logits.shape == (4, 10)
+    assert all((v != 0).any() for v in jax.tree.leaves(batch_stats))
+
+
+def test_a_network_without_norms_has_no_statistics():
+    task = network.Task("ResNet", (1,), False, 4, 4, 8)
+    _, batch_stats, *_ = task.arrays(task.model(None, jnp.float32))
+    assert batch_stats == {}
+
+
+@pytest.mark.parametrize("of", [step.tasks, latency.tasks])
+def test_cpu_gets_smaller_tasks_than_an_accelerator(of):
+    assert {t.width for t in of("usual", False)} == {16}
+    assert {t.width for t in of("full", False)} == {t.width for t in of("usual", True)} == {64}
+    assert {t.stages for t in of("usual", False)} == {step.R18, step.R50}
+
+
+def test_step_and_eval_have_a_row_for_every_norm(monkeypatch):
+    installed = {"jaxbn": peers.ours, "Flax linen": peers.linen, "Keras": None, "torch": None}
+    monkeypatch.setattr(peers, "installed", lambda: installed)
+    monkeypatch.setattr(step, "DTYPES", (jnp.float32,))
+    (table,) = step.run("tiny")
+    assert [row[1] for row in table.rows] == ["jaxbn", "Flax linen", step.NONE, "Keras"]
+    ours, _, none, absent = table.rows
+    assert ours[4] == ours[7] == 1
+    assert 0 < none[6] < ours[6]
+    assert absent[2:] == ["not installed", *[""] * 5]
+    (table,) = latency.run("tiny")
+    assert [row[1] for row in table.rows] == ["jaxbn", "Flax linen", step.NONE, "Keras"]
+
+
+def test_imports_are_timed_in_processes_of_their_own():
+    (table,) = imports.run("tiny", ("jaxbn", "jax"))
+    assert [row[:2] for row in table.rows] == [["jaxbn", "jax"], ["jax", "sys"]]
+    assert all(row[2] > 0 for row in table.rows)
+
+
+def test_peers_that_are_not_importable_are_none():
+    assert set(peers.installed()) == {peer.name for peer in peers.PEERS}
+    assert peers.installed()["Flax linen"] is peers.linen
+
+
+# Tables, files and pages.
 
 
 def test_report_prints_whole_cells_and_writes_unrounded_numbers(tmp_path, capsys):
-    table = report.Table("Title", ["case", "value"], [["x" * 60, 1 / 3]], ["A note."])
+    table = Table("Title", ["case", "value"], [["x" * 60, 1 / 3]], ["A note."])
     report.show(table)
     printed = capsys.readouterr().out
     for words in ("Title", "x" * 60, "0.333", "A note."):
@@ -90,8 +291,197 @@ def test_report_prints_whole_cells_and_writes_unrounded_numbers(tmp_path, capsys
     written = json.loads((tmp_path / "tables.json").read_text())
     assert written["tables"][0]["rows"] == [["x" * 60, 1 / 3]]
     assert {"device", "versions", "command", "date"} <= set(written)
+    assert os.listdir(tmp_path) == ["tables.json"]
 
 
-def test_peers_that_are_not_importable_are_none():
-    assert set(peers.installed()) == {peer.name for peer in peers.PEERS}
-    assert peers.installed()["Flax linen"] is peers.linen
+def test_cells_have_three_digits():
+    shown = ["0", "0", "NaN", "3.33e-08", "1.23", "100", "1,234", "word"]
+    values = (0, 0.0, math.nan, 1e-7 / 3, 1.2345, 99.96, 1234.5, "word")
+    assert [report.cell(v) for v in values] == shown
+
+
+def test_a_table_survives_its_file():
+    for table in op_tables():
+        again = report.from_json(json.loads(json.dumps(report.as_json(table))))
+        assert again == table._replace(
+            **{name: list(getattr(table, name)) for name in ("columns", "notes", "charts")}
+        )
+
+
+def record(*of, **environment):
+    tables = [report.as_json(table) for table in of]
+    return json.loads(json.dumps({"environment": ENVIRONMENT | environment, "tables": tables}))
+
+
+def test_a_benchmark_replaces_its_own_part_of_the_days_file_alone(tmp_path):
+    one, other = Table("One", ["a"], [[1.0]]), Table("Other", ["a"], [[2.0]])
+    results.write(tmp_path, "op", record(one))
+    results.write(tmp_path, "step", record(one))
+    path = results.write(tmp_path, "op", record(other))
+    written = json.loads(path.read_text())
+    assert path.name == "cpu-some-chip_2026-01-02.json"
+    assert written == {"op": record(other), "step": record(one)}
+    later = results.write(tmp_path, "op", record(one, date="2026-01-10"))
+    gpu = results.write(tmp_path, "op", record(one, device="NVIDIA H200", date="2027-01-01"))
+    assert results.newest(tmp_path, "cpu") == later
+    assert results.newest(tmp_path, "nvidia") == gpu
+    with pytest.raises(FileNotFoundError) as error:
+        results.newest(tmp_path, "tpu")
+    assert str(error.value) == (
+        f"tables: no results of 'tpu' in {tmp_path}, expected a file tpu*_<date>.json; "
+        f"write them by `make bench` on such a device."
+    )
+
+
+def test_the_command_writes_what_came_and_names_what_failed(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def measure(name, size, command, load, path):
+        asked.append((name, size, command))
+        if name == "step":
+            return False
+        with open(path, "w") as file:
+            json.dump(record(*op_tables()), file)
+        return True
+
+    monkeypatch.setattr(__main__, "measure", measure)
+    arguments = ["step", "op", "--tiny", "--results", str(tmp_path)]
+    assert __main__.main(arguments) == 1
+    command = f"python -m benchmarks {' '.join(arguments)}"
+    assert asked == [("step", "tiny", command), ("op", "tiny", command)]
+    printed = capsys.readouterr()
+    assert printed.err == "benchmark 'step' failed; what it said stands above\n"
+    assert "Time of one batch norm in training, bfloat16" in printed.out
+    names = ["cpu-some-chip_2026-01-02.json", "cpu-some-chip_2026-01-02_op.png"]
+    assert sorted(os.listdir(tmp_path)) == names
+
+
+def test_a_picture_has_every_library_and_shape(tmp_path, monkeypatch):
+    charts = [chart for table in op_tables() for chart in table.charts]
+    assert [chart.title for chart in charts[:2]] == [
+        "forward, float32",
+        "forward + backward, float32",
+    ]
+    assert charts[0].points["jaxbn"] == {"2x3 MLP": 4.0, "4x5x5x3 ResNet": 8 / 1.5}
+    assert list(charts[0].points["torch"]) == ["4x5x5x3 ResNet"]
+    plots.draw([*charts, Chart("one", "ms", {"import": {"jaxbn": 3.0}})], tmp_path / "op.png")
+    assert (tmp_path / "op.png").read_bytes().startswith(b"\x89PNG")
+    assert os.listdir(tmp_path) == ["op.png"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Results of everything that the views read, made up."""
+    cases = [[case, 1e-7, 46.0] for case in views.CASES]
+    accuracy = Table("", ["case", "jaxbn", "Flax linen"], cases, key="accuracy")
+    kept = [[f"{d}, {n}", 1, 1, 1, 0.7] for d in op.DTYPES for n in ("jaxbn", "Flax linen")]
+    kept = Table("", ["norm", "", "", "", "of Flax's"], kept, key="memory-step")
+    steps = [["ResNet-50", n, 10.0, 0.1, 1, 1, 200.0, 1] for n in ("jaxbn", "Flax linen")]
+    steps = Table("", ["network", "norm", "ms", "", "", "", "MB", ""], steps, key="step")
+    times = Table(
+        "", ["", "", "ms"], [["jaxbn", "", 30.0], ["flax.linen", "", 200.0]], key="imports"
+    )
+    folder = tmp_path / "results"
+    results.write(folder, "op", record(*op_tables()))
+    path = results.write(folder, "rest", record(accuracy, kept, steps, times))
+    path.with_name(f"{path.stem}_op.png").write_bytes(b"")
+    return folder
+
+
+PAGE = """# A page
+
+<!-- table: cpu/op-forward-float32 -->
+old
+<!-- end -->
+between
+<!-- notes: cpu/op-float32 -->
+<!-- end -->
+<!-- figure: cpu/op -->
+<!-- end -->
+after
+"""
+FILLED = """# A page
+
+<!-- table: cpu/op-forward-float32 -->
+| shape | ours, ms | spread | floor / ours | Flax linen / ours | Haiku / ours | torch / ours |
+| --- | ---: | ---: | ---: | ---: | --- | ---: |
+| 2x3 MLP | 6 | 0.1 | 0.25 | 1.5 | not installed | RuntimeError |
+| 4x5x5x3 ResNet | 8 | 0.075 | 0.188 | 0.5 | not installed | 1 |
+
+<sub>`python -m benchmarks op`, 2026-01-02, Some Chip, 2 cores, load before 0.1; python 3.11.7, \
+jax 0.10.2, torch not installed.</sub>
+<!-- end -->
+between
+<!-- notes: cpu/op-float32 -->
+- A note.
+- Floor: 3N bytes forward, 8N in all, at a copy's bandwidth: 0, 0 GB/s.
+<!-- end -->
+<!-- figure: cpu/op -->
+![op, measured on cpu](../results/cpu-some-chip_2026-01-02_op.png)
+<!-- end -->
+after
+"""
+
+
+def test_a_page_is_filled_between_its_markers_and_again_the_same(folder, tmp_path):
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text(PAGE)
+    assert tables.main([str(page), "--results", str(folder)]) == 0
+    assert page.read_text() == FILLED
+    assert tables.fill(page, folder) == 3
+    assert page.read_text() == FILLED
+
+
+def test_the_first_table_stands_beside_flax(folder):
+    found, environment = views.find(
+        json.loads(results.newest(folder, "cpu").read_text()), "headline"
+    )
+    rows = {row[0]: row[1:] for row in found.rows}
+    assert environment == ENVIRONMENT
+    assert rows["relative error of var, float32 N(1e4, 1), 256 rows"] == ["1e-07", "46"]
+    assert rows["temporary memory of a small ResNet's step, bfloat16"] == ["0.7 of it", "1"]
+    assert rows["time of the op, forward, float32"] == [
+        "1.15 of Flax's: 0.667 (2x3 MLP) to 2 (4x5x5x3 ResNet)",
+        "1",
+    ]
+    assert rows["training step of ResNet-50: ms"] == ["10", "10"]
+    assert rows["import, beyond that of jax: ms"] == ["30", "200"]
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        (
+            "<!-- table: cpu/op-float32 -->\n\n<!-- table: cpu/op-float32 -->\n<!-- end -->\n",
+            "tables: page.md has <!-- table: cpu/op-float32 --> without its end; write a line "
+            "<!-- end --> below it.",
+        ),
+        (
+            "<!-- figure: cpu/step -->\n<!-- end -->\n",
+            "tables: no cpu-some-chip_2026-01-02_step.png beside cpu-some-chip_2026-01-02.json, "
+            "expected the picture that `python -m benchmarks step` draws.",
+        ),
+        (
+            "<!-- table: cpu/ops -->\n<!-- end -->\n",
+            "tables: no table 'ops' in these results, expected one of: op-float32, op-bfloat16, "
+            "op-summary, accuracy, memory-step, step, imports, headline, op-forward-float32, "
+            "op-forward-bfloat16, op-both-float32, op-both-bfloat16; the benchmark that makes it "
+            "may not have been run.",
+        ),
+    ],
+)
+def test_a_page_that_cannot_be_filled_stays_as_it_was(page, message, folder, tmp_path, capsys):
+    path = tmp_path / "page.md"
+    path.write_text(page)
+    assert tables.main([str(path), "--results", str(folder)]) == 1
+    assert capsys.readouterr().err == f"{message}\n"
+    assert path.read_text() == page
+
+
+def test_every_marker_of_our_pages_names_a_table_of_some_benchmark():
+    known = {"accuracy", "parity", "parity-quantity", "collectives", "memory-op", "memory-step"}
+    known |= {"op-float32", "op-bfloat16", "op-summary", "step", "latency", "imports", *views.VIEWS}
+    for page in tables.PAGES:
+        for kind, _, key in tables.OPEN.findall(page.read_text()):
+            assert key in (__main__.DEVICES if kind == "figure" else known)

@@ -1,0 +1,26 @@
+"""One benchmark in this process: `python -m benchmarks.child NAME SIZE DEVICES COMMAND LOAD FILE`.
+
+`python -m benchmarks` starts it with `timing.ENVIRONMENT`, which must be set before Python is.
+"""
+
+import importlib
+import json
+import sys
+
+import jax
+
+from benchmarks import report
+
+SIZED = ("op", "memory", "step", "latency", "imports")
+
+if __name__ == "__main__":
+    name, size, devices, command, load, path = sys.argv[1:]
+    jax.config.update("jax_num_cpu_devices", int(devices))
+    options = {"size": size} if name in SIZED else {}
+    tables = importlib.import_module(f"benchmarks.{name}").run(**options)
+    record = {
+        "environment": report.environment(command, float(load)),
+        "tables": [report.as_json(table) for table in tables],
+    }
+    with open(path, "w") as file:
+        json.dump(record, file)
