@@ -122,22 +122,20 @@ class TensorBoard(Writer):
 
     def write(self, step: int, figures: Figures, arrays: Mapping[str, Channels]) -> None:
         """Append the step's scalars and histograms, in one event."""
-        from tensorboardX import summary
-        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.proto.summary_pb2 import HistogramProto, Summary
 
-        parts = [
-            summary.scalar(f"{metric}/{layer or '.'}", figure)
+        values = [
+            Summary.Value(tag=f"{metric}/{layer or '.'}", simple_value=figure)
             for layer, of_layer in figures.items()
             for metric, figure in of_layer.items()
         ]
         for layer, of_channels in arrays.items():
             for name, v in of_channels.items():
-                # float32, for NumPy refuses to put bins between neighbours in float64.
-                with np.errstate(over="ignore"):
-                    v = (np.abs(v) if np.iscomplexobj(v) else v).astype(np.float32)
+                v = np.abs(v) if np.iscomplexobj(v) else v
                 if (v := v[np.isfinite(v)]).size:
-                    parts.append(summary.histogram(f"{name}/{layer or '.'}", v, bins=BINS))
-        self._event(step=step, summary=Summary(value=[v for part in parts for v in part.value]))
+                    histogram = HistogramProto(**_histogram(v))
+                    values.append(Summary.Value(tag=f"{name}/{layer or '.'}", histo=histogram))
+        self._event(step=step, summary=Summary(value=values))
 
     def rewind(self, step: int) -> None:
         """Tell the reader to drop the events of this step and of later ones."""
@@ -156,7 +154,26 @@ class TensorBoard(Writer):
         _append(self.path, length + next(sums) + event + next(sums))
 
 
-BINS = 20  # of a histogram; TensorBoard itself shows 30
+BINS = 16
+
+
+def _histogram(v: np.ndarray) -> dict[str, Any]:
+    """The fields of TensorBoard's histogram: counts of BINS equal bins, each up to its limit.
+
+    `np.histogram` takes five times as long, which at 8 arrays a layer is most of a record.
+    """
+    low, high = v.min(), v.max()
+    width = (high - low) / BINS or 1.0
+    counts = np.bincount(np.minimum((v - low) / width, BINS - 1).astype(int), minlength=BINS)
+    limits = [*(low + width * np.arange(1, BINS)), high]
+    moments = {"num": v.size, "sum": v.sum(), "sum_squares": v @ v}
+    # The first, empty bin is where TensorBoard takes the lower edge of the second from.
+    return moments | {
+        "min": low,
+        "max": high,
+        "bucket_limit": [low, *limits],
+        "bucket": [0, *counts],
+    }
 
 
 class Prometheus(Writer):

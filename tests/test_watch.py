@@ -1,9 +1,11 @@
 """Watching a training run: what the aux of a step holds, what it costs, where it is written."""
 
+import importlib
 import json
 import pathlib
 import re
 import resource
+import runpy
 import socket
 import struct
 import sys
@@ -414,6 +416,41 @@ def test_the_dashboard_reads_what_is_exported_all_of_it():
     assert read == exported
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(ids) == len(set(ids))
+
+
+def test_the_example_shows_running_statistics_that_catch_up_with_the_batch(tmp_path, capsys):
+    example = runpy.run_path(str(ROOT / "examples" / "watch" / "watched.py"))
+    example["main"](tmp_path, steps=60, port=0)
+    url, events_at, lines_at, first, second = capsys.readouterr().out.splitlines()
+    assert url.startswith("http://127.0.0.1:")
+    assert len(events(tmp_path)) == 3  # the file's version, and two records
+    assert pathlib.Path(events_at).parent == pathlib.Path(lines_at).parent == tmp_path
+    lines = [json.loads(line) for line in (tmp_path / "watch.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 50]
+    kl = [[v["symmetric_kl_max"] for v in line["layers"].values()] for line in lines]
+    for shown, line, figures in zip((first, second), lines, kl, strict=True):
+        assert shown.startswith(f"step {line['step']}  loss ")
+        assert shown.endswith(" nats".join([", ".join(f"{v:.3g}" for v in figures), ""]))
+    # 0.9**51 of the initial mean 0 and var 1 is left at step 50.
+    assert min(kl[0]) > 1 > 0.1 > max(kl[1])
+
+
+def test_the_benchmark_spreads_a_record_over_the_steps_from_one_to_the_next(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "cifar10")
+    from benchmarks import watching
+
+    model = importlib.import_module("model")
+    monkeypatch.setitem(model.RESNETS, "resnet18", {"blocks": (1,), "bottleneck": False})
+    for api in ("linen", "nnx"):
+        times = watching.measure(api, "tiny", str(tmp_path / api))
+        assert {name: len(v) for name, v in times.items()} == dict.fromkeys(times, 2)
+        assert set(times) == {"plain", "watched", "written"}
+        assert (tmp_path / api / "watch.jsonl").exists()
+    taken = {"plain": 1.0, "watched": 1.5, "written": 0.25}
+    taken = {name: np.full(3, value) for name, value in taken.items()}
+    monkeypatch.setattr(watching, "measure", lambda *_: taken)
+    (table,) = watching.run("tiny")
+    assert table.rows == [[api, 1000, 1.5, 250, 1.5, "1.50 to 1.50"] for api in ("linen", "nnx")]
 
 
 # --- failure ----------------------------------------------------------------------------------

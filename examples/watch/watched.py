@@ -1,0 +1,60 @@
+# A training loop that is watched: each batch norm layer's figures, every 50 steps, to JSON lines,
+# TensorBoard and Prometheus; grafana.json beside this file is a dashboard for the last of them.
+#   python examples/watch/watched.py FOLDER [STEPS [PORT]]
+#   tensorboard --logdir FOLDER        and http://127.0.0.1:9464/metrics while it runs
+
+import sys
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import jaxbn
+from jaxbn import watch, writers
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):  # [B, 8]
+        for _ in range(2):
+            norm = jaxbn.linen.BatchNorm(use_running_average=False, momentum=0.9)
+            x = nn.relu(norm(nn.Dense(32)(x)))
+        return nn.Dense(1)(x)[:, 0]  # [B]
+
+
+model = Model()
+
+
+# `watched` is static: the same lines make two programs, the plain one as if nobody ever watched.
+@partial(jax.jit, static_argnames="watched")
+def step(variables, key, watched):
+    x = jax.random.normal(key, (256, 8)) * 3 + 10  # [B, 8]
+    y = jnp.sin(x).sum(axis=1)  # [B]
+
+    def loss(params):
+        (out, updates), seen = watch.linen(model.apply, on=watched)(
+            {**variables, "params": params}, x, mutable=["batch_stats"]
+        )
+        return jnp.square(out - y).mean(), (updates, seen)
+
+    (value, (updates, seen)), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+    seen = watch.records(seen, {**variables, **updates}, grads)
+    params = jax.tree.map(lambda p, g: p - 0.01 * g, variables["params"], grads)
+    return {"params": params, **updates}, value, seen
+
+
+def main(folder: str, steps: int = 500, port: int = 9464) -> None:
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 8)))
+    with writers.open(["jsonl", "prometheus", "tensorboard"], folder, every=50, port=port) as log:
+        print(*log.writers, sep="\n")
+        for i in range(steps):
+            variables, loss, seen = step(variables, jax.random.key(i), watched=log.due(i))
+            if seen:
+                log.write(i, seen)
+                off = [f"{v['symmetric_kl_max']:.3g}" for v in watch.metrics(seen).values()]
+                print(f"step {i}  loss {loss:.3f}  statistics off by {', '.join(off)} nats")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))
