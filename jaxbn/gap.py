@@ -117,7 +117,7 @@ def gap(model: Any, *args: Any, limits: Limits = Limits(), **kwargs: Any) -> Gap
         limit = math.sqrt(limits.gap**2 + limits.gap_noise / rows_of(first.moments, setting))
         found = [
             *_padding(path, layer, first, setting, limits),
-            *_unbiased(path, layer, first.moments, setting, unbiased, limits),
+            *(_unbiased(path, first.moments, limits) if unbiased else ()),
             *of_layer(path, layer, first.moments, setting, limits),
         ]
         cause = None if own <= limit else _cause(path, found, own, limit)
@@ -212,28 +212,14 @@ def _padding(
     return [Finding(path, "padding", ERROR, share, 0.0, (), remedy)]
 
 
-def _unbiased(
-    path: str,
-    layer: layers.Layer,
-    of_x: Moments,
-    setting: Setting,
-    unbiased: bool,
-    limits: Limits,
-) -> list[Finding]:
+def _unbiased(path: str, of_x: Moments, limits: Limits) -> list[Finding]:
     """A running var of n / (n - 1) times the batch's, where n is small enough to matter."""
     n = rows_of(of_x, Setting())
-    factor = n / (n - 1) if n > 1 else math.inf
-    if not limits.bessel < math.sqrt(factor) - 1 < math.inf:
-        return []
-    var, running = np.asarray(of_x.var, np.float64), np.asarray(layer.state.var, np.float64)
-    ratio = float((var / np.maximum(running, setting.epsilon)).mean())
-    # Gaussian noise of the ratio, 3 sd of which must fit between the two answers, 1 and 1 - 1/n.
-    noise = 3 * math.sqrt(2 / (n - 1) / max(var.size, 1))
-    measured = noise < 0.5 / n and abs(ratio - 1 / factor) < 0.5 / n
-    if not (unbiased or measured):
+    factor = math.sqrt(n / (n - 1)) if n > 1 else math.inf
+    if not limits.bessel < factor - 1 < math.inf:
         return []
     remedy = "unbiased=False in training, or a larger batch: eval divides by a larger sd than train"
-    return [Finding(path, "unbiased", WARNING, math.sqrt(factor) - 1, limits.bessel, (), remedy)]
+    return [Finding(path, "unbiased", WARNING, factor - 1, limits.bessel, (), remedy)]
 
 
 CAUSES = (

@@ -302,8 +302,8 @@ def batch(rng, n):
     ("width", "n", "dtype", "norm"),
     [
         (8, 16, None, nn.BatchNorm),
-        (512, 16, jnp.bfloat16, jaxbn.linen.BatchNorm),
-        (64, 512, None, jaxbn.linen.BatchNorm),
+        (512, 16, None, jaxbn.linen.BatchNorm),
+        (64, 512, jnp.bfloat16, jaxbn.linen.BatchNorm),
     ],
 )
 def test_no_findings_on_a_network_in_training(width, n, dtype, norm):
@@ -327,9 +327,9 @@ def test_no_findings_on_a_network_in_training(width, n, dtype, norm):
     seen_of = jax.jit(lambda v, x: calls.hooked_apply(model.apply)(v, x, False)[1])
     memory = tx.init(variables["params"])
     assert {f.kind for f in health.check(variables)} == {"never_updated"}
-    for i in range(150):
+    for i in range(100):
         variables, memory = step(variables, memory, *batch(rng, n))
-        if i >= 100 and i % 10 == 9:
+        if i >= 50 and i % 10 == 9:
             seen = seen_of(variables, batch(rng, n)[0])
             found = health.check(variables, seen, momentum=0.9, dtype=dtype or np.float32)
             assert found == []
@@ -356,15 +356,15 @@ def test_no_findings_on_a_convolutional_nnx_network():
 @pytest.mark.parametrize("n", [16, 64, 512])
 @pytest.mark.parametrize("c", [1, 8, 512])
 def test_sampling_noise_is_no_staleness(n, c):
-    """Batches of n rows by c channels, heavier in the tails than Gaussian: no finding."""
+    """Batches of n rows by c channels, heavier in the tails than Gaussian: 1 in 1000 at most."""
     rng = np.random.default_rng(n + c)
-    trials = 2000 if n * c < 1e4 else 100
+    trials, alarms = 2000 if n * c < 1e4 else 100, 0
     for _ in range(trials):
         x = rng.laplace(0, 1, (n, c))
-        of_x = jaxbn.Moments(n, x.mean(0), x.var(0))
         state = jaxbn.State(np.full(c, 1e-3), np.full(c, 2.0), None)
-        figure, limit, _ = health.divergence(state, of_x)
-        assert figure <= limit
+        figure, limit, _ = health.divergence(state, jaxbn.Moments(n, x.mean(0), x.var(0)))
+        alarms += figure > limit
+    assert alarms <= 1e-3 * trials
 
 
 # errors
