@@ -134,15 +134,11 @@ def labels(params: Any, frozen: Where = ()) -> Any:
     >>> print(jaxbn.labels(params))
     {'bn': {'bias': 'bias', 'scale': 'scale'}, 'dense': {'bias': 'rest', 'kernel': 'rest'}}
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    places = [tuple(name for key in path if (name := _name(key))) for path, _ in leaves]
-    held: dict[str, set[str]] = {}
-    for place in places:
-        held.setdefault("/".join(place[:-1]), set()).add(*place[-1:] or [""])
-    norms = {path for path, names in held.items() if names <= {"scale", "bias"}}
+    places, treedef = _places(params)
+    norms = _norms(places)
     if not norms:
         raise ValueError(
-            f"labels: no norm among {len(leaves)} parameters; expected linen's params, "
+            f"labels: no norm among {len(places)} parameters; expected linen's params, "
             f"nnx.state(model, nnx.Param) or a tree of jaxbn.Params, with a layer that holds a "
             f"scale, or a bias and nothing else."
         )
@@ -169,17 +165,30 @@ def decay_mask(params: Any) -> Any:
     For `optax.adamw(lr, mask=jaxbn.decay_mask)`, `optax.add_decayed_weights(5e-4, decay_mask)`.
 
     Args:
-      params: as in `labels`.
-
-    Raises:
-      ValueError: no norm in the tree.
+      params: as in `labels`; without a norm all is True, as optax shows it the rest of a tree.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> v = jnp.ones(2)
     >>> print(jaxbn.decay_mask({"dense": {"kernel": v}, "bn": {"scale": v}}))
     {'bn': {'scale': False}, 'dense': {'kernel': True}}
     """
-    return jax.tree.map(lambda label: label == "rest", labels(params))
+    places, treedef = _places(params)
+    norms = _norms(places)
+    return jax.tree.unflatten(treedef, ["/".join(place[:-1]) not in norms for place in places])
+
+
+def _places(params: Any) -> tuple[list[tuple[str, ...]], Any]:
+    """The path of each parameter, in the tree's order, and how the tree is put together."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    return [tuple(name for key in path if (name := _name(key))) for path, _ in leaves], treedef
+
+
+def _norms(places: list[tuple[str, ...]]) -> set[str]:
+    """Paths of the layers that hold a scale, or a bias and nothing else."""
+    held: dict[str, set[str]] = {}
+    for place in places:
+        held.setdefault("/".join(place[:-1]), set()).add(*place[-1:] or [""])
+    return {path for path, names in held.items() if names <= {"scale", "bias"}}
 
 
 def _check_updated(chosen: Mapping[str, layers.Layer]) -> None:

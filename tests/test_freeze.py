@@ -282,6 +282,15 @@ def test_no_weight_decay_on_norms(masked):
     assert moved["stem"]["bn"] == {"scale": False, "bias": False}
 
 
+def test_the_decay_mask_of_a_part_of_the_tree():
+    """`multi_transform` shows each transform its own leaves alone: here no norm's."""
+    rest = optax.adamw(0.1, weight_decay=0.1, mask=jaxbn.decay_mask)
+    kinds = {"rest": rest, "scale": optax.set_to_zero(), "bias": optax.set_to_zero()}
+    tx = optax.multi_transform(kinds, jaxbn.labels)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, PARAMS), tx.init(PARAMS), PARAMS)
+    assert jax.tree.map(lambda u: bool(jnp.any(u != 0)), updates) == jaxbn.decay_mask(PARAMS)
+
+
 def test_norms_have_a_learning_rate_of_their_own():
     rates = {"scale": 2.0, "bias": 64.0, "rest": 1.0}
     tx = optax.multi_transform({k: optax.sgd(v) for k, v in rates.items()}, jaxbn.labels)
