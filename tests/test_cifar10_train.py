@@ -318,7 +318,7 @@ BAD = [
     (["--name", "old", "--resume"], "--resume: {runs}/old has --batch 32, not 16"),
     (
         ["--watch", "wandb"],
-        "argument --watch: invalid choice: 'wandb' (choose from {choices})",
+        "argument --watch: invalid choice: wandb (choose from jsonl, prometheus, tensorboard)",
     ),
     (["--watch", "jsonl", "--watch-every", "0"], WATCH_EVERY + "must be at least 1"),
     (
@@ -337,15 +337,16 @@ def test_a_bad_argument_is_one_line_and_exit_status_2(run, capsys, tmp_path, opt
     runs = tmp_path / "runs"
     (runs / "old").mkdir(parents=True)
     (runs / "old" / "config.json").write_text('{"batch": 32}')
-    # Python 3.12 and later name choices without quotes.
-    choices = ", ".join(map(str if sys.version_info >= (3, 12) else repr, writers.NAMES))
     with socket.create_server(("127.0.0.1", 0)) as server:
-        names = {"runs": runs, "choices": choices, "taken": server.getsockname()[1]}
+        names = {"runs": runs, "taken": server.getsockname()[1]}
         options = [option.format(**names) for option in options]
         with pytest.raises(SystemExit) as stopped:
             run("bad", *options)
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == f"train.py: error: {expected.format(**names)}\n"
+    got, unquoted = capsys.readouterr().err, str.maketrans("", "", "'")
+    if "choose from" in got:  # Python quotes choices, or does not, by its version
+        got, expected = got.translate(unquoted), expected.translate(unquoted)
+    assert got == f"train.py: error: {expected.format(**names)}\n"
     assert not (runs / "bad").exists()  # nothing begun
 
 
