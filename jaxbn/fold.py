@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxbn.affine import CONTRACTIONS, transparent
 from jaxbn.axes import promote
-from jaxbn.jaxprs import Program, batch_statistics, evaluate, floating, known, trace
+from jaxbn.jaxprs import ARITHMETIC, Program, batch_statistics, evaluate, floating, known, trace
 from jaxbn.rewrite import Rewrite, Row
 
 
@@ -113,6 +113,7 @@ def fold(
     example_args = jax.tree.map(jnp.asarray, example_args)
     try:
         where = batch_statistics(fn, example_args)
+        program = trace(fn, example_args, transparent)
     except Exception as error:
         error.add_note(
             "fold: fn failed while it was traced; expected an inference function of the example "
@@ -129,7 +130,6 @@ def fold(
         )
 
     kept: dict[Any, jax.Array] = {}
-    program = trace(fn, example_args, transparent)
     shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), example_args)
 
     def run_folded(*args: Any) -> Any:
@@ -224,8 +224,9 @@ def _worst(errors: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _tolerance(program: Program) -> float:
-    """4 units in the last place of the narrowest dtype that is summed in; 1e-5 in float32."""
-    dtypes = [op.dtype for op in program.ops if op.name in CONTRACTIONS and floating(op.dtype)]
+    """4 units in the last place of the narrowest dtype that is computed in; 1e-5 in float32."""
+    names = {*CONTRACTIONS, *ARITHMETIC}
+    dtypes = [op.dtype for op in program.ops if op.name in names and floating(op.dtype)]
     eps = max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
     return {np.finfo("float64").eps: 1e-12, np.finfo("float32").eps: 1e-5}.get(eps, 4 * eps)
 
@@ -260,19 +261,19 @@ def _check_arguments(fn: Any, args: Sequence[Any], tolerance: float | None) -> N
 
 def _check_something(report: FoldReport, program: Program) -> None:
     """An error, if there is neither a norm that went away nor one that had to stay."""
-    if any(site.folded is False for site in report.sites):
-        return
-    multiplied = [op for op in program.ops if op.name in CONTRACTIONS]
-    if multiplied and not report.sites:
+    found = {site.folded for site in report.sites}
+    count = sum(op.name in CONTRACTIONS for op in program.ops)
+    if count and found <= {False}:
         raise ValueError(
-            f"fold: no convolution or dot of fn has a constant kernel ({len(multiplied)} have "
-            f"none), so there is nothing to fold into; close over concrete weights and pass data "
-            f"alone: jaxbn.fold(lambda x: model.apply(variables, x), x)."
+            f"fold: no convolution or dot of fn has a constant kernel (there are {count}), so "
+            f"there is nothing to fold into; close over concrete weights and pass data alone: "
+            f"jaxbn.fold(lambda x: model.apply(variables, x), x)."
         )
-    raise ValueError(
-        f"fold: fn has no norm to fold: none of its {len(multiplied)} convolutions and dots is "
-        f"followed by more than a bias; expected a network with batch norms, in inference mode."
-    )
+    if False not in found:
+        raise ValueError(
+            f"fold: fn has no norm to fold: of its {count} convolutions and dots, none is followed "
+            f"by more than a bias; expected a network with batch norms, in inference mode."
+        )
 
 
 def _verify(report: FoldReport) -> None:

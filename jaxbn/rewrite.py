@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from jaxbn.affine import AFFINE, LAYOUT, Chain, holds_contraction, into, site_of, start
-from jaxbn.jaxprs import Known, Op, Program, compute, known, run, shape_of
+from jaxbn.jaxprs import CUSTOM, Known, Op, Program, bodies, compute, known, run, shape_of
 
 
 class Row(NamedTuple):
@@ -187,8 +187,10 @@ def _moves(op: Op) -> bool:
 
 
 def _name(op: Op) -> str:
-    short = {"conv_general_dilated": "conv", "dot_general": "dot"}
-    return op.eqn.params.get("name") or short.get(op.name, op.name)
+    """The operation's, for people; of a function with a derivative of its own, that function's."""
+    if op.name in CUSTOM:
+        return next(bodies(op.eqn))[0].debug_info.func_name
+    return {"conv_general_dilated": "conv", "dot_general": "dot"}.get(op.name, op.name)
 
 
 def _what(chain: Chain) -> str:
