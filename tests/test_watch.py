@@ -209,7 +209,17 @@ def kl(m, v, n, w):
 def test_metrics_are_what_their_help_says():
     record = record_of(3)
     got = watch.metrics({"a": record})["a"]
-    v = {k: np.asarray(v, float) for k, v in watch.channels(record).items()}
+    v = {
+        **{f"batch_{k}": x for k, x in record.batch._asdict().items()},
+        **{f"running_{k}": x for k, x in record.state._asdict().items()},
+        **record.params._asdict(),
+        **{f"d{k}": x for k, x in record.grads._asdict().items()},
+    }
+    v = {k: np.asarray(x, float) for k, x in v.items() if x is not None}
+    arrays = watch.channels(record)
+    assert set(arrays) == set(v) - {"batch_count"}
+    for name, x in arrays.items():
+        np.testing.assert_array_equal(x, v[name])
     eps = 1e-5
     divergence = [
         kl(m, b + eps, n, r + eps) + kl(n, r + eps, m, b + eps)
@@ -395,6 +405,9 @@ def test_prometheus_serves_the_latest_figures_on_loopback(tmp_path):
     assert not [m.name for m in REGISTRY.collect() if m.name.startswith("jaxbn")]
     assert not (tmp_path / "unused").exists()
     socket.create_server(("127.0.0.1", port)).close()  # closed with the log
+    by_default = writers.Prometheus(port=0)
+    assert by_default._server.server_address[0] == "127.0.0.1"
+    by_default.close()
 
 
 def test_the_dashboard_reads_what_is_exported_all_of_it():
