@@ -68,3 +68,31 @@ class NnxNet(nnx.Module):
         x = jax.nn.relu(self.norm1(self.conv1(x)))
         x = jax.nn.relu(x + self.norm2(self.conv2(x)))
         return self.head(x.mean((1, 2)))
+
+
+class TinyLinen(nn.Module):
+    """Stands in for an example's ResNet where compiling that is most of the time."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        for name in ("a", "b"):
+            x = nn.Conv(8 * self.width, (4, 4), (4, 4), name=f"conv_{name}")(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, name=name)(x))
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+class TinyNnx(nnx.Module):
+    """The same in nnx."""
+
+    def __init__(self, *, width: int, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(3, 8 * width, (4, 4), (4, 4), rngs=rngs)
+        self.norm, self.head = (
+            nnx.BatchNorm(8 * width, rngs=rngs),
+            nnx.Linear(8 * width, 10, rngs=rngs),
+        )
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        x = nnx.relu(self.norm(self.conv(x), use_running_average=not train))
+        return self.head(x.mean((1, 2)))

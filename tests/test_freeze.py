@@ -1,6 +1,7 @@
 """Frozen statistics, and what the optimizer is told: to the bit, after ten steps."""
 
 import functools
+from pathlib import Path
 
 import flax.linen as linen
 import jax
@@ -12,8 +13,10 @@ from flax import nnx
 
 import jaxbn
 from jaxbn import calls, layers
+from tests.networks import TinyNnx
 from tests.test_devices_page import compiled_quickly
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 RNG = np.random.default_rng(0)
 X = RNG.normal(1, 2, (8, 4)).astype(np.float32)
 TARGET = RNG.normal(size=(8, 2)).astype(np.float32)
@@ -198,7 +201,9 @@ def test_nnx_frozen_layers_survive_what_modules_go_through():
     for other in (nnx.clone(model), nnx.merge(*nnx.split(model)), nnx.jit(lambda m: m)(model)):
         np.testing.assert_allclose(other(X), expected, rtol=1e-6, atol=1e-6)
         np.testing.assert_array_equal(other.norms[0].mean[...], model.norms[0].mean[...])
-    np.testing.assert_allclose(nnx.remat(lambda m, x: m(x))(model, X), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        nnx.remat(lambda m, x: m(x))(model, X), expected, rtol=1e-6, atol=1e-6
+    )
     with calls.hooked_nnx(model) as seen:
         np.testing.assert_allclose(model(X), expected, rtol=1e-6, atol=1e-6)
     assert list(seen) == ["norms/0", "norms/1"]
@@ -398,3 +403,21 @@ def test_bad_calls():
         with pytest.raises(kind) as error:
             call()
         assert str(error.value) == message
+
+
+# The example
+
+
+def test_the_example_runs(monkeypatch):
+    """On digits, in its smallest form: each way gives a score."""
+    monkeypatch.syspath_prepend(EXAMPLES / "finetune")
+    import finetune
+
+    monkeypatch.setattr(finetune, "ResNet9", TinyNnx)
+    monkeypatch.setattr(finetune, "WAYS", dict(list(finetune.WAYS.items())[-3:]))
+    with jax.numpy_rank_promotion("allow"):
+        table = finetune.main(width=2, steps=4, shots=4, seeds=1)
+    columns = [list(column.cells) for column in table.columns]
+    assert columns[0] == list(finetune.WAYS)
+    assert columns[1] == columns[2] == columns[3]  # of one seed
+    assert all(0 <= float(cell.rstrip("%")) <= 100 for cell in columns[1])

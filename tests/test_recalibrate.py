@@ -3,6 +3,7 @@
 import functools
 import io
 import sys
+from pathlib import Path
 
 import flax.linen as linen
 import jax
@@ -16,9 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbn
 from jaxbn import layers
-from tests.networks import NnxNet
+from tests.networks import NnxNet, TinyLinen
 from tests.test_devices_page import compiled_quickly
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 RNG = np.random.default_rng(0)
 C = 3
 # Batches of unequal size and place, of rows that differ from channel to channel.
@@ -558,3 +560,21 @@ def test_a_moments_as_state_gathers():
     assert float(gathered.count) == len(ALL)
     np.testing.assert_allclose(gathered.mean, ALL.mean(0), **TOL)
     np.testing.assert_allclose(gathered.var, ALL.var(0), **TOL)
+
+
+# The example
+
+
+def test_the_example_runs(monkeypatch):
+    """On digits, in its smallest form: averaged weights, and four shifts of the images."""
+    monkeypatch.syspath_prepend(EXAMPLES / "recalibrate")
+    import recalibrate
+
+    monkeypatch.setattr(recalibrate, "ResNet9", TinyLinen)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        table = recalibrate.main(width=2, steps=10, batch=16)
+    columns = [list(column.cells) for column in table.columns]
+    assert [len(cells) for cells in columns] == [6, 6, 6, 6]
+    assert columns[1][2:] == [f"second half, {name}" for name in recalibrate.SHIFTS]
+    scores = [float(cell.rstrip("%")) for cell in columns[2] + columns[3][1:]]
+    assert all(0 <= score <= 100 for score in scores)

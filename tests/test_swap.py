@@ -1,6 +1,7 @@
 """Flax's own norms where batch norms were: the same parameters, under the same names."""
 
 import functools
+from pathlib import Path
 
 import flax.linen as linen
 import jax
@@ -11,9 +12,10 @@ import pytest
 from flax import nnx
 
 import jaxbn
-from tests.networks import NnxNet, ResNet
+from tests.networks import NnxNet, ResNet, TinyLinen
 from tests.test_devices_page import compiled_quickly
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 RNG = np.random.default_rng(0)
 X = RNG.normal(1, 2, (2, 5, 4, 16)).astype(np.float32)
 LINEN = {"flax": linen.BatchNorm, "jaxbn": jaxbn.linen.BatchNorm}
@@ -301,3 +303,20 @@ def test_features_that_are_not_last():
     with pytest.raises(ValueError) as error:
         apply(variables, X)
     assert str(error.value) == message.format("")
+
+
+# The example
+
+
+def test_the_example_runs(monkeypatch, capsys):
+    """On digits, in its smallest form: both norms give a score, all layers are reported."""
+    monkeypatch.syspath_prepend(EXAMPLES / "swap")
+    import swap
+
+    monkeypatch.setattr(swap, "ResNet9", TinyLinen)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        table = swap.main(width=2, images=16, batches=(4,))
+    columns = [list(column.cells) for column in table.columns]
+    assert columns[0] == ["4"]
+    assert all(0 <= float(cells[0].rstrip("%")) <= 100 for cells in columns[1:])
+    assert capsys.readouterr().out.count("GroupNorm of") == 2
