@@ -260,7 +260,9 @@ def decide(
     return Drift(bool(findings), tuple(reports), tuple(findings), dict(total))
 
 
-REMEDY = "look at the data; jaxbn.recalibrate over it if it is here to stay, or train on it"
+REMEDY = (
+    "look at the data; if it is here to stay, jaxbn.recalibrate(apply, variables, batches) on it"
+)
 
 
 def _more_rows(a: Moments, b: Moments) -> Moments:

@@ -16,7 +16,7 @@ from jaxbn.layers import Layer
 from jaxbn.state import Moments, Params, State
 
 ERROR, WARNING = "error", "warning"  # eval is wrong; accuracy or capacity is lost
-RECALIBRATE = "jaxbn.recalibrate over training data"
+RECALIBRATE = "jaxbn.recalibrate(apply, variables, batches)"
 
 
 class Finding(NamedTuple):
@@ -262,7 +262,7 @@ def _stale(
             learned = State(mean, np.maximum(var, 0), None)
             if divergence(learned, moments, setting, limits)[0] <= limit:
                 return _hardly(share, setting.momentum, limits, found)
-    remedy = f"{RECALIBRATE}, or over the data at hand if that is what it will serve"
+    remedy = f"{RECALIBRATE}, of the data that it will serve"
     severity = ERROR if figure > 1 + limit else WARNING
     return [found("stale", severity, figure, limit, remedy, (apart > limit)[None])]
 
@@ -378,7 +378,7 @@ def _values(layer: Layer, setting: Setting, limits: Limits, found: Found) -> lis
         bound = limits.dead_scale * rms
         if (small := np.abs(scale) <= bound).any():
             least = np.abs(scale).min() / rms if rms else 0.0
-            remedy = "the channel gives bias alone: no weight decay on scale, or prune the channel"
+            remedy = "the channel gives bias alone: no decay of scale, by jaxbn.decay_mask(params)"
             findings += [found("dead", WARNING, least, limits.dead_scale, remedy, small)]
     return findings
 

@@ -76,6 +76,7 @@ def check(
         epsilon and dtype are its layers' own.
       moments: path → moments of the x that came to the layer, from
         `jaxbn.calls.hooked_apply(model.apply)(variables, x)` or `hooked_nnx`; some layers or all.
+        Of train mode: in eval mode sick statistics change what comes to the layers after.
       momentum: the one of the training, for counted statistics; None where unknown or cumulative.
       epsilon: the layers'.
       dtype: of x, in which large means cost digits.

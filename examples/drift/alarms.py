@@ -1,0 +1,127 @@
+# Does health.drift see corrupted images, and is it silent on clean ones? Alarms against accuracy.
+#
+#   python examples/drift/alarms.py                                         on handwritten digits
+#   python examples/drift/alarms.py --data-dir DIR --run runs/NAME     on CIFAR-10, with the network
+#                                                                that examples/cifar10 trained
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from augment import normalize
+from checkpoint import Checkpoints
+from data import load
+from model_linen import ResNet9
+from optimizer import sgd, smooth_cross_entropy
+from rich.console import Console
+from rich.table import Table
+from scipy.ndimage import gaussian_filter
+from steps import Linen
+
+from jaxbn import health
+
+RNG = np.random.default_rng(0)
+CORRUPTIONS = {  # of images [N, 32, 32, 3] in bytes: severities, and what they do
+    "noise": ([5, 10, 15, 23, 33], lambda x, sd: x + RNG.normal(0, sd, x.shape)),
+    "blur": ([0.4, 0.6, 0.8, 1, 1.5], lambda x, sd: gaussian_filter(x, (0, sd, sd, 0))),
+    "contrast": (
+        [0.15, 0.3, 0.45, 0.6, 0.75],
+        lambda x, lost: (1 - lost) * x + lost * x.mean((1, 2), keepdims=True),
+    ),
+}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data-dir", type=Path, help="CIFAR-10's binary files (else: digits)")
+    parser.add_argument("--run", type=Path, help="a run of examples/cifar10 (else: trained here)")
+    parser.add_argument("--width", type=int, default=16, help="of the network (16)")
+    parser.add_argument("--steps", type=int, default=300, help="of training without --run (300)")
+    parser.add_argument("--images", type=int, default=4000, help="corrupted at each severity")
+    parser.add_argument("--window", type=int, default=128, help="images behind a decision (128)")
+    parser.add_argument("--windows", type=int, default=200, help="decisions (200)")
+    parser.add_argument("--figure", type=Path, help="PNG to draw")
+    args = parser.parse_args(argv)
+
+    data = load("cifar10" if args.data_dir else "digits", args.data_dir)
+    scale = partial(normalize, mean=data.mean, std=data.std)
+    net = ResNet9(width=args.width)
+    steps = Linen(net, sgd(lambda _: 0.05, 5e-4), partial(smooth_cross_entropy, smoothing=0.1))
+    state = jax.jit(steps.init)(jax.random.key(0))
+    if args.run:
+        saved = Checkpoints(args.run / "checkpoints", keep=99)
+        state = saved.restore(saved.latest(), state)
+    else:
+        train = jax.jit(steps.train)
+        for _ in range(args.steps):
+            rows = RNG.choice(len(data.train_y), 64, replace=False)
+            state, *_ = train(state, scale(data.train_x[rows]), data.train_y[rows])
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+
+    # The model as it is served, which also says what came to its norm layers, image by image.
+    watched = jax.jit(partial(health.incoming(net.apply), train=False))
+
+    def serve(x, y):  # → which images were right, path → moments of each image [C, images]
+        served = [watched(variables, scale(x[i : i + 250])) for i in range(0, len(x), 250)]
+        logits, rows = zip(*served, strict=True)
+        rows = jax.tree.map(lambda *v: np.concatenate(v, -1), *rows)
+        return np.concatenate(logits).argmax(-1) == y, rows
+
+    def alarms(rows, among, reference=None):  # share of windows that raise one
+        decisions = []
+        for _ in range(args.windows):
+            some = RNG.choice(among, args.window, replace=False)
+            window = jax.tree.map(lambda v, some=some: jnp.asarray(v[..., some]), rows)
+            decisions.append(health.drift(variables, [window], reference=reference).alarm)
+        return float(np.mean(decisions))
+
+    # Half of the test images are the reference; clean and corrupted windows are of the others.
+    order = np.arange(len(data.test_y))
+    x, y, half = data.test_x[order].astype(np.float32), data.test_y, len(order) // 2
+    right, rows = serve(x, y)
+    clean = jax.tree.map(lambda v: jnp.asarray(v[..., :half]), rows)
+    reference = health.drift(variables, [clean])
+    others = order[half:][: args.images]
+    line = ["clean", 0.0, right[others].mean(), alarms(rows, others)]
+    lines = [(*line, alarms(rows, others, reference))]
+    for name, (severities, corrupt) in CORRUPTIONS.items():
+        for severity in severities:
+            bad = np.clip(np.rint(corrupt(x[others], severity)), 0, 255)
+            right, rows = serve(bad, y[others])
+            every = np.arange(len(others))
+            line = [name, severity, right.mean(), alarms(rows, every)]
+            lines.append((*line, alarms(rows, every, reference)))
+
+    table = Table("images", "severity", "accuracy", "alarms", "alarms, with a reference")
+    for name, severity, *shares in lines:
+        table.add_row(name, f"{severity:g}", *(f"{share:.1%}" for share in shares))
+    Console().print(table)
+    if args.figure:
+        draw(lines, args.figure)
+    return lines
+
+
+def draw(lines, path):
+    """Accuracy and alarms against severity, a panel for each corruption."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((9, 2.8), layout="constrained")
+    panels = figure.subplots(1, len(CORRUPTIONS), sharey=True, squeeze=False)[0]
+    for panel, name in zip(panels, CORRUPTIONS, strict=True):
+        severity, *curves = np.transpose([v[1:] for v in lines if v[0] in ("clean", name)])
+        labels = ["accuracy", "alarms, running statistics", "alarms, reference"]
+        for curve, label, style in zip(curves, labels, ("k-", "C0o--", "C1s--"), strict=True):
+            panel.plot(severity, curve, style, label=label, markersize=4)
+        panel.set(xlabel=name, ylim=(-0.03, 1.03))
+    panels[-1].legend(fontsize=7)
+    figure.savefig(path, dpi=80)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+# A served model that says when the data is no longer what it was trained on.
+#
+#   python examples/drift/served.py       handwritten digits; from the sixth window on they fade
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+
+import jaxbn
+from jaxbn import health
+
+RNG = np.random.default_rng(0)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):  # [B, 8, 8, 1]
+        for width in (16, 32):
+            x = nn.Conv(width, (3, 3), use_bias=False)(x)
+            x = nn.relu(jaxbn.linen.BatchNorm(not train, momentum=0.9)(x))
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+def trained(model, x, y, steps=200):
+    variables, tx = model.init(jax.random.key(0), x[:1], False), optax.adam(0.01)
+
+    @jax.jit
+    def step(variables, memory, x, y):
+        def loss(params):
+            logits, new = model.apply({**variables, "params": params}, x, True, mutable=True)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+            return losses.mean(), new["batch_stats"]
+
+        grads, stats = jax.grad(loss, has_aux=True)(variables["params"])
+        updates, memory = tx.update(grads, memory)
+        params = optax.apply_updates(variables["params"], updates)
+        return {"params": params, "batch_stats": stats}, memory
+
+    memory = tx.init(variables["params"])
+    for _ in range(steps):
+        rows = RNG.choice(len(x), 64, replace=False)
+        variables, memory = step(variables, memory, x[rows], y[rows])
+    return variables
+
+
+def main(windows=10, window=128):
+    x, y = load_digits(return_X_y=True)
+    x = (x.reshape(-1, 8, 8, 1) / 16).astype(np.float32)
+    order = RNG.permutation(len(x))
+    train, clean, test = np.split(order, [900, 1300])
+    model = Net()
+    variables = trained(model, x[train], y[train])
+
+    # The served model, and what came to its norm layers: compiled once, no copy of the images.
+    watched = jax.jit(lambda variables, x: health.incoming(model.apply)(variables, x, False))
+    # What clean data looks like: the running statistics know it only roughly, for they are of
+    # the last ten batches or so, while the network was still learning.
+    reference = health.drift(variables, [watched(variables, x[clean])[1]])
+    decisions = []
+    for i in range(windows):
+        total = {}  # a few numbers per channel, however many requests
+        rows = RNG.choice(test, window, replace=False)
+        light = 1 - 0.1 * max(0, i - 4)  # 1, then 0.9, 0.8, …
+        hits = []
+        for request in np.split(rows, 4):
+            logits, seen = watched(variables, jnp.asarray(light * x[request]))
+            total = health.merge(total, health.seen(variables, seen))
+            hits += list(logits.argmax(-1) == y[request])
+        verdict = health.decide(total, reference=reference)
+        decisions.append((light, float(np.mean(hits)), verdict))
+        worst = max(verdict.layers, key=lambda layer: layer.figure / layer.threshold)
+        print(
+            f"light {light:.1f}  accuracy {np.mean(hits):6.1%}  "
+            f"{'ALARM' if verdict.alarm else 'ok':5}  {worst.layer}: beyond the tolerance by "
+            f"{worst.figure:.1f} standard errors, alarm at {worst.threshold:.1f}"
+        )
+    return decisions
+
+
+if __name__ == "__main__":
+    main()
