@@ -112,8 +112,9 @@ def test_pooled_over_more_devices_than_there_are(devices, check_vma, platform):
     x = shape((2 * devices, 6, C), "bfloat16")
     exported, text = program(platform, f, x, PARAMS, STATE, x)
     assert text.count('"stablehlo.all_reduce"') == COLLECTIVES[devices]
-    pools = re.findall(r"replica_groups = dense<.*?> : tensor<(\w+)>", text)
-    assert pools == [f"1x{devices}xi64"] * COLLECTIVES[devices]
+    calls = [line for line in text.splitlines() if '"stablehlo.all_reduce"' in line]
+    # Over all of them: by number, or (jax 0.12) by the name of the axis.
+    assert all(f"tensor<1x{devices}xi64>" in call or 'name = "d"' in call for call in calls)
     carried = re.findall(r"\}\) : \(tensor<(?:[^>]*x)?(\w+)>\) -> tensor<[^>]*> loc", text)
     assert set(carried) == {"f32"}  # statistics never travel in bfloat16
     assert dtypes(exported.out_avals, math.prod(x.shape)) == {"bfloat16"}
