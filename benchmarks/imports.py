@@ -28,7 +28,7 @@ start = time.perf_counter()
 import {module}
 print(time.perf_counter() - start)
 """
-TIMES = {"tiny": 1, "usual": 7, "full": 15}
+TIMES = {"tiny": 1, "usual": 5, "full": 15}
 
 
 def milliseconds(module: str) -> float:

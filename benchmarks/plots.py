@@ -13,7 +13,7 @@ STYLES = {  # colour and marker of each library, the same in every picture
     "Flax nnx": ("#17becf", "D"),
     "Haiku": ("#2ca02c", "^"),
     "Equinox": ("#9467bd", "v"),
-    "Keras": ("#8c564b", "P"),
+    "Keras": ("#8c564b", "p"),
     "torch": ("#ff7f0e", "X"),
 }
 OTHER = ("#555555", "*")
@@ -43,13 +43,13 @@ def draw(charts: Sequence[Chart], path: pathlib.Path) -> None:
     )
     handles = {}
     for axis, chart, rows in zip(axes.flat, charts, labels, strict=False):
-        # Ours is drawn last, over the others.
-        for library in sorted(chart.points, key=lambda name: name == "jaxbn"):
-            of = chart.points[library]
+        # A little apart, for equal values to be seen.
+        for i, (library, of) in enumerate(chart.points.items()):
+            apart = 0.08 * (i - (len(chart.points) - 1) / 2)
             color, marker = STYLES.get(library, OTHER)
             handles[library] = axis.scatter(
                 list(of.values()),
-                [rows.index(label) for label in of],
+                [rows.index(label) + apart for label in of],
                 s=60 if library == "jaxbn" else 34,
                 c=color,
                 marker=marker,
@@ -64,6 +64,8 @@ def draw(charts: Sequence[Chart], path: pathlib.Path) -> None:
         axis.set_yticks(range(len(rows)), rows, fontsize=9)
         axis.set_ylim(len(rows) - 0.5, -0.5)
         scale(axis, [v for of in chart.points.values() for v in of.values()])
+        for odd in range(1, len(rows), 2):
+            axis.axhspan(odd - 0.5, odd + 0.5, color="#f3f3f3", zorder=-1)
         axis.grid(color="#dddddd", zorder=0)
     for axis in axes.flat[len(charts) :]:
         axis.set_axis_off()
@@ -84,11 +86,13 @@ def draw(charts: Sequence[Chart], path: pathlib.Path) -> None:
 
 
 def scale(axis, values) -> None:
-    """Logarithmic with plain numbers where values span more than threefold; else from the least."""
+    """Logarithmic, with plain numbers, where values span between 3 and 1000."""
     from matplotlib import ticker
 
-    if min(values) > 0 and max(values) > 3 * min(values):
+    span = max(values) / min(values) if min(values) > 0 else math.inf
+    if 3 < span < 1000:
+        subs = (1, 1.5, 2, 3, 4, 6, 8) if span < 10 else (1, 2, 5)
         axis.set_xscale("log")
-        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=subs))
         axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axis.xaxis.set_minor_formatter(ticker.NullFormatter())

@@ -9,7 +9,7 @@ while they wait, for spinning ones would slow down whatever is measured next.
 
 On an accelerator the time is that of many calls in one dispatch (`repeated`, and a CUDA graph
 for torch), so that Python, dispatch and launches are not in it. No GPU was at hand when this was
-written: the loop is tested on CPU, the CUDA graph has not been run.
+written: what the loop computes is tested on CPU, the CUDA graph has not been run.
 """
 
 import collections
@@ -77,30 +77,20 @@ def prefault(size: int) -> None:
 
 
 def repeated(f, calls: int):
-    """`f` called so often in one program; the last result.
+    """`f` called so often in one program; the last result. For accelerators.
 
-    Before each call one element of the result before is written into the largest arguments, in
-    place: else what does not change would be computed once, before the loop. (A barrier does not
-    keep it there: XLA's CPU back end takes it away first.)
+    Each call's arguments wait behind a barrier for the result before, or the first call would be
+    moved out of the loop and be the only one. XLA's GPU back end takes barriers away after it has
+    scheduled everything, its CPU back end before: there this would measure nothing.
     """
 
     def loop(*arguments):
-        leaves, tree = jax.tree.flatten(arguments)
-        largest = max(leaf.size for leaf in leaves)
-
-        def body(_, carry):
-            leaves, result = carry
-            first = jax.tree.leaves(result)[0]
-            first = first[(0,) * first.ndim]
-            leaves = [
-                v.at[(0,) * v.ndim].set(first.astype(v.dtype)) if v.size == largest else v
-                for v in leaves
-            ]
-            return leaves, f(*jax.tree.unflatten(tree, leaves))
+        def body(_, result):
+            return f(*lax.optimization_barrier((arguments, result))[0])
 
         shapes = jax.eval_shape(f, *arguments)
         empty = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)
-        return lax.fori_loop(0, calls, body, (leaves, empty))[1]
+        return lax.fori_loop(0, calls, body, empty)
 
     return loop
 
