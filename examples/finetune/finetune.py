@@ -34,15 +34,20 @@ def kernels_alone(lr):
     return optax.multi_transform({"rest": adam(lr), "frozen": optax.set_to_zero()}, labels)
 
 
-WAYS = {  # what becomes of the model before it sees few images x, and its optimizer
-    "trained on, batches of 4": (lambda model, x: model, adam),
-    "frozen": (lambda model, x: jaxbn.freeze(model), adam),
-    "frozen, scale and bias too": (lambda model, x: jaxbn.freeze(model), kernels_alone),
-    "recalibrated": (lambda model, x: jaxbn.recalibrate(apply, model, [x]), adam),
-    "recalibrated, then frozen": (
-        lambda model, x: jaxbn.freeze(jaxbn.recalibrate(apply, model, [x])),
-        adam,
-    ),
+def freeze(model, x):
+    jaxbn.freeze(model)  # refuses statistics that no batch has updated
+
+
+def again(model, x):
+    jaxbn.recalibrate(apply, model, [x])
+
+
+WAYS = {  # what is done to the model before and after it learns from few images x; its optimizer
+    "trained on, batches of 4": ([], [], adam),
+    "trained on, then recalibrated": ([], [again], adam),
+    "frozen": ([freeze], [], adam),
+    "frozen, scale and bias too": ([freeze], [], kernels_alone),
+    "recalibrated, then frozen": ([again, freeze], [], adam),
 }
 
 
@@ -76,14 +81,18 @@ def main(data_dir=None, width=16, steps=400, shots=20, seeds=3):
     train(rng, pretrained, adam(3e-3), x, y, steps, batch=128)
 
     table = Table("batch norm", "accuracy, new classes", "least", "most", title=data.name)
-    for name, (prepare, optimizer) in WAYS.items():
+    for name, (before, after, optimizer) in WAYS.items():
         scores, tx = [], optimizer(1e-3)  # one, or the step compiles for each
         for seed in range(seeds):
             rng = np.random.default_rng(seed)
             few = np.concatenate([rng.choice(rows, shots, replace=False) for rows in new])
             x, y = images(data.train_x, data.train_y, few)
-            model = prepare(nnx.clone(pretrained), x)
+            model = nnx.clone(pretrained)
+            for change in before:
+                change(model, x)
             train(rng, model, tx, x, y, steps // 2, batch=4)
+            for change in after:
+                change(model, x)
             scores.append(np.mean(predict(model) == test_y))
         table.add_row(name, *(f"{v:.2%}" for v in (np.mean(scores), min(scores), max(scores))))
     print(table)
