@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxbn import calls, layers
 from jaxbn.axes import resolve
+from jaxbn.diagnose import of_layer
 from jaxbn.findings import (
     ERROR,
     RECALIBRATE,
@@ -19,7 +20,6 @@ from jaxbn.findings import (
     Limits,
     Setting,
     divergence,
-    of_layer,
     rows_of,
     setting_of,
     worst_first,

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from jaxbn import layers
-from jaxbn.drift import Drift, LayerDrift, Seen, decide, drift, incoming, merge, seen
+from jaxbn.diagnose import of_layer
+from jaxbn.drift import Drift, LayerDrift, decide, drift
 from jaxbn.findings import (
     KINDS,
     Distance,
@@ -21,11 +22,11 @@ from jaxbn.findings import (
     distance,
     divergence,
     initial_share,
-    of_layer,
     setting_of,
     worst_first,
 )
 from jaxbn.gap import Gap, LayerGap, gap
+from jaxbn.incoming import Seen, incoming, merge, seen
 from jaxbn.state import Moments
 
 __all__ = [

@@ -18,6 +18,7 @@ FLOORS = (
     ("derivative",),
     ("functional", "layers"),
     ("calls", "checkpoints", "findings", "transfer", "selection"),
+    ("diagnose", "incoming"),
     ("gap", "drift", "observe", "watch"),
     # No tool imports another.
     (
@@ -33,8 +34,9 @@ FLOORS = (
         "health",
     ),
     ("formats",),
-    ("writers",),
-    ("cli", "__main__"),
+    ("writers", "options", "terminal", "pictures", "loading", "saving"),
+    ("cli",),
+    ("__main__",),
 )
 FLOOR = {module: i for i, floor in enumerate(FLOORS) for module in floor}
 MODULES = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "__init__")
