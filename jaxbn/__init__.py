@@ -32,6 +32,7 @@ __all__ = [
     "checkpoint_policy",
     "convert",
     "decay_mask",
+    "export",
     "fold",
     "freeze",
     "health",
@@ -51,7 +52,7 @@ __all__ = [
     "writers",
 ]
 
-_LAZY = ("convert", "health", "linen", "nnx", "watch", "writers")
+_LAZY = ("convert", "export", "health", "linen", "nnx", "watch", "writers")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Axes(NamedTuple):
@@ -69,10 +70,10 @@ def check_kind(call: str, kind: Any, value: Any) -> Any:
 def check_features(call: str, what: str, v: Any, x: jax.Array, axes: Axes) -> None:
     """`v`, called `what` in the error, must have exactly the shape of the feature axes."""
     expected = tuple(x.shape[a] for a in axes.features)
-    if jnp.shape(v) != expected:
+    if np.shape(v) != expected:
         features = expected[0] if len(expected) == 1 else expected
         raise ValueError(
-            f"{call}: {what} has shape {jnp.shape(v)}, but x with shape {x.shape} has features "
+            f"{call}: {what} has shape {np.shape(v)}, but x with shape {x.shape} has features "
             f"{expected} on axes {axes.features}; write jaxbn.init({features}), or pass the "
             f"feature axis as axis=."
         )

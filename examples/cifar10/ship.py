@@ -1,0 +1,197 @@
+# From a run's checkpoint to files that others serve: recalibrate → fold → StableHLO, ONNX → int8.
+#
+#   python examples/cifar10/train.py --name mine
+#   python examples/cifar10/ship.py runs/mine
+#
+# One table at the end: what each stage costs in accuracy, and what it is worth in bytes and time.
+# Exit status 1 if a stage loses more accuracy than --bound allows, 2 if the run cannot be read.
+
+import json
+import logging
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from augment import normalize
+from checkpoint import Checkpoints
+from data import DataError, load
+from flax import nnx
+from options import Parser, between
+from rich.console import Console
+from rich.table import Table
+from train import make_steps
+
+import jaxbn
+
+LATENCIES = (1, 64)  # batch sizes
+
+
+class Stage(NamedTuple):
+    name: str
+    run: Callable  # images [B, 32, 32, 3] float32 → logits [B, 10]
+    bytes: int  # of the file; of the weights where there is none
+
+
+def parser() -> Parser:
+    p = Parser(prog="ship.py", description="Export a trained run; see what each stage costs.")
+    p.add_argument("run", type=Path, help="folder of a run of train.py")
+    p.add_argument("--data-dir", type=Path, help="where the files of CIFAR-10's binary version lie")
+    p.add_argument("--out", type=Path, help="folder of the files (RUN/export)")
+    p.add_argument("--images", type=between(int, 64), default=4096, help="to recalibrate on (4096)")
+    p.add_argument("--calibrate", type=between(int, 8), default=256, help="for int8's ranges (256)")
+    p.add_argument("--test", type=between(int, 64), default=10_000, help="test images (10000)")
+    p.add_argument("--repeats", type=between(int, 5), default=50, help="timed calls (50)")
+    p.add_argument(
+        "--bound", type=between(float, 0, 100), default=1.0, help="allowed loss in %% points (1)"
+    )
+    return p
+
+
+def read_run(folder: Path, data_dir: Path | None):
+    """The data set; of the last checkpoint `apply` and linen's variables, or an nnx model."""
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ValueError(f"{folder} is no run of train.py: it has no config.json")
+    args = Namespace(**{**json.loads(config.read_text()), "dtype": "float32"})
+    data = load(args.data, data_dir)
+    steps = make_steps(args, len(data.train_y) // args.batch)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=10**6)
+    epoch = checkpoints.latest()
+    if not epoch:
+        raise ValueError(f"{folder} has no complete checkpoint")
+    state = checkpoints.restore(epoch, jax.jit(steps.init)(jax.random.key(0)))
+    checkpoints.close()
+    if args.api == "linen":
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+
+        def apply(variables, x, **options):
+            return steps.model.apply(variables, x, train=False, **options)
+
+        return data, apply, variables
+    model, _ = nnx.merge(steps.graphdef, state)
+    return data, lambda model, x: model(x, train=False), model
+
+
+def images(data, rows, split="train") -> np.ndarray:
+    """[B, 32, 32, 3] float32, as the network takes them."""
+    x = data.train_x if split == "train" else data.test_x
+    return np.asarray(normalize(x[np.asarray(rows)], data.mean, data.std))
+
+
+def stages(data, apply, model, args, out: Path, say) -> list[Stage]:
+    """The network in six forms, each made from the one before."""
+    frozen = jax.tree.map(lambda leaf: leaf, model)  # nnx models are updated in place
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+
+    def closed(model):
+        return lambda x: apply(model, x)
+
+    result = [Stage("checkpoint", jax.jit(closed(frozen)), weights)]
+    rows = np.random.default_rng(0).permutation(len(data.train_y))[: args.images]
+    batches = [images(data, rows[i : i + 256]) for i in range(0, len(rows) - 1, 256)]
+    model = jaxbn.recalibrate(apply, model, batches)
+    fn = closed(model)
+    result.append(Stage("recalibrated", jax.jit(fn), weights))
+    x = batches[0][:64]
+    folded, report = jaxbn.fold(fn, x)
+    say(str(report))
+    result.append(Stage("folded", folded, weights))
+    done = jaxbn.export.stablehlo(folded, x, out / "model.stablehlo")
+    result.append(Stage("StableHLO", jax.jit(jaxbn.export.load_stablehlo(done.path)), done.bytes))
+    done = jaxbn.export.onnx(folded, x, out / "model.onnx")
+    result.append(Stage("ONNX", jaxbn.export.session(done.path), done.bytes))
+    some = [images(data, rows[i : i + 64]) for i in range(0, min(args.calibrate, len(rows)), 64)]
+    done = jaxbn.export.int8(out / "model.onnx", some, out / "model.int8.onnx")
+    result.append(Stage("ONNX int8", jaxbn.export.session(done.path), done.bytes))
+    return result
+
+
+def measure(stage: Stage, data, args, reference) -> dict:
+    """Accuracy, largest error over the reference's largest logit, and latencies in ms."""
+    count, size, right, error, largest, logits = min(args.test, len(data.test_y)), 500, 0, 0, 0, []
+    for at in range(0, count, size):
+        rows = np.arange(at, min(at + size, count))
+        y = np.asarray(stage.run(images(data, rows, "test")))
+        right += int((y.argmax(1) == data.test_y[rows]).sum())
+        if reference is not None:
+            error = max(error, np.abs(y - reference[at // size]).max())
+            largest = max(largest, np.abs(reference[at // size]).max())
+        logits.append(y)
+    row = {"accuracy": right / count, "error": error / largest if largest else 0.0}
+    for batch in LATENCIES:
+        x = images(data, np.arange(batch) % count, "test")
+        times = []
+        for i in range(args.repeats + 3):
+            start = time.perf_counter()
+            np.asarray(stage.run(x))
+            if i >= 3:  # the first calls compile and warm up
+                times.append(1000 * (time.perf_counter() - start))
+        row[f"p50_{batch}"], row[f"p95_{batch}"] = np.percentile(times, [50, 95])
+    return {"stage": stage.name, "bytes": stage.bytes, "logits": logits, **row}
+
+
+def table(rows: list[dict], args, tested: int) -> Table:
+    device = jax.devices()[0].device_kind
+    title = (
+        f"{args.run}, {tested:,} test images. Error: over the largest logit of 'recalibrated'.\n"
+        f"Latency: p50 / p95 of {args.repeats} calls, {device}."
+    )
+    out = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    out.add_column("stage")
+    for name in ("accuracy", "change", "error", "kB", *(f"batch {b}, ms" for b in LATENCIES)):
+        out.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        change = 100 * (row["accuracy"] - rows[0]["accuracy"])
+        out.add_row(
+            row["stage"],
+            f"{row['accuracy']:.2%}",
+            f"{change:+.2f}",
+            "" if row["error"] is None else f"{row['error']:.1e}",
+            f"{row['bytes'] / 1000:,.0f}",
+            *(f"{row[f'p50_{b}']:.2f} / {row[f'p95_{b}']:.2f}" for b in LATENCIES),
+        )
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = parser()
+    args = p.parse_args(argv)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    try:
+        data, apply, model = read_run(args.run, args.data_dir)
+        out = args.out or args.run / "export"
+        out.mkdir(exist_ok=True)
+    except (DataError, ValueError, OSError) as error:
+        p.error(str(error))
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of types it then infers
+    rows: list[dict] = []
+    with console.status("recalibrating, folding, exporting"):
+        made = stages(data, apply, model, args, out, console.print)
+    for stage in made:
+        with console.status(f"measuring: {stage.name}"):
+            reference = rows[1]["logits"] if len(rows) > 1 else None
+            rows.append(measure(stage, data, args, reference))
+    for row in rows[:2]:
+        row["error"] = None  # nothing to compare with: the one before changes on purpose
+    tested = min(args.test, len(data.test_y))
+    console.print(table(rows, args, tested))
+    console.print(f"Files: {out}/model.stablehlo, model.onnx, model.int8.onnx")
+    worst = min(rows, key=lambda row: row["accuracy"])
+    lost = 100 * (rows[0]["accuracy"] - worst["accuracy"])
+    if lost > args.bound:
+        print(
+            f"ship.py: {worst['stage']} loses {lost:.2f} points of accuracy, more than --bound "
+            f"{args.bound:g}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
