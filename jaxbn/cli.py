@@ -1,0 +1,251 @@
+"""`python -m jaxbn COMMAND`: calls the tools and prints; status 0, 1 for findings, 2 failed."""
+
+import contextlib
+import functools
+import itertools
+import logging
+import os
+import re
+import sys
+import tempfile
+import traceback
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxbn import options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status; wrong options raise SystemExit(2).
+
+    Args:
+      argv: the words after `python -m jaxbn`; None for those of this process.
+
+    >>> from jaxbn import cli
+    >>> try:
+    ...     cli.main(["--version"])
+    ... except SystemExit as end:
+    ...     end.code
+    jaxbn 0.1.0
+    0
+    """
+    args = options.parse(argv)
+    try:
+        with _quiet():
+            return COMMANDS[args.command](args)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if args.traceback:
+            traceback.print_exc()
+        # Without the call's own name: the command's stands before.
+        text = re.sub(r"^[a-z]\w*: ", "", str(error)) or type(error).__name__
+        text = "\n".join(map(_printable, text.splitlines()))
+        print(f"{args.command}: {text}", file=sys.stderr)
+        return 2
+
+
+def doctor(args: Namespace) -> int:
+    """Examines a checkpoint; 1 where there are findings."""
+    from jaxbn import checkpoints, health, pictures, terminal
+
+    _on_the_cpu()
+    found = checkpoints.find(checkpoints.read(args.checkpoint))
+    if not found:
+        raise ValueError(
+            f"{args.checkpoint} holds no batch norm layer, expected arrays mean and var, or "
+            f"PyTorch's running_mean and running_var, beside each other."
+        )
+    _check_arrays(found)
+    found = {_printable(name): layer for name, layer in found.items()}
+    names = list(found)
+    # By number: a name holds slashes, and one layer may stand within another.
+    params, state = zip(*found.values(), strict=True)
+    tree = {"params": list(params), "batch_stats": list(state)}
+    given = {"momentum": args.momentum, "epsilon": args.epsilon, "dtype": args.dtype}
+    findings = health.check(tree, **given)
+    rows = health.summary(tree, findings, epsilon=args.epsilon)
+    findings = [f._replace(layer=names[int(f.layer)]) for f in findings]
+    rows = [
+        row._replace(
+            layer=names[int(row.layer)],
+            worst=row.worst and row.worst._replace(layer=names[int(row.layer)]),
+        )
+        for row in rows
+    ]
+    source = _printable(args.checkpoint)
+    if args.plot:
+        title = f"{source}: {terminal.verdict(findings)}"
+        pictures.plot(args.plot, title, found, findings)
+    if args.json:
+        print(terminal.as_json(source, rows, findings))
+    else:
+        terminal.show(source, rows, findings)
+    return 1 if findings else 0
+
+
+def convert(args: Namespace) -> int:
+    """Writes a checkpoint in another format, or with the names and layouts of another library."""
+    from jaxbn import checkpoints, loading, saving
+    from jaxbn import convert as tool
+
+    saving.checked(Path(args.dest))
+    if not args.model:
+        _on_the_cpu()
+    tree = loading.part_of(checkpoints.read(args.source), args.part)
+    report: Any = None
+    new: Mapping[str, Any]
+    if args.model:
+        model, report = _loaded(tree, loading.network(args.model).model, args)
+        new = loading.arrays(model)
+    elif args.torch:
+        new, report = tool.to_torch(loading.variables(tree), rename=args.rename)
+    elif args.like:
+        like = loading.part_of(checkpoints.read(args.like))
+        if loading.is_torch(like):
+            names = loading.state_dict(like)
+            new, report = tool.to_torch(loading.variables(tree), names, rename=args.rename)
+        else:
+            new, report = _loaded(tree, loading.variables(like), args)
+    else:
+        new = tree
+    saving.save(args.dest, new)
+    print(*[report] * (report is not None), f"wrote {args.dest}", sep="\n")
+    return 0
+
+
+def recalibrate(args: Namespace) -> int:
+    """Running statistics computed again over data, by the user's model."""
+    import jaxbn
+    from jaxbn import loading, saving
+
+    saving.checked(Path(args.dest))
+    apply, model, batches = _network(args)
+    where = args.where or "*"
+    model = jaxbn.recalibrate(apply, model, batches, where=where, limit=args.batches)
+    saving.save(args.dest, loading.arrays(model))
+    print(f"wrote {args.dest}")
+    return 0
+
+
+def fold(args: Namespace) -> int:
+    """What would be folded, and with which error."""
+    import jaxbn
+
+    fn, x, _ = _function(args)
+    print(jaxbn.fold(fn, x, tolerance=args.tolerance)[1])
+    return 0
+
+
+def export(args: Namespace) -> int:
+    """A file that others serve, its norms folded."""
+    import jaxbn
+    from jaxbn import export as tool
+
+    dest = Path(args.dest)
+    if dest.suffix not in (".onnx", ".stablehlo"):
+        raise ValueError(f"{dest} ends in {dest.suffix or 'nothing'}, expected .onnx or .stablehlo")
+    if args.int8 and dest.suffix != ".onnx":
+        raise ValueError(f"--int8 is for .onnx, and {dest} ends in {dest.suffix}")
+    fn, x, batches = _function(args)
+    if args.fold:
+        fn, report = jaxbn.fold(fn, x)
+        print(report)
+    own = {} if args.tolerance is None else {"tolerance": args.tolerance}
+    if dest.suffix == ".stablehlo":
+        done = tool.stablehlo(fn, x, dest, **own)
+    elif args.int8:
+        with tempfile.TemporaryDirectory() as folder:
+            wide = tool.onnx(fn, x, Path(folder, "float.onnx"))
+            done = tool.int8(wide.path, batches, dest, **own)
+    else:
+        done = tool.onnx(fn, x, dest, **own)
+    print(
+        f"wrote {dest}: {done.bytes} bytes, largest error {done.relative:.1e} of the largest value"
+    )
+    return 0
+
+
+COMMANDS = {
+    "doctor": doctor,
+    "convert": convert,
+    "recalibrate": recalibrate,
+    "fold": fold,
+    "export": export,
+}
+
+
+def _check_arrays(found: Mapping[str, Any]) -> None:
+    """Whether each layer's arrays are numbers, as many each."""
+    import jax.numpy as jnp
+
+    for name, (params, state) in found.items():
+        arrays = {**params._asdict(), **state._asdict(), "count": None}
+        for field, v in arrays.items():
+            if v is None:
+                continue
+            if not jnp.issubdtype(v.dtype, jnp.number) or v.shape != state.mean.shape:
+                raise ValueError(
+                    f"{field} of layer {_printable(name)!r} has shape {v.shape} and dtype "
+                    f"{v.dtype}, expected numbers of the mean's shape {state.mean.shape}."
+                )
+
+
+def _network(args: Namespace) -> tuple[Any, Any, Any]:
+    """The user's, with the checkpoint's arrays in its model."""
+    from jaxbn import checkpoints, loading
+
+    tree = loading.part_of(checkpoints.read(args.source), args.part)
+    apply, model, batches = loading.network(args.model)
+    return apply, _loaded(tree, model, args)[0], batches
+
+
+def _function(args: Namespace) -> tuple[Any, Any, Any]:
+    """The user's model as a function of x, the example, and all batches, that one first."""
+    apply, model, batches = _network(args)
+    some = itertools.islice(batches, args.batches)
+    x = next(some, None)
+    if x is None:
+        raise ValueError(f"{args.model} gives no batches, expected at least one as the example.")
+    return functools.partial(apply, model), x, itertools.chain([x], some)
+
+
+def _loaded(tree: Any, like: Any, args: Namespace) -> tuple[Any, Any]:
+    from jaxbn import loading
+
+    given = {"rename": args.rename, "keep": args.keep, "epsilon": args.epsilon}
+    try:
+        return loading.load(tree, like, **given)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}\nHere: --rename A=B, --keep LAYER, --part PATH if the model is a part of the "
+            f"checkpoint."
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of the libraries that read and write."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _on_the_cpu() -> None:
+    """Reading a checkpoint must not take an accelerator's memory from the run that trains there."""
+    import jax
+
+    jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
+
+
+def _printable(name: str) -> str:
+    """Names from outside may hold what a terminal obeys."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)

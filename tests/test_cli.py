@@ -1,0 +1,636 @@
+"""`python -m jaxbn`: what is printed, written and returned for healthy, sick and other input."""
+
+import json
+import pathlib
+import pickle
+import re
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx, serialization
+from safetensors.numpy import save_file
+
+import jaxbn
+from jaxbn import checkpoints, cli, export, saving
+
+ROOT = pathlib.Path(__file__).parent.parent
+RANDOM = np.random.default_rng(0)
+
+
+def norm(channels=8):
+    """A trained layer's arrays."""
+    values = {
+        "mean": RANDOM.normal(size=channels),
+        "var": RANDOM.uniform(0.5, 2, channels),
+        "scale": RANDOM.uniform(0.5, 2, channels),
+        "bias": RANDOM.normal(size=channels),
+    }
+    return {name: v.astype(np.float32) for name, v in values.items()}
+
+
+HEALTHY = {"stem/bn": norm(), "head/bn": norm(16)}
+# One of each: the layer as a whole, some channels, what no axis and no JSON can show.
+SICK = {
+    "stem/bn": norm(),
+    "new/bn": norm(4) | {"mean": np.zeros(4, np.float32), "var": np.ones(4, np.float32)},
+    "nan/bn": norm(4) | {"var": np.array([1, np.nan, 2, np.inf], np.float32)},
+    "head/bn": norm(16) | {"scale": np.array([0, 200, *[1] * 14], np.float32)},
+}
+
+
+def tree_of(layers, *collections):
+    """Nested dicts; those of the statistics and of the rest apart, where these are named."""
+    tree = {}
+    for path, arrays in layers.items():
+        for name, v in arrays.items():
+            top = collections[:1] if name in ("mean", "var") else collections[1:]
+            node = tree
+            for key in (*top, *path.split("/")):
+                node = node.setdefault(key, {})
+            node[name] = v
+    return tree
+
+
+def linen(layers):
+    return tree_of(layers, "batch_stats", "params")
+
+
+def flat(tree):
+    paths = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="."): v for p, v in paths}
+
+
+def save_orbax(path, tree):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, tree)
+
+
+def save_nnx(path, layers):
+    def module(node):
+        if "mean" not in node:
+            return nnx.Dict({name: module(inner) for name, inner in node.items()})
+        new = nnx.BatchNorm(node["mean"].size, rngs=nnx.Rngs(0))
+        for name, v in node.items():
+            getattr(new, name).set_value(jnp.asarray(v))
+        return new
+
+    save_orbax(path, nnx.state(module(tree_of(layers))))
+
+
+def save_torch(path, layers):
+    names = {other: name for name, other in checkpoints.NAMES.items()}
+    names = {name: other for other, name in names.items()}
+    tensors = {
+        f"{layer.replace('/', '.')}.{names[name]}": v
+        for layer, arrays in layers.items()
+        for name, v in arrays.items()
+    }
+    save_file(tensors, path)
+
+
+WRITERS = {
+    "linen.orbax": lambda path, layers: save_orbax(path, linen(layers)),
+    "nnx.orbax": save_nnx,
+    "linen.msgpack": lambda path, layers: path.write_bytes(serialization.to_bytes(linen(layers))),
+    "linen.safetensors": lambda path, layers: save_file(flat(linen(layers)), path),
+    "torch.safetensors": save_torch,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Checkpoints of every kind in `healthy` and `sick`."""
+    top = tmp_path_factory.mktemp("checkpoints")
+    for name, layers in (("healthy", HEALTHY), ("sick", SICK)):
+        (top / name).mkdir()
+        for kind, write in WRITERS.items():
+            write(top / name / kind, layers)
+    return top
+
+
+def run(capsys, *argv):
+    """Status, stdout, stderr."""
+    status = cli.main([str(word) for word in argv])
+    return status, *capsys.readouterr()
+
+
+def strict(text):
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+# doctor
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_the_doctor_finds_the_same_in_every_format(kind, folder, capsys):
+    status, out, err = run(capsys, "doctor", folder / "healthy" / kind, "--json")
+    told = strict(out)
+    assert (status, err, told["healthy"], told["findings"]) == (0, "", True, [])
+    assert sorted(layer["layer"] for layer in told["layers"]) == ["head/bn", "stem/bn"]
+    status, out, err = run(capsys, "doctor", folder / "sick" / kind, "--json")
+    told = strict(out)
+    assert (status, err, told["healthy"]) == (1, "", False)
+    assert [(f["layer"], f["kind"], f["severity"], f["channels"]) for f in told["findings"]] == [
+        ("nan/bn", "not_finite", "error", [1, 3]),
+        ("new/bn", "never_updated", "error", []),
+        ("head/bn", "exploding", "warning", [1]),
+        ("head/bn", "dead", "warning", [0]),
+    ]
+    layers = [layer["layer"] for layer in told["layers"]]
+    assert layers == ["nan/bn", "new/bn", "head/bn", "stem/bn"]  # worst first
+    assert told["layers"][0] == {
+        "layer": "nan/bn",
+        "features": [4],
+        "count": None,
+        "worst": "not_finite",
+        "findings": 1,
+        "figures": told["layers"][0]["figures"],
+    }
+    # Stable keys, null for NaN.
+    keys = {"mean_max", "var_min", "var_max", "scale_min", "scale_max"}
+    assert all(set(layer["figures"]) == keys for layer in told["layers"])
+    assert told["layers"][0]["figures"]["var_min"] is None
+
+
+def test_the_table_of_a_sick_checkpoint(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    arrays = {
+        "mean": np.array([0.5, -3], np.float32),
+        "var": np.array([4.0, -0.25], np.float32),
+        "scale": np.array([-1.5, 0.001], np.float32),
+    }
+    new = {"mean": np.zeros(200, np.float32), "var": np.ones(200, np.float32)}
+    tree = tree_of({"a": new, "b": arrays, "c": new})
+    tree["a"]["count"] = np.array(1500)
+    saving.save(tmp_path / "net.msgpack", tree)
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, "doctor", "net.msgpack")
+    assert (status, err) == (1, "")
+    assert out == (
+        "net.msgpack: 3 batch norm layers, 2 errors\n"
+        "\n"
+        "                     |mean|    var  var  |scale|  |scale|\n"
+        "layer    C  updates    / sd    min  max      min      max  finding\n"
+        "b        2        -     949  -0.25    4    0.001      1.5  negative_variance\n"
+        "c      200        -       0      1    1        -        -  never_updated\n"
+        "a      200     1500       0      1    1        -        -  -\n"
+        "\n"
+        "error    negative_variance in b\n"
+        "         smallest running variance: -0.25, threshold 0, channel 1\n"
+        "         remedy: jaxbn.recalibrate(apply, variables, batches); it is no update's\n"
+        "         doing: look at the conversion or the averaging of the weights\n"
+        "\n"
+        "error    never_updated in c\n"
+        "         updates so far: 0\n"
+        '         remedy: train with mutable=["batch_stats"] and keep what apply returns\n'
+        "         (nnx: model.train()), or jaxbn.recalibrate(apply, variables, batches)\n"
+    )
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_wide_layers_and_long_names_stay_in_the_table(width, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    names = [f"encoder_block_with_a_long_name_{i}/" * 3 + "BatchNorm_0" for i in range(3)]
+    layers = {name: norm(4096) for name in names}
+    for name in names:
+        layers[name]["var"][:] = -1e-30
+        layers[name]["scale"][:2] = 1e-12, 3.7e30
+        layers[name]["mean"][0] = 3e30
+    saving.save(tmp_path / "net.msgpack", tree_of(layers))
+    status, out, _ = run(capsys, "doctor", tmp_path / "net.msgpack")
+    assert status == 1
+    table, *findings = out.split("\n\n")[1:]
+    assert max(map(len, (table + "\n".join(findings)).splitlines())) <= width
+    header, *rows = table.splitlines()[1:]
+    cut = header.index("C") - 4  # the widest C is 4096
+    assert "".join(line[:cut].strip() for line in rows) == "".join(names)
+    figures = ["4096", "9.5e32", "-1e-30", "-1e-30", "1e-12", "3.7e30", "negative_variance"]
+    assert [line.split()[1:] for line in rows if "4096" in line] == [figures] * 3
+
+
+def test_one_finding_in_many_layers_is_told_once(tmp_path, capsys):
+    new = {"mean": np.zeros(2, np.float32), "var": np.ones(2, np.float32)}
+    saving.save(tmp_path / "net.safetensors", tree_of({f"bn{i}": new for i in range(20)}))
+    status, out, _ = run(capsys, "doctor", tmp_path / "net.safetensors")
+    assert status == 1
+    assert out.count("remedy:") == 1
+    assert "never_updated in bn0, bn1, bn10, bn11 and 16 more\n" in out
+
+
+def test_colour_is_for_terminals(folder, capsys, monkeypatch):
+    argv = "doctor", folder / "sick" / "linen.msgpack"
+    plain = run(capsys, *argv)[1]
+    assert "\x1b" not in plain
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    coloured = run(capsys, *argv)[1]
+    assert "\x1b[31m" in coloured
+    assert "\x1b[33m" in coloured
+    bare = re.sub(r"\x1b\[\d*m", "", coloured)
+    assert [line.rstrip() for line in bare.splitlines()] == plain.splitlines()
+
+
+def test_options_change_the_findings(tmp_path, capsys):
+    layers = {"bn": norm() | {"mean": np.full(8, 60, np.float32)}}
+    tree = tree_of(layers)
+    tree["bn"]["count"] = np.array(20)
+    saving.save(tmp_path / "net.msgpack", tree)
+
+    def kinds(*options):
+        told = strict(run(capsys, "doctor", tmp_path / "net.msgpack", "--json", *options)[1])
+        return [finding["kind"] for finding in told["findings"]]
+
+    assert kinds() == []
+    assert kinds("--momentum", "0.99") == ["hardly_updated"]  # 0.99**20 of the start is left
+    assert kinds("--momentum", "0.8") == []
+    assert kinds("--dtype", "bfloat16") == ["large_mean"]
+    assert kinds("--epsilon", "1000") == ["dead"]
+
+
+def red(path):
+    """Pixels of the colour of what is sick, of all."""
+    picture = matplotlib.image.imread(path)
+    r, g, b = picture[..., 0], picture[..., 1], picture[..., 2]
+    return int(((r > 0.7) & (g < 0.3) & (b < 0.4)).sum()), picture.shape[:2]
+
+
+def test_the_picture(folder, tmp_path, capsys):
+    pixels = {}
+    for name in ("healthy", "sick"):
+        file = tmp_path / f"{name}.png"
+        checkpoint = folder / name / "linen.safetensors"
+        plain = run(capsys, "doctor", checkpoint)
+        assert run(capsys, "doctor", checkpoint, "--plot", file) == plain
+        assert file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        pixels[name], (height, width) = red(file)
+        assert min(height, width) > 500
+        assert matplotlib.image.imread(file).std() > 0.05
+    assert pixels["healthy"] == 0
+    assert pixels["sick"] > 200
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["healthy.png", "sick.png"]
+
+
+def test_names_that_are_no_plain_text(tmp_path, capsys):
+    layers = {"$\\frac{": norm(), "\x1b[31mred\n": norm(), "[bold]": norm(), "層": norm()}
+    saving.save(tmp_path / "net.msgpack", tree_of(layers))
+    status, out, _ = run(capsys, "doctor", tmp_path / "net.msgpack", "--plot", tmp_path / "a.png")
+    assert status == 0
+    for name in ("$\\frac{", "\\x1b[31mred\\n", "[bold]", "層"):
+        assert f"\n{name} " in out
+    assert red(tmp_path / "a.png")[0] == 0
+
+
+def test_a_layer_within_a_layer_and_one_at_the_top(tmp_path, capsys):
+    saving.save(tmp_path / "net.msgpack", norm() | {"inner": norm()})
+    status, out, _ = run(capsys, "doctor", tmp_path / "net.msgpack", "--json")
+    assert status == 0
+    assert [layer["layer"] for layer in strict(out)["layers"]] == ["", "inner"]
+
+
+MSGPACK = "a Flax msgpack file (flax.serialization.to_bytes)"
+EXPECTED = "Expected an orbax folder, a .safetensors file, or a file of flax.serialization.to_bytes"
+UNREADABLE = {
+    "nothing": "no checkpoint at nothing: there is no such file or folder",
+    "folder": f"folder cannot be read as an orbax checkpoint: it has no _METADATA. {EXPECTED}.",
+    "trap.pt": f"trap.pt cannot be read as {MSGPACK}: unpack(b) received extra data. {EXPECTED}.",
+    "dense.msgpack": "dense.msgpack holds no batch norm layer, expected arrays mean and var, or "
+    "PyTorch's running_mean and running_var, beside each other.",
+    "shapes.msgpack": "var of layer 'bn' has shape (4,) and dtype float32, expected numbers of the "
+    "mean's shape (3,).",
+    "dates.msgpack": "mean of layer 'bn' has shape (3,) and dtype bool, expected numbers of the "
+    "mean's shape (3,).",
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_read(name, tmp_path, capsys, monkeypatch):
+    class Trap:
+        def __reduce__(self):
+            return (tmp_path.joinpath("executed").touch, ())
+
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("folder").mkdir()
+    pathlib.Path("trap.pt").write_bytes(pickle.dumps(Trap()))
+    three, four = np.ones(3, np.float32), np.ones(4, np.float32)
+    saving.save("dense.msgpack", {"fc": {"kernel": three}})
+    saving.save("shapes.msgpack", {"bn": {"mean": three, "var": four}})
+    saving.save("dates.msgpack", {"bn": {"mean": three > 0, "var": three}})
+    for options in ([], ["--json"], ["--plot", "a.png"]):
+        assert run(capsys, "doctor", name, *options) == (2, "", f"doctor: {UNREADABLE[name]}\n")
+    assert not pathlib.Path("executed").exists()
+    assert not pathlib.Path("a.png").exists()
+
+
+def test_a_picture_that_cannot_be_written(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file, message in (
+        ("a.jpg", "a.jpg ends in .jpg, expected .png"),
+        ("no/a.png", f"no folder {tmp_path}/no to write a.png in"),
+    ):
+        status = run(capsys, "doctor", folder / "sick" / "linen.msgpack", "--plot", file)
+        assert status == (2, "", f"doctor: {message}\n")
+
+
+OPTIONS = {
+    "": "python -m jaxbn: the following arguments are required: COMMAND",
+    "doctor": "python -m jaxbn doctor: the following arguments are required: CHECKPOINT",
+    "doctor a --jsn": "python -m jaxbn: unrecognized arguments: --jsn",
+    "doctor a --momentum 1.5": "python -m jaxbn doctor: argument --momentum: '1.5', expected a "
+    "number from 0 to 1",
+    "doctor a --epsilon nan": "python -m jaxbn doctor: argument --epsilon: 'nan', expected a "
+    "finite number of at least 0",
+    "fold a": "python -m jaxbn fold: the following arguments are required: --model",
+    "fold a --model m:f --batches 0": "python -m jaxbn fold: argument --batches: '0', expected a "
+    "whole number of at least 1",
+    "convert a b --rename c": "python -m jaxbn convert: argument --rename: 'c', expected A=B, or "
+    "A= to drop A",
+    "convert a b --torch --like c": "python -m jaxbn convert: argument --like: not allowed with "
+    "argument --torch",
+}
+
+
+@pytest.mark.parametrize("words", OPTIONS)
+def test_wrong_options_are_one_line(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(words.split())
+    out, err = capsys.readouterr()
+    assert (end.value.code, out) == (2, "")
+    message = OPTIONS[words]
+    assert err == f"{message}; see {message.partition(': ')[0]} --help\n"
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_names_every_option(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([*command.split(), "--help"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0
+    assert max(map(len, out.splitlines())) <= 100
+    assert ("module:function" in out.lower()) == (command not in ("", "doctor"))
+    assert ("exit status: 0 healthy, 1 findings, 2 could not be read" in out) == (
+        command == "doctor"
+    )
+
+
+def test_as_a_program(folder):
+    """Whole streams: no word of orbax, no traceback; nor where the reader went away."""
+    argv = [sys.executable, "-m", "jaxbn", "doctor", folder / "sick" / "linen.orbax"]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.splitlines()[0].endswith(": 4 batch norm layers, 2 errors, 2 warnings")
+    with subprocess.Popen(argv, stdout=-1, stderr=-1, cwd=ROOT) as pipe:
+        pipe.stdout.close()
+        assert pipe.stderr.read() == b""
+    assert pipe.returncode == 2
+
+
+def test_help_imports_no_more_than_the_package_does():
+    code = (
+        "import sys, jaxbn; before = set(sys.modules); from jaxbn import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "new = set(sys.modules) - before\n"
+        "print(sorted(m for m in new if m.split('.')[0] not in sys.stdlib_module_names))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "['jaxbn.cli', 'jaxbn.options']"
+
+
+# The commands that write
+
+
+@pytest.fixture
+def net(tmp_path, monkeypatch):
+    """The module of docs/doctor.md, its untrained checkpoint `net.msgpack`, and x."""
+    page = (ROOT / "docs" / "doctor.md").read_text()
+    (text,) = re.findall(r"^```python\n(# net\.py.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "net.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "net", raising=False)
+    import net
+
+    variables = net.Net().init(jax.random.key(3), net.batches()[0])
+    saving.save("net.msgpack", {"step": 7, "model": variables})
+    return net
+
+
+def equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_convert_between_formats_changes_nothing(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = checkpoints.read(folder / "sick" / "linen.msgpack")
+    source["bf16"] = {"v": np.arange(3).astype(jnp.bfloat16), "step": np.array(3)}
+    saving.save("a.msgpack", source)
+    for a, b in (("a.msgpack", "b.safetensors"), ("b.safetensors", "c"), ("c", "d.msgpack")):
+        assert run(capsys, "convert", a, b) == (0, f"wrote {b}\n", "")
+        equal(checkpoints.read(b), source)
+    assert run(capsys, "convert", "a.msgpack", "c") == (
+        2,
+        "",
+        "convert: c is there already; name a new orbax folder\n",
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "a.msgpack",
+        "b.safetensors",
+        "c",
+        "d.msgpack",
+    ]
+
+
+def test_convert_to_pytorch_and_back(net, capsys):
+    status, out, err = run(capsys, "convert", "net.msgpack", "torch.safetensors", "--torch")
+    assert (status, err) == (0, "")
+    assert "params/conv/kernel   conv.weight      8x3x3x3  HWIO → OIHW\n" in out
+    variables = checkpoints.read("net.msgpack")["model"]
+    torch = checkpoints.read("torch.safetensors")
+    kernel = variables["params"]["conv"]["kernel"]
+    np.testing.assert_array_equal(torch["conv"]["weight"], kernel.transpose(3, 2, 0, 1))
+    for dest, target in (("a.msgpack", "--like=net.msgpack"), ("b", "--model=net:network")):
+        assert run(capsys, "convert", "torch.safetensors", dest, target)[0] == 0
+        equal(checkpoints.read(dest), variables)
+    again = "again.safetensors"
+    assert run(capsys, "convert", "a.msgpack", again, "--like", "torch.safetensors")[0] == 0
+    equal(checkpoints.read(again), torch)
+    renamed = ["--rename", "conv=stem", "--rename", "fc="]
+    assert run(capsys, "convert", "net.msgpack", again, "--torch", *renamed)[0] == 0
+    assert set(checkpoints.read(again)) == {"stem", "bn"}
+
+
+def test_convert_into_nnx(net, capsys, tmp_path):
+    (tmp_path / "nnx_net.py").write_text(
+        "from flax import nnx\n"
+        "class Net(nnx.Module):\n"
+        "    def __init__(self, rngs):\n"
+        "        self.conv = nnx.Conv(3, 8, (3, 3), use_bias=False, rngs=rngs)\n"
+        "        self.bn, self.fc = nnx.BatchNorm(8, rngs=rngs), nnx.Linear(8, 5, rngs=rngs)\n"
+        "        self.dropout = nnx.Dropout(0.5, rngs=rngs)\n"
+        "def network():\n"
+        "    return lambda model, x: model(x), nnx.eval_shape(lambda: Net(nnx.Rngs(0))), []\n"
+    )
+    model = "--model=nnx_net:network"
+    assert run(capsys, "convert", "net.msgpack", "nnx", model)[0] == 0
+    new, variables = checkpoints.read("nnx"), checkpoints.read("net.msgpack")["model"]
+    assert set(new) == {"conv", "bn", "fc"}
+    equal(new["conv"], variables["params"]["conv"])
+    equal(new["bn"], {**variables["params"]["bn"], **variables["batch_stats"]["bn"]})
+    assert run(capsys, "convert", "nnx", "back.msgpack", "--like", "net.msgpack")[0] == 0
+    equal(checkpoints.read("back.msgpack"), variables)
+    assert run(capsys, "fold", "nnx", model) == (
+        2,
+        "",
+        "fold: nnx_net:network gives no batches, expected at least one as the example.\n",
+    )
+
+
+def test_recalibrate_gives_the_moments_of_all_batches(net, capsys):
+    assert run(capsys, "recalibrate", "net.msgpack", "new", "--model", "net:network") == (
+        0,
+        "wrote new\n",
+        "",
+    )
+    old, new = checkpoints.read("net.msgpack")["model"], checkpoints.read("new")
+    equal(new["params"], old["params"])
+    conv = nn.Conv(8, (3, 3), use_bias=False)
+    x = np.concatenate(net.batches())
+    y = np.asarray(conv.apply({"params": old["params"]["conv"]}, x), np.float64)
+    stats = new["batch_stats"]["bn"]
+    # float32 convolutions of other batch sizes, and the merge of four batches.
+    np.testing.assert_allclose(stats["mean"], y.mean((0, 1, 2)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(stats["var"], y.var((0, 1, 2)), rtol=1e-4)
+    assert run(capsys, "doctor", "net.msgpack")[0] == 1
+    assert run(capsys, "doctor", "new")[0] == 0
+    some = ["new.safetensors", "--model", "net:network", "--batches", "1"]
+    assert run(capsys, "recalibrate", "net.msgpack", *some)[0] == 0
+    y = np.asarray(conv.apply({"params": old["params"]["conv"]}, net.batches()[0]), np.float64)
+    mean = checkpoints.read("new.safetensors")["batch_stats"]["bn"]["mean"]
+    np.testing.assert_allclose(mean, y.mean((0, 1, 2)), rtol=1e-5, atol=1e-5)
+
+
+def test_fold_and_export(net, capsys):
+    variables = checkpoints.read("net.msgpack")["model"]
+    x = net.batches()[0]
+    model = "--model=net:network"
+    status, report, err = run(capsys, "fold", "net.msgpack", model)
+    assert (status, err) == (0, "")
+    assert report.splitlines()[1].startswith("0 conv 3x3, 3 -> 8 Net/conv  yes")
+    status, out, _ = run(capsys, "export", "net.msgpack", "net.stablehlo", model)
+    assert status == 0
+    assert out.startswith(f"{report}wrote net.stablehlo: ")
+    y = net.Net().apply(variables, x)
+    served = export.load_stablehlo("net.stablehlo")(jnp.asarray(x))
+    # Folded, so not bit by bit: 27 products in float32.
+    np.testing.assert_allclose(served, y, rtol=1e-5, atol=1e-5)
+    status, out, _ = run(capsys, "export", "net.msgpack", "net.stablehlo", model, "--no-fold")
+    assert (status, out.count("\n")) == (0, 1)
+    exact = export.load_stablehlo("net.stablehlo")(jnp.asarray(x))
+    np.testing.assert_allclose(exact, y, rtol=1e-6, atol=1e-6)
+    status, out, _ = run(capsys, "export", "net.msgpack", "net.onnx", model, "--int8")
+    assert status == 0
+    served = export.session("net.onnx")(x)
+    error = np.abs(served - y).max() / np.abs(y).max()
+    assert 0 < error < 0.1
+
+
+def test_errors_of_the_commands_that_write(net, capsys, tmp_path):
+    (tmp_path / "other.py").write_text(
+        "def broken():\n    return 1 / 0\n\ndef three():\n    return 3\n"
+    )
+    expected = {
+        ("fold", "net.msgpack", "--model", "other"): (
+            "fold: 'other' names no function, expected module:function"
+        ),
+        ("fold", "net.msgpack", "--model", "other:broken"): (
+            f"fold: other:broken fails: ZeroDivisionError: division by zero ({tmp_path}/other.py, "
+            "line 2); expected a function of an importable module, called as broken()."
+        ),
+        ("fold", "net.msgpack", "--model", "other:three"): (
+            "fold: other:three returns a int, expected a tuple (apply, model, batches) with "
+            "apply(model, batch), as jaxbn.recalibrate takes them."
+        ),
+        ("fold", "net.msgpack", "--part", "ema", "--model", "net:network"): (
+            "fold: the checkpoint has no part 'ema'; at its top are model, step."
+        ),
+        ("export", "net.msgpack", "net.pb", "--model", "net:network"): (
+            "export: net.pb ends in .pb, expected .onnx or .stablehlo"
+        ),
+        ("export", "net.msgpack", "a.stablehlo", "--int8", "--model", "net:network"): (
+            "export: --int8 is for .onnx, and a.stablehlo ends in .stablehlo"
+        ),
+        ("recalibrate", "net.msgpack", "new.pt", "--model", "net:network"): (
+            "recalibrate: new.pt ends in .pt, expected .safetensors, .msgpack, or a name without a "
+            "suffix, which is an orbax folder."
+        ),
+        ("convert", "net.msgpack", "no/new.msgpack"): (
+            f"convert: no folder {tmp_path}/no to write new.msgpack in"
+        ),
+        ("convert", "net.msgpack", "a.msgpack", "--like", "dense.msgpack"): (
+            "convert: the source does not fit the target; nothing was converted.\n"
+            "  unknown, in the source alone: batch_stats/bn/mean (8,)\n"
+            "  unknown, in the source alone: batch_stats/bn/var (8,)\n"
+            "  unknown, in the source alone: params/bn/bias (8,)\n"
+            "  unknown, in the source alone: params/bn/scale (8,)\n"
+            "  unknown, in the source alone: params/conv/kernel (3, 3, 3, 8)\n"
+            "Layers of other names: rename={source: target}, or a function; None for the target "
+            "drops one. Layers of the target to leave as they are: keep=[...].\n"
+            "Here: --rename A=B, --keep LAYER, --part PATH if the model is a part of the "
+            "checkpoint."
+        ),
+        ("convert", "two.msgpack", "a.msgpack", "--torch"): (
+            "convert: the checkpoint holds several models, 'ema', 'model'; name one: --part."
+        ),
+    }
+    variables = checkpoints.read("net.msgpack")["model"]
+    saving.save("dense.msgpack", {"params": {"fc": variables["params"]["fc"]}})
+    saving.save("two.msgpack", {"ema": variables, "model": variables})
+    before = sorted(path.name for path in tmp_path.glob("[!_]*"))
+    for argv, message in expected.items():
+        assert run(capsys, *argv) == (2, "", f"{message}\n")
+    assert sorted(path.name for path in tmp_path.glob("[!_]*")) == before
+    keep = ["--part", "ema", "--torch"]
+    assert run(capsys, "convert", "two.msgpack", "a.safetensors", *keep)[0] == 0
+
+
+def test_traceback_shows_where(net, capsys, tmp_path):
+    (tmp_path / "broken.py").write_text("def network():\n    return 1 / 0\n")
+    argv = "fold", "net.msgpack", "--model", "broken:network", "--traceback"
+    status, out, err = run(capsys, *argv)
+    assert (status, out) == (2, "")
+    assert "    return 1 / 0\n" in err
+    assert err.splitlines()[-1].startswith("fold: broken:network fails: ")
+
+
+def test_what_is_no_array_is_not_saved(tmp_path):
+    with pytest.raises(ValueError) as error:
+        saving.save(tmp_path / "a.msgpack", {"config": {"name": "net", "none": None}})
+    assert str(error.value) == (
+        "save: config/name is a str, expected an array of numbers; save the part of the tree that "
+        "holds them."
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_json_in_the_docs(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    new = {"mean": np.zeros(8), "var": np.ones(8), "scale": np.ones(8), "bias": np.zeros(8)}
+    saving.save("untrained.msgpack", {"bn": new})
+    out = run(capsys, "doctor", "untrained.msgpack", "--json")[1]
+    assert f"```text\n{out}```\n" in (ROOT / "docs" / "doctor.md").read_text()
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"jaxbn {jaxbn.__version__}\n"
