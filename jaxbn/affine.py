@@ -2,19 +2,21 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jax.extend.core import JaxprEqn
 
 from jaxbn.jaxprs import Known, Op, bodies, floating, relayout, shape_of
+
+if TYPE_CHECKING:
+    from jax.extend.core import JaxprEqn
 
 CONTRACTIONS = ("conv_general_dilated", "dot_general")
 AFFINE = ("add", "sub", "mul", "div", "neg")
 LAYOUT = ("convert_element_type", "copy", "transpose", "squeeze", "broadcast_in_dim", "reshape")
 
 
-def transparent(eqn: JaxprEqn) -> bool:
+def transparent(eqn: "JaxprEqn") -> bool:
     """Whether a call with a derivative of its own holds what we fold, so that it must be opened.
 
     A `relu` stays closed: its derivative at 0 is not that of `max`.
@@ -23,7 +25,7 @@ def transparent(eqn: JaxprEqn) -> bool:
     return holds_contraction(eqn) or names <= {*AFFINE, *LAYOUT}
 
 
-def holds_contraction(eqn: JaxprEqn) -> bool:
+def holds_contraction(eqn: "JaxprEqn") -> bool:
     """Whether there is a convolution or a dot anywhere inside."""
     return any(
         inner.primitive.name in CONTRACTIONS or holds_contraction(inner)

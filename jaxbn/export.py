@@ -190,7 +190,7 @@ def _as_operations(fn: Callable[..., Any], x: jax.Array) -> Callable[..., Any]:
     shape = jax.ShapeDtypeStruct((*size, *x.shape[1:]), x.dtype)
     program = trace(fn, [shape], lambda eqn: True)
 
-    def replay(x: jax.Array) -> Any:
+    def replay(x: Any) -> Any:
         def renamed(v: Any) -> Any:
             """The size in the scope of jax2onnx's own batch."""
             if not jax.export.is_symbolic_dim(v):
@@ -282,9 +282,11 @@ def int8(
         )
     reference = _run_or_refuse(original, batches)
     from onnxruntime import quantization
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+    from onnxruntime.quantization.shape_inference import (  # type: ignore[import-untyped]
+        quant_pre_process,
+    )
 
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+    class Reader(quantization.CalibrationDataReader):
         def __init__(self, name: str):
             self.batches = iter({name: batch} for batch in batches)
 

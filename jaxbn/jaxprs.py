@@ -3,12 +3,14 @@
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+if TYPE_CHECKING:
+    from jax.extend.core import Jaxpr, JaxprEqn
 
 CALLS = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
 CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
@@ -34,7 +36,7 @@ def shape_of(v: Any) -> tuple[Any, ...]:
 class Op(NamedTuple):
     """One equation, between values that are numbered over the whole program."""
 
-    eqn: JaxprEqn
+    eqn: "JaxprEqn"
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     path: str  # of the module or named scope that wrote it, "ResNet/bn_init"; or ""
@@ -66,12 +68,14 @@ class Program(NamedTuple):
     tree: Any  # of the outputs
 
 
-def trace(fn: Callable, args: Sequence[Any], inline: Callable[[JaxprEqn], bool]) -> Program:
+def trace(fn: Callable, args: Sequence[Any], inline: Callable[["JaxprEqn"], bool]) -> Program:
     """The program of `fn(*args)`; args may be arrays, tracers or `ShapeDtypeStruct`s.
 
     Calls (`jit`, `checkpoint`) are inlined; those with a derivative of their own where `inline`
     says so, for it is lost then.
     """
+    from jax.extend.core import Literal  # slow to import, and `import jaxbn` comes by here
+
     closed, shapes = jax.make_jaxpr(lambda *args: fn(*args), return_shape=True)(*args)
     consts: dict[int, Any] = {}
     ops: list[Op] = []
@@ -81,7 +85,7 @@ def trace(fn: Callable, args: Sequence[Any], inline: Callable[[JaxprEqn], bool])
         consts[i := next(number)] = value
         return i
 
-    def walk(jaxpr: Jaxpr, values: list[Any], inputs: Sequence[int], path: str) -> list[int]:
+    def walk(jaxpr: "Jaxpr", values: list[Any], inputs: Sequence[int], path: str) -> list[int]:
         env = dict(zip(jaxpr.constvars, map(constant, values), strict=True))
         env |= zip(jaxpr.invars, inputs, strict=True)
 
@@ -112,14 +116,16 @@ def trace(fn: Callable, args: Sequence[Any], inline: Callable[[JaxprEqn], bool])
     return Program(inputs, tuple(kept[::-1]), outputs, consts, jax.tree.structure(shapes))
 
 
-def _scope(eqn: JaxprEqn) -> str:
+def _scope(eqn: "JaxprEqn") -> str:
     """The named scopes of an equation, without the transformations: "vmap(conv)/vmap()" is conv."""
     plain = re.sub(r"\w+\(([^()]*)\)", r"\1", str(eqn.source_info.name_stack))
     return "/".join(filter(None, plain.split("/")))
 
 
-def bodies(eqn: JaxprEqn) -> Iterator[tuple[Jaxpr, list[Any]]]:
+def bodies(eqn: "JaxprEqn") -> Iterator[tuple["Jaxpr", list[Any]]]:
     """The jaxprs within an equation's parameters, each with its constants."""
+    from jax.extend.core import ClosedJaxpr, Jaxpr
+
     for value in eqn.params.values():
         for body in value if isinstance(value, tuple | list) else (value,):
             if isinstance(body, ClosedJaxpr):

@@ -427,7 +427,10 @@ def test_a_norm_before_padding_stays_unless_its_offset_is_zero():
         ("1 conv 3x3, 3 -> 4", None, "read by the caller"),
     ]
     spread = functools.partial(
-        lax.conv_general_dilated, dimension_numbers=N2, window_strides=(1, 1), padding="VALID"
+        lax.conv_general_dilated,
+        dimension_numbers=N2,
+        window_strides=(1, 1),
+        padding=((0, 0), (0, 0)),
     )
     _, report = jaxbn.fold(lambda x: spread(before(x), KERNEL, lhs_dilation=(2, 2)), IMAGES)
     assert [site.folded for site in report.sites] == [False, None]
