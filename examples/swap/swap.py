@@ -44,7 +44,7 @@ def trained(data, images, apply, variables, batch):
     return variables
 
 
-def main(data_dir=None, width=16, images=12_800, batches=(2, 4, 32)):
+def main(data_dir=None, width=16, images=3200, batches=(2, 8, 32)):
     data = load("cifar10" if data_dir else "digits", data_dir)
     test = np.arange(min(2000, len(data.test_y)))
     test_x, test_y = normalize(data.test_x[test], data.mean, data.std), data.test_y[test]
