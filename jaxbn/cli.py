@@ -110,6 +110,7 @@ def convert(args: Namespace) -> int:
             new, report = tool.to_torch(loading.variables(tree), names, rename=args.rename)
         else:
             new, report = _loaded(tree, loading.variables(like), args)
+            new = new if loading.has_collections(like) else new["params"]
     else:
         new = tree
     saving.save(args.dest, new)

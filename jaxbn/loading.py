@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxbn import checkpoints, convert
+from jaxbn import convert
 from jaxbn.layers import is_nnx
 from jaxbn.tensors import Report
 
@@ -144,26 +144,33 @@ def state_dict(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def variables(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree as linen's variables; of an nnx state, whose collections are not told apart.
+    """The tree as linen's variables; an nnx state, which has no collections, as one.
 
     >>> import numpy as np
     >>> from jaxbn import loading
-    >>> norm = {"mean": np.zeros(1), "var": np.ones(1), "scale": np.ones(1)}
-    >>> loading.variables({"bn": {name: {"value": v} for name, v in norm.items()}})["params"]
-    {'bn': {'scale': array([1.])}}
+    >>> loading.variables({"bn": {"mean": {"value": np.zeros(1)}}})
+    {'params': {'bn': {'mean': array([0.])}}}
     """
-    if set(COLLECTIONS) & set(tree):
+    if has_collections(tree):
         return {name: tree[name] for name in COLLECTIONS if name in tree}
-    norms = set(checkpoints.find(tree))
-    split: dict[str, Any] = {name: {} for name in COLLECTIONS}
+    unboxed: dict[str, Any] = {}
     for keys, v in _leaves(tree):
         *folders, last = keys[:-1] if keys[-1] == "value" else keys
-        statistic = "/".join(folders) in norms and last in ("mean", "var", "count")
-        node = split[COLLECTIONS[statistic]]
+        node = unboxed
         for folder in folders:
             node = node.setdefault(folder, {})
         node[last] = v
-    return split
+    return {"params": unboxed}
+
+
+def has_collections(tree: Mapping[str, Any]) -> bool:
+    """Whether params or batch_stats stand at its top, as in linen.
+
+    >>> from jaxbn import loading
+    >>> loading.has_collections({"bn": {}})
+    False
+    """
+    return bool(set(COLLECTIONS) & set(tree))
 
 
 def arrays(model: Any) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from jaxbn.tensors import short
 
 COLORS = {"error": "red", "warning": "yellow"}
 FIGURES = ("mean_max", "var_min", "var_max", "scale_min", "scale_max")
-HEADERS = ("|mean|\n/ sd", "var\nmin", "var\nmax", "|scale|\nmin", "|scale|\nmax")
+HEADERS = ("|mean|\n/ sd", "var\nmin", "var\nmax", "scale\nmin", "scale\nmax")  # of |scale|
 
 
 def show(source: str, rows: Sequence[Row], findings: Sequence[Finding]) -> None:
@@ -29,9 +29,9 @@ def show(source: str, rows: Sequence[Row], findings: Sequence[Finding]) -> None:
     >>> terminal.show("net", [health.Row("bn", (8,), None, None, 0, {"var_min": 0.5})], [])
     net: 1 batch norm layer, healthy
     <BLANKLINE>
-              |mean|  var  var  |scale|  |scale|
-    layer  C    / sd  min  max      min      max  finding
-    bn     8       -  0.5    -        -        -  -
+            |mean| var var scale scale
+    layer C   / sd min max   min   max finding
+    bn    8      - 0.5   -     -     - -
     """
     from rich.console import Console
 
@@ -49,7 +49,7 @@ def _print(console: Any, source: str, rows: Sequence[Row], findings: Sequence[Fi
     color = COLORS[findings[0].severity] if findings else "green"
     console.print(Text(title, color), soft_wrap=True)
     console.print()
-    console.print(_table(rows))
+    console.print(_table(rows, 2 if console.width >= 100 else 1))
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.severity, finding.kind, finding.remedy), []).append(finding)
@@ -110,11 +110,11 @@ def as_json(source: str, rows: Sequence[Row], findings: Sequence[Finding]) -> st
     return json.dumps(content, indent=1, allow_nan=False)
 
 
-def _table(rows: Sequence[Row]) -> Any:
+def _table(rows: Sequence[Row], gap: int) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     counted = any(row.count is not None for row in rows)
     table.add_column("layer", overflow="fold", vertical="top")
     for header in ("C", *["updates"] * counted, *HEADERS):
