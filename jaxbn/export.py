@@ -16,7 +16,14 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 class Exported(NamedTuple):
-    """A file that was written, and how far it is from the function it was made of."""
+    """A file that was written, and how far it is from the function it was made of.
+
+    >>> from pathlib import Path
+    >>> from jaxbn import export
+    >>> done = export.Exported(Path("net.onnx"), 13_001, absolute=7e-7, relative=2e-7)
+    >>> f"{done.path}: {done.bytes / 1000:.0f} kB, {done.relative:.0e}"
+    'net.onnx: 13 kB, 2e-07'
+    """
 
     path: Path
     bytes: int
