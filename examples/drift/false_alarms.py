@@ -1,0 +1,61 @@
+# How often health.drift raises an alarm where nothing drifted: 8 layers of 32 channels, 16 pixels
+# an image; pixels of an image agree with one another, and so do channels of a layer.
+#
+#   python examples/drift/false_alarms.py --windows 1000
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxbn
+from jaxbn import health
+
+LAYERS, CHANNELS, PIXELS = 8, 32, 16
+STATE = {str(i): jaxbn.State(jnp.zeros(CHANNELS), jnp.ones(CHANNELS), None) for i in range(LAYERS)}
+DRAWS = {  # mean 0, variance 1
+    "gaussian": jax.random.normal,
+    "laplace": lambda key, shape: jax.random.laplace(key, shape) / np.sqrt(2),
+    "exponential": lambda key, shape: jax.random.exponential(key, shape) - 1,
+}
+
+
+def window(key, draw, n):
+    """What n images without drift show."""
+    rows = {}
+    shapes = (n, 1, 1), (n, 1, CHANNELS), (n, PIXELS, CHANNELS)
+    for path, keys in zip(STATE, jax.random.split(key, (LAYERS, 3)), strict=True):
+        image, channel, pixel = (draw(k, s) for k, s in zip(keys, shapes, strict=True))
+        x = np.sqrt(0.3) * image + np.sqrt(0.3) * channel + np.sqrt(0.4) * pixel
+        rows[path] = jax.vmap(jaxbn.moments, out_axes=-1)(x)
+    return health.seen(STATE, rows)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--windows", type=int, default=1000, help="decisions of each kind (1000)")
+    parser.add_argument("--images", type=int, nargs="+", default=[32, 128, 512], help="a window")
+    args = parser.parse_args(argv)
+    asked = (0.1, 0.01, 0.001)
+    rates = {}
+    for name, draw in DRAWS.items():
+        for n in args.images:
+            some = jax.jit(jax.vmap(lambda key, draw=draw, n=n: window(key, draw, n)))
+            alarms = np.zeros(4)
+            for key in jax.random.split(jax.random.key(0), args.windows // 10):
+                ten = jax.device_get(some(jax.random.split(key, 10)))
+                for i in range(10):
+                    seen = jax.tree.map(lambda v, i=i: v[i], ten)
+                    strict = [health.decide(seen, false_alarm=a, tolerance=0.0) for a in asked]
+                    alarms += [d.alarm for d in (*strict, health.decide(seen))]
+            rates[name, n] = alarms / (args.windows // 10 * 10)
+            shown = "  ".join(f"{rate:.4f}" for rate in rates[name, n])
+            print(
+                f"{name:12} {n:4} images   asked for 0.1, 0.01, 0.001, 0.001 and tolerance: {shown}"
+            )
+    return rates
+
+
+if __name__ == "__main__":
+    main()
