@@ -43,6 +43,7 @@ from jaxbn.moments import across, of, wide
 from jaxbn.normalize import normalize, rstd
 from jaxbn.policy import named
 from jaxbn.state import Moments, Params
+from jaxbn.sums import spread
 
 
 class Spec(NamedTuple):
@@ -120,7 +121,7 @@ def _tangent(spec, x, mask, count, mean, r, scale, tx, tparams):  # type: ignore
     if mask is not None:
         # A cell outside the mask that holds NaN must not reach dscale through 0 * NaN.
         d = jnp.where(mask | jnp.isfinite(x), d, 0)
-    ty = axes.expand(a) * tx + d * axes.expand(by_d) + axes.expand(by_1)
+    ty = axes.expand(a) * tx + d * spread(by_d, x, axes) + axes.expand(by_1)
     return ty.astype(spec.dtype), Moments(jnp.zeros_like(count), s1, 2 * s2.real)
 
 

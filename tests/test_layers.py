@@ -13,7 +13,7 @@ import jaxbn
 ROOT = pathlib.Path(jaxbn.__file__).parent
 FLOORS = (
     ("axes", "collectives", "jaxprs", "state_dicts", "tensors"),
-    ("state", "affine", "layouts", "matching", "variables"),
+    ("state", "affine", "layouts", "matching", "sums", "variables"),
     ("moments", "normalize", "kernels", "policy", "peers", "rewrite"),
     ("derivative",),
     ("functional", "layers"),
