@@ -300,12 +300,11 @@ def test_the_table_of_alarms(example, tmp_path, monkeypatch):
     assert (tmp_path / "alarms.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_rates_of_false_alarms(example):
-    rates = example("false_alarms").main(["--windows", "20", "--images", "128"])
-    assert {name for name, _ in rates} == {"gaussian", "laplace", "exponential"}
-    for asked_01, *_, with_tolerance in rates.values():
-        assert asked_01 <= 0.3  # of 20, where 0.1 is asked for
-        assert with_tolerance == 0
+def test_the_rates_of_false_alarms(example, monkeypatch):
+    false_alarms = example("false_alarms")
+    monkeypatch.setattr(false_alarms, "DRAWS", {"gaussian": jax.random.normal})
+    rates = false_alarms.main(["--windows", "10", "--images", "64"])
+    np.testing.assert_array_equal(rates["gaussian", 64], 0)
 
 
 # errors
