@@ -46,7 +46,8 @@ def select(call: str, tree: Any, where: Where) -> dict[str, Layer]:
     if not chosen:
         raise ValueError(
             f"{call}: where={where!r} means none of the batch norm layers {listed(found)}; "
-            f'expected a glob such as "{next(iter(found))}", several of them, or a function of the path.'
+            f'expected a glob such as "{next(iter(found))}", several of them, or a function of the '
+            f"path."
         )
     return chosen
 
