@@ -114,7 +114,8 @@ def batch_norm(
         if gathers:
             raise ValueError(
                 f"{call}: state is a Moments with train=False, but moments are gathered, as "
-                f"jaxbn.recalibrate does, of batches in training; write train=True, or pass a State."
+                f"jaxbn.recalibrate does, of batches in training; write train=True, or pass a "
+                f"State."
             )
         y = normalize(x, state.mean, rstd(state.var, epsilon), params, axes, dtype)
         return y, state
