@@ -1,0 +1,97 @@
+"""What the scripts beside this one share: a small network on handwritten digits, and `Result`."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+
+import jaxbn
+from jaxbn import calls
+from jaxbn.health import Finding
+
+
+class Result(NamedTuple):
+    failure: str
+    before: float  # test accuracy, in eval mode
+    findings: list[Finding]  # what `call` says before the cure, worst first
+    call: str
+    cure: str
+    after: float
+    left: list[Finding]  # what `call` says after it
+
+
+def show(result):
+    print(f"{result.failure}: test accuracy {result.before:.3f}")
+    for f in result.findings:
+        print(f"  {f.layer}: {f.kind} ({f.severity}), {f.figure:.3g} beside {f.threshold:.3g}")
+        print(f"    {f.remedy}")
+    print(f"cure, {result.cure}: test accuracy {result.after:.3f}, findings {len(result.left)}")
+
+
+class Net(nn.Module):
+    norm: Any = nn.BatchNorm  # or a partial of one
+    depth: int = 1
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for i in range(self.depth):
+            x = nn.Dense(32)(x)
+            x = nn.relu(self.norm(use_running_average=not train, name=f"norm{i}")(x))
+        return nn.Dense(10)(x)
+
+
+def digits():
+    """1280 images to train on, 517 to test on; 64 pixels from 0 to 16."""
+    x, y = load_digits(return_X_y=True)
+    rows = np.random.default_rng(0).permutation(len(x))
+    x, y = x[rows].astype(np.float32), y[rows].astype(np.int32)
+    return (x[:1280], y[:1280]), (x[1280:], y[1280:])
+
+
+def batches(x, y, steps, rows):
+    """Drawn at random: arrays [steps, rows, ...]."""
+    some = np.random.default_rng(1).integers(0, len(x), (steps, rows))
+    return x[some], y[some]
+
+
+def start(net, *x):
+    return jax.jit(net.init)(jax.random.key(0), *x)
+
+
+def train(apply, variables, data, rate=0.1, decay=0.0, mode=True, keep=True):
+    """SGD over the batches (*x, y); without `keep` the new statistics are dropped."""
+
+    def step(variables, batch):
+        *x, y = batch
+        params = variables["params"]
+
+        def loss(params):
+            held = {**variables, "params": params}
+            logits, new = apply(held, *x, train=mode, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), new
+
+        def descend(p, g, decayed):
+            return p - rate * (g + decay * p if decayed else g)
+
+        grads, new = jax.grad(loss, has_aux=True)(params)
+        params = jax.tree.map(descend, params, grads, jaxbn.decay_mask(params))
+        return {**variables, **(new if keep else {}), "params": params}, None
+
+    return jax.jit(lambda v, data: jax.lax.scan(step, v, data)[0])(variables, data)
+
+
+def accuracy(logits, y):
+    return float((np.asarray(logits).argmax(-1) == y).mean())
+
+
+def evaluate(net, variables, *test):
+    *x, y = test
+    return accuracy(net.apply(variables, *x), y)
+
+
+def moments(net, variables, x):
+    """Of what comes to each norm in train mode, for `health.check`."""
+    return calls.hooked_apply(net.apply)(variables, x, True, mutable=["batch_stats"])[1]
