@@ -238,6 +238,98 @@ BUGS = (
         "    if count < 0:",
         "test_errors.py::test_the_message_says_all[one value per channel]",
     ),
+    Bug(
+        "a subtraction taken for an addition",
+        "affine.py",
+        "sign = 1 if position == 0 else -1",
+        "sign = 1",
+        "test_fold.py::test_affines_in_any_order_between_reshapes_and_transposes[0]",
+    ),
+    Bug(
+        "what is read twice is folded",
+        "rewrite.py",
+        "if len(self.readers.get(i, ())) > 1:",
+        "if len(self.readers.get(i, ())) > 9:",
+        "test_fold.py::test_a_norm_stays_where_its_convolution_is_read_before_it",
+    ),
+    Bug(
+        "an offset behind zero padding",
+        "affine.py",
+        "if padded and chain.offset.any():",
+        "if False:",
+        "test_fold.py::test_a_norm_before_padding_stays_unless_its_offset_is_zero",
+    ),
+    Bug(
+        "training mode is folded",
+        "jaxprs.py",
+        "elif from_rows and not longer_now:",
+        "elif False:",
+        "test_fold.py::test_what_cannot_be_folded_is_refused[training mode]",
+    ),
+    Bug(
+        "transposed kernels are not flipped",
+        "layouts.py",
+        "return np.flip(w, tuple(range(w.ndim - 2))).swapaxes(-1, -2)",
+        "return w.swapaxes(-1, -2)",
+        "test_convert.py::test_transposed_convolutions_of_as_many_inputs_as_outputs[1-False-linen]",
+    ),
+    Bug(
+        "PyTorch's momentum as it is written",
+        "convert.py",
+        "round(1 - momentum, 12)",
+        "momentum",
+        "test_convert.py::test_training_goes_on_as_in_pytorch[0.1-True]",
+    ),
+    Bug(
+        "batches of a recalibration weigh alike",
+        "recalibrate.py",
+        "        both = merge(old.moments, batch)\n",
+        "        old = old._replace(moments=old.moments._replace(count=jnp.float32(1)))\n"
+        "        both = merge(old.moments, batch._replace(count=jnp.float32(1)))\n",
+        "test_recalibrate.py::test_statistics_are_those_of_one_batch_of_all[functional]",
+    ),
+    Bug(
+        "recalibration in eval mode",
+        "observe.py",
+        "batch_moments(call, lambda _: run(True))",
+        "batch_moments(call, lambda _: run(call.train))",
+        "test_recalibrate.py::test_statistics_are_those_of_one_batch_of_all[linen]",
+    ),
+    Bug(
+        "a frozen layer trains",
+        "freeze.py",
+        "return run(call.train and call.path not in chosen), None",
+        "return run(call.train), None",
+        "test_freeze.py::test_what_is_frozen_is_so_to_the_bit_and_the_rest_moves[linen-flax-all-trainable]",
+    ),
+    Bug(
+        "half of a divergence",
+        "findings.py",
+        "+ d**2 / v + d**2 / w) / 2",
+        "+ d**2 / v) / 2",
+        "test_health.py::test_distance_is_the_divergence_of_the_gaussians",
+    ),
+    Bug(
+        "all processes write",
+        "writers.py",
+        "self.writers = list(writers) if jax.process_index() == 0 else []",
+        "self.writers = list(writers)",
+        "test_watch.py::test_only_the_first_process_writes_and_all_agree_when",
+    ),
+    Bug(
+        "a cut record stays",
+        "formats.py",
+        "            os.truncate(path, size)",
+        "            pass",
+        "test_watch.py::test_what_a_full_disk_cuts_off_is_taken_back[jsonl]",
+    ),
+    Bug(
+        "warnings are no findings",
+        "cli.py",
+        "return 1 if findings else 0",
+        "return int(any(f.severity == 'error' for f in findings))",
+        "test_cli.py::test_options_change_the_findings",
+    ),
 )
 
 
@@ -250,7 +342,7 @@ def fails(bug, seed=True):
     """Whether the bug's test fails on a copy of the package, seeded or as it is."""
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
-        for name in ("jaxbn", "tests"):
+        for name in ("jaxbn", "tests", "examples", "docs"):
             ignore = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / name, copy / name, ignore=ignore)
         shutil.copy(ROOT / "pyproject.toml", copy)
