@@ -14,6 +14,7 @@ import argparse
 import functools
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -191,11 +192,14 @@ def seconds(programs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, l
     return taken
 
 
-def measure(layout, activation, width, batch, pixels, dtype, device=None, repeats=0) -> Table:
+def measure(
+    variants, layout, activation, width, batch, pixels, dtype, device=None, repeats=0
+) -> Table:
     """One network, a row a variant; times where `repeats` is not 0."""
     bytes_, programs = {}, {}
-    for name, variant in VARIANTS.items():
-        model = network(layout, variant, activation, width, dtype)
+    for name in variants:
+        print(f"compiling {layout}, {name} ...", file=sys.stderr)
+        model = network(layout, VARIANTS[name], activation, width, dtype)
         make = functools.partial(arguments, model, batch, pixels, dtype)
         shapes = jax.eval_shape(make)
         program = compiled(model, shapes, device)
@@ -228,6 +232,7 @@ def main() -> None:
         prog="python -m benchmarks.networks_memory", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--network", nargs="*", default=["ResNet-50", "DenseNet-121"])
+    parser.add_argument("--variant", nargs="*", default=list(VARIANTS), help="beside Flax")
     parser.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--activation", default="relu", help="a name in jax.nn")
     parser.add_argument("--width", type=int, default=64)
@@ -243,10 +248,13 @@ def main() -> None:
         from jax.experimental import topologies
 
         device = topologies.get_topology_desc(options.tpu, platform="tpu").devices[0]
+    variants = list(dict.fromkeys(["Flax", *options.variant]))
     size = options.width, options.batch, options.pixels
     for layout in options.network:
         for dtype in map(jnp.dtype, options.dtype):
-            table = measure(layout, options.activation, *size, dtype, device, options.repeats)
+            table = measure(
+                variants, layout, options.activation, *size, dtype, device, options.repeats
+            )
             report.show(table)
             tables.append(table)
     report.show_environment()
