@@ -232,19 +232,21 @@ def test_a_checkpoint_is_shipped(run, example, capsys, monkeypatch):
     assert all(stage in out for stage in stages)
 
 
-def test_a_loss_of_accuracy_is_an_exit_status(run, example, capsys, monkeypatch):
+def test_a_loss_of_accuracy_is_an_exit_status(example, tmp_path, capsys, monkeypatch):
     ship, _ = example
+    data = ship.load("digits", None)
+    monkeypatch.setattr(ship, "read_run", lambda *args: (data, None, None))
     good = {"accuracy": 0.9, "error": 0.0, "bytes": 1, "logits": []}
     good |= {f"p{p}_{batch}": 1.0 for p in (50, 95) for batch in ship.LATENCIES}
     rows = [{**good, "stage": "checkpoint"}, {**good, "stage": "ONNX int8", "accuracy": 0.885}]
     made = [ship.Stage(str(i), None, 1) for i in range(2)]
     monkeypatch.setattr(ship, "stages", lambda *args: made)
     monkeypatch.setattr(ship, "measure", lambda stage, *args: dict(rows[int(stage.name)]))
-    assert ship.main([str(run)]) == 1
+    assert ship.main([str(tmp_path)]) == 1
     assert capsys.readouterr().err == (
         "ship.py: ONNX int8 loses 1.50 points of accuracy, more than --bound 1\n"
     )
-    assert ship.main([str(run), "--bound", "2"]) == 0
+    assert ship.main([str(tmp_path), "--bound", "2"]) == 0
 
 
 def test_what_is_no_run_is_refused(example, tmp_path, capsys):
