@@ -25,7 +25,7 @@ def freeze(
     Args:
       model: linen's `net.apply`, or an nnx model, which is changed.
       variables: linen's variables, to look at; what `apply` is called with later may differ.
-      where: the layers to freeze: a glob over the paths ("stage1/*"), several, or a predicate.
+      where: the layers to freeze: a glob over the paths (`"stage1/*"`), several, or a predicate.
       allow_untrained: do not refuse layers whose statistics no batch has ever updated.
 
     Returns:
