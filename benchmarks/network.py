@@ -137,7 +137,9 @@ def forward(model, params, batch_stats, x, label):
         variables = {"params": params, "batch_stats": batch_stats}
         logits, updates = model.apply(variables, x, mutable=["batch_stats"])
         log_p = jax.nn.log_softmax(logits)
-        return -(log_p * jax.nn.one_hot(label, 10)).sum(-1).mean(), updates.get("batch_stats", {})
+        return -(log_p * jax.nn.one_hot(label, logits.shape[-1])).sum(-1).mean(), updates.get(
+            "batch_stats", {}
+        )
 
     return jax.vjp(loss, params, has_aux=True)
 

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 import jaxbn
 from benchmarks import report
+from benchmarks.network import forward, step
 from benchmarks.report import Table
 
 
@@ -133,25 +134,6 @@ class Network(nn.Module):
 
 def network(layout: str, variant: Variant, *options: Any) -> nn.Module:
     return around(Network, nn.remat, variant.network)(layout, variant, *options)
-
-
-def forward(model, params, batch_stats, x, label):
-    """(loss, the map from its cotangent to the gradients, new batch_stats)."""
-
-    def loss(params):
-        variables = {"params": params, "batch_stats": batch_stats}
-        logits, updates = model.apply(variables, x, mutable=["batch_stats"])
-        log_p = jax.nn.log_softmax(logits)
-        return -(log_p * jax.nn.one_hot(label, 1000)).sum(-1).mean(), updates["batch_stats"]
-
-    return jax.vjp(loss, params, has_aux=True)
-
-
-def step(model, params, batch_stats, x, label):
-    """One step of gradient descent: (params, batch_stats, loss)."""
-    loss, vjp, batch_stats = forward(model, params, batch_stats, x, label)
-    (grads,) = vjp(jnp.ones_like(loss))
-    return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), batch_stats, loss
 
 
 def arguments(model, batch, pixels, dtype):

@@ -12,6 +12,7 @@ import jax
 
 from jaxbn.layers import nnx_layers
 from jaxbn.moments import merge, moments
+from jaxbn.state import Moments
 
 OBSERVED = "jaxbn_observed"  # the variable beside a layer's mean and var, while it is observed
 PATH = "jaxbn_path"  # an attribute of an nnx layer meanwhile: its place, which it knows not itself
@@ -40,8 +41,14 @@ def batch_moments(call: Call, run: Callable[[bool], jax.Array]) -> tuple[jax.Arr
     >>> seen.mean.tolist()
     [0.5, 0.5]
     """
-    pool = {"axis_name": call.layer.axis_name, "axis_index_groups": call.layer.axis_index_groups}
-    return run(call.train), moments(call.x, call.layer.axis, call.mask, **pool)
+    return run(call.train), pooled(call, call.mask)
+
+
+def pooled(call: Call, mask: jax.Array | None) -> Moments:
+    """The moments of the cells of x that the mask takes, over devices as the layer does."""
+    layer = call.layer
+    groups = layer.axis_index_groups
+    return moments(call.x, layer.axis, mask, axis_name=layer.axis_name, axis_index_groups=groups)
 
 
 def hooked_apply(
@@ -64,6 +71,7 @@ def hooked_apply(
     [0.5, 0.5]
     """
     import flax.linen as nn
+    from flax.core.scope import in_filter, union_filters
 
     def intercept(layer_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         layer = context.module
@@ -94,8 +102,6 @@ def hooked_apply(
 
     @functools.wraps(apply)
     def hooked(variables: Any, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
-        from flax.core.scope import union_filters
-
         with nn.intercept_methods(intercept):
             out, updates = apply(
                 variables, *args, mutable=union_filters(mutable, ["batch_stats"]), **kwargs
@@ -104,8 +110,6 @@ def hooked_apply(
         stats, seen = _without_records(updates.get("batch_stats", {}))
         if mutable is False:
             return out, seen
-        from flax.core.scope import in_filter
-
         if in_filter(mutable, "batch_stats") and stats:
             updates["batch_stats"] = stats
         else:

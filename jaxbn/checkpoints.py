@@ -98,6 +98,22 @@ def find(tree: Mapping[str, Any]) -> dict[str, Layer]:
     return found
 
 
+def nested(arrays: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """The dicts whose values stand at these keys.
+
+    >>> from jaxbn import checkpoints
+    >>> checkpoints.nested({("bn", "mean"): 0, ("bn", "var"): 1})
+    {'bn': {'mean': 0, 'var': 1}}
+    """
+    tree: dict[str, Any] = {}
+    for (*folders, last), v in arrays.items():
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[last] = v
+    return tree
+
+
 def _stats(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
     if not isinstance(tree, Mapping):
         return

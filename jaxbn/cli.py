@@ -61,21 +61,9 @@ def doctor(args: Namespace) -> int:
         )
     _check_arrays(found)
     found = {_printable(name): layer for name, layer in found.items()}
-    names = list(found)
-    # By number: a name holds slashes, and one layer may stand within another.
-    params, state = zip(*found.values(), strict=True)
-    tree = {"params": list(params), "batch_stats": list(state)}
     given = {"momentum": args.momentum, "epsilon": args.epsilon, "dtype": args.dtype}
-    findings = health.check(tree, **given)
-    rows = health.summary(tree, findings, epsilon=args.epsilon)
-    findings = [f._replace(layer=names[int(f.layer)]) for f in findings]
-    rows = [
-        row._replace(
-            layer=names[int(row.layer)],
-            worst=row.worst and row.worst._replace(layer=names[int(row.layer)]),
-        )
-        for row in rows
-    ]
+    findings = health.check(found, **given)
+    rows = health.summary(found, findings, epsilon=args.epsilon)
     source = _printable(args.checkpoint)
     if args.plot:
         title = f"{source}: {terminal.verdict(findings)}"

@@ -322,8 +322,7 @@ def to_torch(
         if slot.role.leaf == "mean" and slot.layer in found.layers:
             norm = modules.get(slot.layer)
             kept, eps = (norm.momentum, norm.epsilon) if norm else (momentum, epsilon)
-            weight = None if kept is None else round(1 - kept, 12)
-            batch_norm[found.layers[slot.layer]] = {"momentum": weight, "eps": eps}
+            batch_norm[found.layers[slot.layer]] = {"momentum": _other(kept), "eps": eps}
     return new, report_of(found, batch_norm, [])
 
 
@@ -338,9 +337,12 @@ def _arguments(call: str, momentum: float | None, eps: float) -> dict[str, Any]:
         )
     if not eps >= 0:
         raise ValueError(f"{call}: eps={eps!r}, expected at least 0; write eps=1e-5.")
-    # 1 - 0.9 is 0.09999999999999998 in floating point.
-    kept = None if momentum is None else round(1 - momentum, 12)
-    return {"momentum": kept, "epsilon": eps, "unbiased": True}
+    return {"momentum": _other(momentum), "epsilon": eps, "unbiased": True}
+
+
+def _other(momentum: float | None) -> float | None:
+    """Weight of the new value ↔ of the old; 1 - 0.9 is 0.09999999999999998 in floating point."""
+    return None if momentum is None else round(1 - momentum, 12)
 
 
 def _named(source: Variables, rename: Rename | None) -> dict[str, np.ndarray]:

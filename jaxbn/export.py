@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn.jaxprs import batch_statistics, run, trace
+from jaxbn.files import replacing
+from jaxbn.jaxprs import batch_statistics, evaluate, trace
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -204,11 +205,10 @@ def _as_operations(fn: Callable[..., Any], x: jax.Array) -> Callable[..., Any]:
                 return v
             return jax.export.symbolic_shape(str(v), scope=x.shape[0].scope)[0]
 
-        values = program.consts | {program.inputs[0]: x}
-        for op in program.ops:
-            params = jax.tree.map(renamed, op.eqn.params, is_leaf=lambda v: v is None)
-            op = op._replace(eqn=op.eqn.replace(params=params))
-            values |= zip(op.outputs, run(op, *(values[i] for i in op.inputs)), strict=True)
+        params = (jax.tree.map(renamed, op.eqn.params) for op in program.ops)
+        pairs = zip(program.ops, params, strict=True)
+        ops = tuple(op._replace(eqn=op.eqn.replace(params=new)) for op, new in pairs)
+        values = evaluate(program._replace(ops=ops), [x])
         return program.tree.unflatten([values[i] for i in program.outputs])
 
     return replay
@@ -383,8 +383,7 @@ def _written(
 ) -> Exported:
     """Writes beside `path`, compares what was written with fn on x, and moves it to its place."""
     path = Path(path)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        file = Path(folder, path.name)
+    with replacing(path) as file:
         write(file)
         reference = np.asarray(fn(x)).astype(np.float64)
         y = run(file)
@@ -397,5 +396,4 @@ def _written(
                 f"will do, write tolerance={relative * 2:.0e}."
             )
         size = file.stat().st_size
-        os.replace(file, path)
     return Exported(path, size, float(error), relative)

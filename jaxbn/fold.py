@@ -11,6 +11,7 @@ from jaxbn.affine import CONTRACTIONS, transparent
 from jaxbn.axes import promote
 from jaxbn.jaxprs import ARITHMETIC, Program, batch_statistics, evaluate, floating, known, trace
 from jaxbn.rewrite import Rewrite, Row
+from jaxbn.text import aligned
 
 
 class FoldSite(NamedTuple):
@@ -59,13 +60,7 @@ class FoldReport(NamedTuple):
             for s in self.sites
         ]
         rows += [("result", "", total, error(self.absolute), error(self.relative))]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = (
-            [cell.ljust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
-            + [cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True)]
-            for row in rows
-        )
-        return "\n".join("  ".join(line).rstrip() for line in lines)
+        return "\n".join(aligned(rows, right=2))
 
 
 def fold(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxbn.files import replacing
 from jaxbn.watch import METRICS, Channels
 
 Figures = Mapping[str, Mapping[str, float]]  # layer → metric → figure
@@ -81,9 +82,8 @@ class JSONLines(Writer):
     def rewind(self, step: int) -> None:
         """Drop the lines of this step and of later ones."""
         lines = self.path.read_text().splitlines(keepends=True)
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(x for x in lines if json.loads(x)["step"] < step))
-        os.replace(temporary, self.path)
+        with replacing(self.path) as file:
+            file.write_text("".join(x for x in lines if json.loads(x)["step"] < step))
 
 
 class TensorBoard(Writer):

@@ -24,7 +24,6 @@ from jaxbn.findings import (
     setting_of,
     worst_first,
 )
-from jaxbn.moments import moments
 from jaxbn.state import Moments
 
 
@@ -90,8 +89,7 @@ def gap(model: Any, *args: Any, limits: Limits = Limits(), **kwargs: Any) -> Gap
         setting = setting_of(layer, Setting(rows=x.shape[0] if x.ndim > 1 else None))
         used[call.path] = setting._replace(dtype=x.dtype), getattr(layer, "unbiased", False)
         other = _no_padding(x, layer.axis) if call.mask is None else None
-        pool = {"axis_name": layer.axis_name, "axis_index_groups": layer.axis_index_groups}
-        both = (moments(x, layer.axis, mask, **pool) for mask in (call.mask, other))
+        both = (calls.pooled(call, mask) for mask in (call.mask, other))
         valid = jnp.ones((1,) * x.ndim, bool) if call.mask is None else call.mask
         y_eval = run(False)  # first: train mode updates what it reads
         y = run(True)

@@ -22,7 +22,8 @@ def find(tree: Any) -> dict[str, Layer]:
     Args:
       tree: linen's variables (`params` and `batch_stats`, or batch_stats alone), an nnx module or
         its state, or a tree of dicts with `Params` and `State` or mappings that hold "mean" and
-        "var" in it. Shapes in place of arrays do as well, and gradients under `params`.
+        "var" in it; or what was found. Shapes in place of arrays do as well, and gradients under
+        `params`.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> from jaxbn import layers
@@ -31,6 +32,8 @@ def find(tree: Any) -> dict[str, Layer]:
     >>> [(path, layer.state.var.shape) for path, layer in found.items()]
     [('layers_1', (3,))]
     """
+    if isinstance(tree, Mapping) and tree and all(isinstance(v, Layer) for v in tree.values()):
+        return dict(tree)
     tree = _plain(tree)
     stats = _plain(tree.get("batch_stats", tree)) if isinstance(tree, Mapping) else tree
     weights = _plain(tree.get("params", {})) if stats is not tree else stats

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxbn import convert
+from jaxbn.checkpoints import nested
 from jaxbn.layers import is_nnx
 from jaxbn.tensors import Report
 
@@ -153,14 +154,8 @@ def variables(tree: Mapping[str, Any]) -> dict[str, Any]:
     """
     if has_collections(tree):
         return {name: tree[name] for name in COLLECTIONS if name in tree}
-    unboxed: dict[str, Any] = {}
-    for keys, v in _leaves(tree):
-        *folders, last = keys[:-1] if keys[-1] == "value" else keys
-        node = unboxed
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[last] = v
-    return {"params": unboxed}
+    unboxed = {keys[:-1] if keys[-1] == "value" else keys: v for keys, v in _leaves(tree)}
+    return {"params": nested(unboxed)}
 
 
 def has_collections(tree: Mapping[str, Any]) -> bool:

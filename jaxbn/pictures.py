@@ -1,13 +1,13 @@
 """A picture of what the batch norm layers of a checkpoint hold."""
 
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxbn.files import replacing
 from jaxbn.findings import ERROR, Finding
 from jaxbn.layers import Layer
 
@@ -76,10 +76,8 @@ def plot(
     axes[-1].set_xlim(-0.6, len(names) - 0.4)
     axes[-1].set_xticks(range(0, len(names), step), labels, rotation=90, parse_math=False)
     _legend(figure, findings)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        file = Path(folder, path.name)
+    with replacing(path) as file:
         figure.savefig(file, format="png", dpi=120)
-        os.replace(file, path)
 
 
 def _tail(text: str, most: int) -> str:

@@ -1,12 +1,14 @@
 """Trees of arrays into checkpoints that `jaxbn.checkpoints.read` and others read."""
 
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jaxbn.checkpoints import nested
+from jaxbn.files import replacing
 
 
 def save(path: str | os.PathLike[str], tree: Mapping[str, Any]) -> None:
@@ -33,10 +35,9 @@ def save(path: str | os.PathLike[str], tree: Mapping[str, Any]) -> None:
     checked(path)
     arrays = dict(_arrays(tree))
     if path.suffix == "":
-        _orbax(path, _nested(arrays))
+        _orbax(path, nested(arrays))
         return
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        file = Path(folder, path.name)
+    with replacing(path) as file:
         if path.suffix == ".safetensors":
             from safetensors.numpy import save_file
 
@@ -44,8 +45,7 @@ def save(path: str | os.PathLike[str], tree: Mapping[str, Any]) -> None:
         else:
             from flax import serialization
 
-            file.write_bytes(serialization.msgpack_serialize(_nested(arrays)))
-        os.replace(file, path)
+            file.write_bytes(serialization.msgpack_serialize(nested(arrays)))
 
 
 def checked(path: Path) -> None:
@@ -78,16 +78,6 @@ def _arrays(tree: Mapping[str, Any], keys: tuple[str, ...] = ()) -> Iterator[Any
                     f"numbers; save the part of the tree that holds them."
                 )
             yield here, v
-
-
-def _nested(arrays: Mapping[tuple[str, ...], np.ndarray]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for (*folders, last), v in arrays.items():
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[last] = v
-    return tree
 
 
 def _orbax(path: Path, tree: dict[str, Any]) -> None:

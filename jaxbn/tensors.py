@@ -1,9 +1,11 @@
 """The arrays of two models: what comes, where it goes, and the report of what was done."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from jaxbn.text import aligned, short
 
 
 class Role(NamedTuple):
@@ -67,8 +69,7 @@ class Report(NamedTuple):
         rows += [
             (m.source, m.target, "x".join(map(str, m.shape)) or "()", m.how) for m in self.moves
         ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        lines = aligned(rows)
         plural = "" if len(self.moves) == 1 else "s"
         lines.append(f"{len(self.moves)} array{plural}, matched by {self.matched_by}")
         lines += [f"dropped: {short(self.dropped)}"] * bool(self.dropped)
@@ -76,12 +77,6 @@ class Report(NamedTuple):
         for text, names in _grouped(self.batch_norm).items():
             lines.append(f"BatchNorm({text}) for {short(names)}")
         return "\n".join([*lines, *self.notes])
-
-
-def short(names: Iterable[str], most: int = 4) -> str:
-    """The first names, and how many there are beside."""
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _grouped(batch_norm: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxbn.findings import ERROR, KINDS, Finding
 from jaxbn.health import Row
-from jaxbn.tensors import short
+from jaxbn.text import short
 
 COLORS = {"error": "red", "warning": "yellow"}
 FIGURES = ("mean_max", "var_min", "var_max", "scale_min", "scale_max")

@@ -7,7 +7,8 @@ import jax
 
 from jaxbn.layers import is_nnx, nnx_layers
 from jaxbn.matching import Match, Rename, match, refuse
-from jaxbn.tensors import Report, Tensor, short
+from jaxbn.tensors import Report, Tensor
+from jaxbn.text import short
 from jaxbn.variables import Variables
 
 

@@ -12,10 +12,10 @@ import jaxbn
 
 ROOT = pathlib.Path(jaxbn.__file__).parent
 FLOORS = (
-    ("axes", "collectives", "jaxprs", "state_dicts", "tensors"),
-    ("state", "affine", "layouts", "matching", "sums", "variables"),
-    ("moments", "normalize", "kernels", "policy", "peers", "rewrite"),
-    ("derivative",),
+    ("axes", "collectives", "files", "jaxprs", "state_dicts", "text"),
+    ("state", "affine", "sums", "tensors"),
+    ("moments", "normalize", "kernels", "policy", "rewrite", "layouts", "matching", "variables"),
+    ("derivative", "peers"),
     ("functional", "layers"),
     ("calls", "checkpoints", "findings", "transfer", "selection"),
     ("diagnose", "incoming"),

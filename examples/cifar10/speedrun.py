@@ -14,7 +14,6 @@ import math
 import os
 import platform
 import time
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -317,7 +316,7 @@ def main(argv: list[str] | None = None) -> dict:
             run, losses = train(run, plan, train_x, train_y, **options)
             jax.block_until_ready(run)
             spent = time.perf_counter() - start
-            score = accuracy(partial(logits), run, test_x, data.test_y, eval_batch)
+            score = accuracy(logits, run, test_x, data.test_y, eval_batch)
             rows.append({"seed": seed, "accuracy": score, "seconds": spent})
             bar.update(task, completed=(seed + 1) * recipe.steps)
             console.print(f"{seed:4d}  {score:8.2%}  {spent:7.2f}  {float(losses[-1]):9.4f}")
