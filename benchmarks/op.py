@@ -99,8 +99,8 @@ def run(size="usual") -> list[Table]:
     )
     notes = [
         f"Median of {timing.ROUNDS[size]} rounds (after 6 s of fewer, but of {timing.FEWEST}) in "
-        "which the libraries take turns in one process; spread: between the quartiles, over the "
-        "median.",
+        "which the libraries take turns in one process, each timed call after one of the same "
+        "that is not; spread: between the quartiles, over the median.",
         "torch: channels_last. Equinox: channels first. Running statistics are updated.",
         timing.note(every),
     ]

@@ -147,6 +147,10 @@ def graph(f, size: int) -> Timed:
 def measure(functions: dict[str, Timed], rounds: int, seconds=6.0) -> dict[str, Times | str]:
     """Times of each, called in turn; the turn starts one further every round.
 
+    Before each timed call is one of the same function that is not timed, so that each finds in
+    cache what it left there itself. Without, it would find what its neighbour left, and libraries
+    that share x would hand it to one another, the first in the row to all others.
+
     Ends after so many rounds, or after `seconds` if FEWEST are done. What fails in its first
     call has its error's name in the place of times, but ours, which raises.
     """
@@ -167,6 +171,7 @@ def measure(functions: dict[str, Timed], rounds: int, seconds=6.0) -> dict[str, 
             break
         for name in names[i % len(names) :] + names[: i % len(names)]:
             function = functions[name]
+            jax.block_until_ready(function.call())
             before = page_faults()
             start = time.perf_counter()
             result = jax.block_until_ready(function.call())

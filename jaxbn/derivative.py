@@ -43,7 +43,7 @@ from jaxbn.moments import across, of, wide
 from jaxbn.normalize import normalize, rstd
 from jaxbn.policy import named
 from jaxbn.state import Moments, Params
-from jaxbn.sums import spread
+from jaxbn.sums import affine, real_product
 
 
 class Spec(NamedTuple):
@@ -95,14 +95,15 @@ def _tangent(spec, x, mask, count, mean, r, scale, tx, tparams):  # type: ignore
     axes = spec.axes
     kind = wide(x.dtype)
     x, tx = x.astype(kind), tx.astype(kind)  # [..., C]
-    n = jnp.where(count > 0, count, 1).astype(kind)
+    # As in `moments.of`; and so XLA divides [C] numbers before its loop over x, not in it.
+    n = lax.optimization_barrier(jnp.where(count > 0, count, 1).astype(kind))
     r = r.astype(kind)
     a = r if scale is None else r * scale.astype(kind)
 
     d, t = x - axes.expand(mean), tx
     if mask is not None:
         d, t = jnp.where(mask, d, 0), jnp.where(mask, t, 0)
-    s1, s2 = t.sum(axes.reduced), _real_product(d, t).sum(axes.reduced).astype(kind)
+    s1, s2 = t.sum(axes.reduced), real_product(d, t).sum(axes.reduced).astype(kind)
     if spec.pool is not None:
         s1, s2 = collectives.total(jnp.stack([s1, s2]), spec.pool)
     s1, s2 = s1 / n, s2 / n
@@ -121,10 +122,5 @@ def _tangent(spec, x, mask, count, mean, r, scale, tx, tparams):  # type: ignore
     if mask is not None:
         # A cell outside the mask that holds NaN must not reach dscale through 0 * NaN.
         d = jnp.where(mask | jnp.isfinite(x), d, 0)
-    ty = axes.expand(a) * tx + d * spread(by_d, x, axes) + axes.expand(by_1)
+    ty = axes.expand(a) * tx + affine(by_1, by_d, d, axes)
     return ty.astype(spec.dtype), Moments(jnp.zeros_like(count), s1, 2 * s2.real)
-
-
-def _real_product(d: jax.Array, t: jax.Array) -> jax.Array:
-    """Re(conj(d) t)."""
-    return d.real * t.real + d.imag * t.imag if jnp.iscomplexobj(d) else d * t

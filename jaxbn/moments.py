@@ -11,7 +11,7 @@ from jaxbn import collectives
 from jaxbn.axes import Axes
 from jaxbn.collectives import Pool
 from jaxbn.state import Moments
-from jaxbn.sums import near_mean, total
+from jaxbn.sums import near_mean, real_product, total, totals
 
 # Up to this many devices their moments travel in one collective, 2C + 1 numbers a device, and
 # are merged locally; beyond, two collectives of O(C) cost less than one that grows with them.
@@ -76,7 +76,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     share = b.count / jnp.where(count > 0, count, 1)
     delta = b.mean - a.mean
     mean = a.mean + delta * share.astype(delta.dtype)
-    var = a.var + (b.var - a.var) * share + _abs2(delta) * (share * (1 - share))
+    var = a.var + (b.var - a.var) * share + real_product(delta, delta) * (share * (1 - share))
     return Moments(count, mean, var)
 
 
@@ -94,8 +94,9 @@ def of(x: jax.Array, axes: Axes, mask: jax.Array | None = None) -> Moments:
     d = x - axes.expand(pivot)
     if mask is not None:
         d = jnp.where(mask, d, 0)
-    shift = total(d, axes) / n.astype(x.dtype)
-    var = total(_abs2(d), axes) / n - _abs2(shift)
+    sum_d, sum_d2 = totals(d, d, axes)
+    shift = sum_d / n.astype(x.dtype)
+    var = sum_d2 / n - real_product(shift, shift)
     return Moments(count, pivot + shift, _not_negative(var))
 
 
@@ -149,9 +150,11 @@ def _pooled(m: Moments, total: Callable[[Moments], Moments]) -> Moments:
     n = _align(jnp.where(sums.count > 0, sums.count, 1), m.mean)
     pivot = lax.stop_gradient(sums.mean / n.astype(kind))
     d = m.mean - pivot
-    sums = total(Moments(m.count, weight.astype(kind) * d, weight * (m.var + _abs2(d))))
+    sums = total(Moments(m.count, weight.astype(kind) * d, weight * (m.var + real_product(d, d))))
     shift = sums.mean / n.astype(kind)
-    return Moments(sums.count, pivot + shift, _not_negative(sums.var / n - _abs2(shift)))
+    return Moments(
+        sums.count, pivot + shift, _not_negative(sums.var / n - real_product(shift, shift))
+    )
 
 
 def wide(dtype: jnp.dtype) -> jnp.dtype:
@@ -174,7 +177,7 @@ def _pivot(x: jax.Array, axes: Axes, mask: jax.Array | None, n: jax.Array) -> ja
         return total(jnp.where(mask, x, 0), axes) / n.astype(x.dtype)
     if len(axes.reduced) > 1 and x.size:
         x = lax.slice_in_dim(x, 0, None, STRIDE, axis=axes.reduced[1])
-        return x.sum(axes.reduced) / axes.count(x)
+        return total(x, axes) / axes.count(x)
     return near_mean(x, axes)
 
 
@@ -202,8 +205,3 @@ def _not_negative(var: jax.Array) -> jax.Array:
     second derivative, and `where` take it away, as rounding has it.
     """
     return var - lax.stop_gradient(jnp.minimum(var, 0))
-
-
-def _abs2(v: jax.Array) -> jax.Array:
-    """|v|², real also for complex v."""
-    return v.real**2 + v.imag**2 if jnp.iscomplexobj(v) else v * v

@@ -53,24 +53,38 @@ def step(x, params, dy, mask=None, **options):
 
 
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS)
-def test_total_and_spread_are_a_sum_and_its_transpose(small_too, shape, axis):
-    x, (dx, tangent) = normal(*shape), (normal(*shape, seed=1), normal(*shape, seed=2))
-    axes = resolved(x, axis)
-    total = functools.partial(sums.total, axes=axes)
-    s, along = jax.jit(lambda x, t: jax.jvp(total, (x,), (t,)))(x, tangent)
-    for got, v in ((s, x), (along, tangent)):
-        np.testing.assert_allclose(got, v.sum(axes.reduced, np.float64), atol=1e-6 * x.size)
-    v = normal(*s.shape, seed=3)
+def test_totals_are_sums_and_affine_their_transpose(small_too, shape, axis):
+    """And so are their derivatives, in each argument."""
+    t, d, dt, dd = (normal(*shape, seed=i) for i in range(4))
+    axes = resolved(t, axis)
 
-    @jax.jit
-    def spread(v):
-        # Against x, as it stands in the derivative: a factor of it, whatever its own shape is.
-        y, vjp = jax.vjp(lambda v: x * sums.spread(v, x, axes), v)
-        return y, vjp(dx)[0]
+    def close(got, *terms):
+        want = sum(np.float64(term).sum(axes.reduced) for term in terms)
+        np.testing.assert_allclose(got, want, atol=1e-6 * t.size)
 
-    y, dv = spread(v)
-    np.testing.assert_array_equal(y, x * np.expand_dims(v, axes.reduced))
-    np.testing.assert_allclose(dv, (x * dx).sum(axes.reduced, np.float64), atol=1e-6 * x.size)
+    close(jax.jit(functools.partial(sums.total, axes=axes))(t), t)
+    totals = functools.partial(sums.totals, axes=axes)
+    (sum_t, sum_dt), (along_t, along_dt) = jax.jit(
+        lambda t, d, *along: jax.jvp(totals, (t, d), along)
+    )(t, d, dt, dd)
+    for got, *terms in ((sum_t, t), (sum_dt, t * d), (along_t, dt), (along_dt, t * dd, dt * d)):
+        close(got, *terms)
+
+    a, b, da, db = (normal(*sum_t.shape, seed=4 + i) for i in range(4))
+    wide = lambda v: np.expand_dims(v, axes.reduced)  # noqa: E731
+    _, back = jax.vjp(totals, t, d)
+    ct_t, ct_d = jax.jit(back)((a, b))
+    np.testing.assert_allclose(ct_t, wide(a) + wide(b) * d, atol=1e-6)
+    np.testing.assert_allclose(ct_d, wide(b) * t, atol=1e-6)
+
+    affine = functools.partial(sums.affine, axes=axes)
+    y, along = jax.jit(lambda *v: jax.jvp(affine, v[:3], v[3:]))(a, b, d, da, db, dd)
+    np.testing.assert_allclose(y, wide(a) + wide(b) * d, atol=1e-6)
+    np.testing.assert_allclose(along, wide(da) + wide(db) * d + wide(b) * dd, atol=2e-6)
+    ct_a, ct_b, ct_d = jax.jit(lambda t, *v: jax.vjp(affine, *v)[1](t))(t, a, b, d)
+    close(ct_a, t)
+    close(ct_b, t * d)
+    np.testing.assert_allclose(ct_d, wide(b) * t, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)
@@ -181,6 +195,23 @@ def test_on_cpu_a_sum_is_of_one_array(shape):
     reducing = [body for body in bodies if re.search(r"= f32\S* reduce\(", body)]
     assert reducing
     assert not [body for body in reducing if re.search(r" (add|subtract|multiply)\(", body)]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(4096, 32), (8, 32, 32, 32)])
+def test_on_cpu_nothing_of_the_size_of_x_is_written_but_y_and_dx(shape, dtype):
+    """No float32 copy of a bfloat16 x or dy, no x - mean: the loops make them where they use them.
+
+    The largest is what is left to sum: for two sums, an eighth of x's values each.
+    """
+    x, params, _ = arguments(shape)
+    x = x.update(dtype=dtype)
+    compiled = jax.jit(step).lower(x, params, x).compile()
+    text = compiled.as_text()
+    entry = text[text.index("ENTRY") :]
+    large = re.findall(rf" = \w+\[{','.join(map(str, shape))}\]\S* (?!parameter)", entry)
+    assert len(large) == 2, large
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.3 * x.size * 4
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
