@@ -76,7 +76,7 @@ def draw(charts: Sequence[Chart], path: pathlib.Path) -> None:
             [handles[name] for name in names],
             names,
             loc="outside upper center",
-            ncols=len(names),
+            ncols=min(len(names), 4 * columns),  # a legend wider than the figure is cut off
             frameon=False,
         )
     temporary = path.with_name(f".{path.name}")

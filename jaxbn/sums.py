@@ -36,9 +36,9 @@ def total(v: jax.Array, axes: Axes) -> jax.Array:
     def by_parts(v: jax.Array) -> jax.Array:
         return plain(_apart(_added(_parts(v, axes))))
 
-    return (
-        lax.platform_dependent(v, cpu=by_parts, default=plain) if _divisible(v, axes) else plain(v)
-    )
+    if not _divisible(v, axes):
+        return plain(v)
+    return lax.platform_dependent(v, cpu=by_parts, default=plain)
 
 
 def totals(t: jax.Array, d: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
@@ -126,12 +126,14 @@ def _cut(shape: Sequence[int], axes: Axes) -> tuple[tuple[int, ...], int]:
 
 
 def _parts(v: jax.Array, axes: Axes) -> list[jax.Array]:
+    """The parts that v is cut into, of v's rank; the reduced axes stay where they are."""
     cut, at = _cut(v.shape, axes)
     v = v.reshape(cut)
     return [lax.index_in_dim(v, i, at, keepdims=False) for i in range(cut[at])]
 
 
 def _added(vs: Sequence[jax.Array]) -> jax.Array:
+    """Equals `sum(vs)` without its 0, which would be one more addition in the loop."""
     first, *rest = vs
     return sum(rest, first)
 
