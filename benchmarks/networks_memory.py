@@ -194,8 +194,7 @@ def measure(
         row = [name, residual / 1e6, residual / base[0], temp / 1e6, temp / base[1]]
         if repeats:
             ratios = [t / f for t, f in zip(times[name], times["Flax"], strict=True)]
-            low, *_, high = sorted(ratios)
-            row += [statistics.median(ratios), f"{low:.2f} to {high:.2f}"]
+            row += [statistics.median(ratios), f"{min(ratios):.2f} to {max(ratios):.2f}"]
         rows.append(row)
     columns = ["variant", "kept, MB", "of Flax's", "temporaries, MB", "of Flax's"]
     if repeats:
