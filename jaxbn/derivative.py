@@ -39,7 +39,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxbn import collectives
 from jaxbn.axes import Axes
 from jaxbn.collectives import Pool
-from jaxbn.moments import across, of, wide
+from jaxbn.moments import across, divisor, of, wide
 from jaxbn.normalize import normalize, rstd
 from jaxbn.policy import named
 from jaxbn.state import Moments, Params
@@ -95,8 +95,7 @@ def _tangent(spec, x, mask, count, mean, r, scale, tx, tparams):  # type: ignore
     axes = spec.axes
     kind = wide(x.dtype)
     x, tx = x.astype(kind), tx.astype(kind)  # [..., C]
-    # As in `moments.of`; and so XLA divides [C] numbers before its loop over x, not in it.
-    n = lax.optimization_barrier(jnp.where(count > 0, count, 1).astype(kind))
+    n = divisor(count).astype(kind)
     r = r.astype(kind)
     a = r if scale is None else r * scale.astype(kind)
 

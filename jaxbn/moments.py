@@ -88,8 +88,7 @@ def of(x: jax.Array, axes: Axes, mask: jax.Array | None = None) -> Moments:
     """
     x = x.astype(wide(x.dtype))
     count = jnp.asarray(axes.count(x), x.real.dtype) if mask is None else _count(mask, x, axes)
-    # A constant n would make XLA multiply by 1 / n, and a constant channel's var not quite 0.
-    n = lax.optimization_barrier(jnp.where(count > 0, count, 1))
+    n = divisor(count)
     pivot = lax.stop_gradient(_pivot(x, axes, mask, n))
     d = x - axes.expand(pivot)
     if mask is not None:
@@ -155,6 +154,15 @@ def _pooled(m: Moments, total: Callable[[Moments], Moments]) -> Moments:
     return Moments(
         sums.count, pivot + shift, _not_negative(sums.var / n - real_product(shift, shift))
     )
+
+
+def divisor(count: jax.Array) -> jax.Array:
+    """Equals count, or 1 where that is 0, behind a barrier.
+
+    A constant would make XLA multiply by 1 / n: a constant channel's var would not quite be 0,
+    and the products would move into the loops over x, where a division stays [C] before them.
+    """
+    return lax.optimization_barrier(jnp.where(count > 0, count, 1))
 
 
 def wide(dtype: jnp.dtype) -> jnp.dtype:

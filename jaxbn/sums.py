@@ -10,7 +10,8 @@ terms of both lying abreast, row by row: what the first row read is in cache for
 Elsewhere they are plain sums. Measurements are in `benchmarks/NOTES.md`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ ABREAST = -2  # the axis along which the terms of two sums lie, rows being the l
 
 
 def total(v: jax.Array, axes: Axes) -> jax.Array:
-    """Equals `v.sum(axes.reduced)`. Where v needs no arithmetic, the plain sum is as fast."""
+    """Equals `v.sum(axes.reduced)`. Where v lies in memory as it is, the plain sum is as fast."""
 
     def plain(v: jax.Array) -> jax.Array:
         return v.sum(axes.reduced)
@@ -36,9 +37,7 @@ def total(v: jax.Array, axes: Axes) -> jax.Array:
     def by_parts(v: jax.Array) -> jax.Array:
         return plain(_apart(_added(_parts(v, axes))))
 
-    if not _divisible(v, axes):
-        return plain(v)
-    return lax.platform_dependent(v, cpu=by_parts, default=plain)
+    return _chosen(v, axes, by_parts, plain)(v)
 
 
 def totals(t: jax.Array, d: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
@@ -53,9 +52,7 @@ def totals(t: jax.Array, d: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array
         sum_t, sum_dt = jax.vmap(lambda v: v.sum(axes.reduced), ABREAST)(terms)
         return sum_t, sum_dt
 
-    if not _divisible(t, axes):
-        return plain(t, d)
-    return lax.platform_dependent(t, d, cpu=by_parts, default=plain)
+    return _chosen(t, axes, by_parts, plain)(t, d)
 
 
 def affine(a: jax.Array, b: jax.Array, d: jax.Array, axes: Axes) -> jax.Array:
@@ -74,9 +71,7 @@ def affine(a: jax.Array, b: jax.Array, d: jax.Array, axes: Axes) -> jax.Array:
         y = [(_ones_beside(d) * both).sum(ABREAST) for d in parts]
         return jnp.stack(y, _cut(d.shape, axes)[1]).reshape(d.shape)
 
-    if not _divisible(d, axes):
-        return plain(a, b, d)
-    return lax.platform_dependent(a, b, d, cpu=by_parts, default=plain)
+    return _chosen(d, axes, by_parts, plain)(a, b, d)
 
 
 def real_product(d: jax.Array, t: jax.Array) -> jax.Array:
@@ -94,9 +89,16 @@ def near_mean(x: jax.Array, axes: Axes) -> jax.Array:
     def one_part(x: jax.Array) -> jax.Array:
         return whole(_parts(x, axes)[0])
 
-    if not _divisible(x, axes):
-        return whole(x)
-    return lax.platform_dependent(x, cpu=one_part, default=whole)
+    return _chosen(x, axes, one_part, whole)(x)
+
+
+def _chosen(
+    v: jax.Array, axes: Axes, by_parts: Callable[..., Any], plain: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The function by parts on CPU, where v can be cut; elsewhere the plain one."""
+    if not _divisible(v, axes):
+        return plain
+    return lambda *arguments: lax.platform_dependent(*arguments, cpu=by_parts, default=plain)
 
 
 def _divisible(v: jax.Array, axes: Axes) -> bool:

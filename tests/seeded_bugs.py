@@ -55,8 +55,8 @@ BUGS = (
     Bug(
         "division by a constant count, rounded twice",
         "moments.py",
-        "n = lax.optimization_barrier(jnp.where(count > 0, count, 1))",
-        "n = jnp.where(count > 0, count, 1)",
+        "return lax.optimization_barrier(jnp.where(count > 0, count, 1))",
+        "return jnp.where(count > 0, count, 1)",
         "test_moments.py::test_a_constant_channel_is_exact[shape4]",
     ),
     Bug(
