@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench docs targets targets-test clean
 
 demo: .venv/demo.done
 	$(BIN)/python examples/cifar10/train.py
@@ -21,11 +21,19 @@ lint: .venv/test.done
 bench: .venv/bench.done
 	$(BIN)/python -m benchmarks $(ARGS)
 
+# The compilers for an H100 and a TPU, on any Linux machine. Apart from .venv, where JAX would take
+# them for devices of this machine.
+targets: .venv-targets/done
+	.venv-targets/bin/python -m benchmarks.compiled $(or $(ARGS),h100 v5e)
+
+targets-test: .venv-targets/done
+	.venv-targets/bin/python -m pytest tests/accelerators
+
 docs: .venv/docs.done
 	$(BIN)/sphinx-build --fail-on-warning docs docs/_build
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache docs/_build build dist
+	rm -rf .venv .venv-targets .pytest_cache .mypy_cache .ruff_cache docs/_build build dist
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -46,4 +54,10 @@ clean:
 
 .venv/docs.done: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) -e '.[docs]'
+	touch $@
+
+.venv-targets/done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-targets
+	.venv-targets/bin/python -m pip --disable-pip-version-check install --quiet \
+		-c constraints.txt -e '.[bench,targets]'
 	touch $@

@@ -5,14 +5,13 @@ with Flax's norm and ours; as they are, with every block recomputed (`nn.remat`)
 `jaxbn.checkpoint_policy` on each block or around the whole network, and with `jax.checkpoint`
 around every activation alone.
 
-Bytes come from shapes and from the compiler, nothing runs for them; with `--tpu` from the
-compiler of that TPU, which needs `pip install libtpu` and no TPU. Time is this process's CPU
-time, the variants taking turns.
+Bytes come from shapes and from the compiler, nothing runs for them; with `--target` from the
+compiler for that accelerator, which need not be here (`targets.py`), and then with the bytes that
+its kernels move. Time is this process's CPU time, the variants taking turns.
 """
 
 import argparse
 import functools
-import os
 import statistics
 import sys
 import time
@@ -24,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxbn
-from benchmarks import report
+from benchmarks import report, targets
 from benchmarks.network import forward, step
 from benchmarks.report import Table
 
@@ -149,15 +148,11 @@ def kept(model, shapes) -> int:
 
 
 def compiled(model, shapes, device):
-    """The compiled step, for this machine or for a device of a topology."""
-    lowered = jax.jit(functools.partial(step, model))
+    """The compiled step, for this machine or for a device that is not here."""
+    f = functools.partial(step, model)
     if device is None:
-        return lowered.lower(*shapes).compile()
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
-    )
-    return lowered.trace(*shapes).lower(lowering_platforms=(device.platform,)).compile()
+        return jax.jit(f).lower(*shapes).compile()
+    return targets.compiled(f, shapes, device)
 
 
 def seconds(programs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
@@ -185,18 +180,23 @@ def measure(
         make = functools.partial(arguments, model, batch, pixels, dtype)
         shapes = jax.eval_shape(make)
         program = compiled(model, shapes, device)
-        bytes_[name] = kept(model, shapes), program.memory_analysis().temp_size_in_bytes
+        moved = targets.moved(targets.kernels(program)) if device else 0
+        temporaries = program.memory_analysis().temp_size_in_bytes
+        bytes_[name] = kept(model, shapes), temporaries, moved
         if repeats:
             programs[name] = functools.partial(program, *jax.jit(make)())
     times = seconds(programs, repeats)
     base, rows = bytes_["Flax"], []
-    for name, (residual, temp) in bytes_.items():
-        row = [name, residual / 1e6, residual / base[0], temp / 1e6, temp / base[1]]
+    for name, of in bytes_.items():
+        row = [name]
+        for mine, flax in zip(of, base, strict=True):
+            row += [mine / 1e6, mine / flax] if flax else []
         if repeats:
             ratios = [t / f for t, f in zip(times[name], times["Flax"], strict=True)]
             row += [statistics.median(ratios), f"{min(ratios):.2f} to {max(ratios):.2f}"]
         rows.append(row)
     columns = ["variant", "kept, MB", "of Flax's", "temporaries, MB", "of Flax's"]
+    columns += ["moved, MB", "of Flax's"] if device else []
     if repeats:
         columns += ["CPU time, of Flax's", f"least and most of {repeats}"]
     where = "this machine" if device is None else device.device_kind
@@ -204,7 +204,10 @@ def measure(
         f"{layout}, {activation}, width {width}, {batch} x {pixels}² {dtype}, for {where}",
         columns,
         rows,
-        ["Kept: all that forward hands to backward. Temporaries: temp_size_in_bytes of the step."],
+        [
+            "Kept: what forward hands to backward. Temporaries: temp_size_in_bytes of the step.",
+            *(["Moved: bytes of the operands and results of all kernels."] if device else []),
+        ],
     )
 
 
@@ -220,15 +223,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--pixels", type=int, default=224)
     parser.add_argument("--repeats", type=int, default=0, help="timed calls of each variant")
-    parser.add_argument("--tpu", metavar="TOPOLOGY", help="compile for it, such as v5e:2x2")
+    parser.add_argument("--target", choices=targets.NAMES, help="compile for it, times aside")
     parser.add_argument("--json", metavar="FILE", help="write the tables there too, unrounded")
     options = parser.parse_args()
-    device, tables = None, []
-    if options.tpu:
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this machine is no TPU host
-        from jax.experimental import topologies
-
-        device = topologies.get_topology_desc(options.tpu, platform="tpu").devices[0]
+    if options.target and options.repeats:
+        parser.error("--repeats times this machine, --target compiles for another: give one")
+    device, tables = targets.device(options.target) if options.target else None, []
     variants = list(dict.fromkeys(["Flax", *options.variant]))
     size = options.width, options.batch, options.pixels
     for layout in options.network:

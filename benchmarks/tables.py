@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 OPEN = re.compile(r"^<!-- (table|notes|figure): (\S+?)/(\S+) -->\n", re.MULTILINE)
 END = "<!-- end -->"
-VERSIONS = ("python", "jax", "flax", "dm-haiku", "equinox", "keras", "torch")
+VERSIONS = ("python", "jax", "flax", "dm-haiku", "equinox", "keras", "torch", "libtpu")
 
 
 def markdown(table: Table) -> str:

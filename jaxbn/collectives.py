@@ -102,6 +102,21 @@ def varying_axes(v: jax.Array) -> frozenset[str]:
     return frozenset(getattr(aval, "vma", ()) if kind is None else kind.varying)
 
 
+def alike(*vs: jax.Array | None) -> tuple[jax.Array | None, ...]:
+    """The same values, all typed as different over the mapped axes that any of them differs over.
+
+    For operands of a conditional: `vmap` of one makes them so, and then fails on branches that
+    were traced with a value equal on all devices.
+    """
+    axes = frozenset[str]().union(*(varying_axes(v) for v in vs if v is not None))
+
+    def widened(v: jax.Array) -> jax.Array:
+        more = tuple(axes - varying_axes(v))
+        return lax.pcast(v, more, to="varying") if more else v
+
+    return tuple(v if v is None else widened(v) for v in vs)
+
+
 def varying(v: jax.Array, pool: Pool) -> jax.Array:
     """v, typed as different on each device of the pool.
 

@@ -90,6 +90,7 @@ def _jvp(spec, primals, tangents):  # type: ignore[no-untyped-def]
     return (y, m), (ty, tm)
 
 
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _tangent(spec, x, mask, count, mean, r, scale, tx, tparams):  # type: ignore[no-untyped-def]
     """The map above, linear in tx and tparams. [C] unless said otherwise."""
     axes = spec.axes

@@ -1,5 +1,6 @@
 """The kernel of the library: moments of an array, of two sets pooled, of all devices pooled."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -11,7 +12,7 @@ from jaxbn import collectives
 from jaxbn.axes import Axes
 from jaxbn.collectives import Pool
 from jaxbn.state import Moments
-from jaxbn.sums import near_mean, real_product, total, totals
+from jaxbn.sums import divisible, parts, real_product, total, totals
 
 # Up to this many devices their moments travel in one collective, 2C + 1 numbers a device, and
 # are merged locally; beyond, two collectives of O(C) cost less than one that grows with them.
@@ -19,6 +20,10 @@ GATHERED = 16
 
 # The pivot is read from one position in so many; see `_pivot`.
 STRIDE = 8
+
+# The platform that needs no pivot for channels whose mean² is at most NEAR times their var; see
+# `_at_once`.
+AT_ONCE, NEAR = "tpu", 16
 
 
 def moments(
@@ -80,23 +85,58 @@ def merge(a: Moments, b: Moments) -> Moments:
     return Moments(count, mean, var)
 
 
+@functools.partial(jax.jit, static_argnames="axes", inline=True)  # traced once for equal layers
 def of(x: jax.Array, axes: Axes, mask: jax.Array | None = None) -> Moments:
     """Equals the moments of x over `axes.reduced`, in float32 or wider.
 
     Sums are taken of `x - pivot`, so nothing cancels however large the mean is, and they are
-    exact for a constant channel, whose mean is then that constant and whose var is 0.
+    exact for a constant channel, whose mean is then that constant and whose var is 0. TPUs take
+    them of x itself where that is as good.
     """
-    x = x.astype(wide(x.dtype))
-    count = jnp.asarray(axes.count(x), x.real.dtype) if mask is None else _count(mask, x, axes)
+    kind = wide(x.dtype)
+    real = jnp.finfo(kind).dtype
+    count = jnp.asarray(axes.count(x), real) if mask is None else _count(mask, x, axes, real)
     n = divisor(count)
-    pivot = lax.stop_gradient(_pivot(x, axes, mask, n))
-    d = x - axes.expand(pivot)
+    at_once, by_pivot = (functools.partial(way, axes) for way in (_at_once, _by_pivot))
+    operands = collectives.alike(x, mask, n)
+    mean, var = lax.platform_dependent(*operands, default=by_pivot, **{AT_ONCE: at_once})
+    return Moments(count, mean, var)
+
+
+def _by_pivot(
+    axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance by sums about a pivot, which is read from x first."""
+    mean, var = _about(lax.stop_gradient(_pivot(x, axes, mask, n)), axes, x, mask, n)
+    return mean, _not_negative(var)
+
+
+def _at_once(
+    axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The same by sums about 0, and by a pivot only where some channel's mean is far from 0.
+
+    For TPUs: sums that wait for nothing are made inside the convolution that makes x, and x is
+    not read for them. They lose a factor of 1 + mean² / var to cancellation, at most 1 + NEAR
+    here; a constant channel other than 0, and what is not finite, are never near.
+    """
+    zero = jnp.zeros([x.shape[a] for a in axes.features], wide(x.dtype))
+    mean, var = _about(zero, axes, x, mask, n)
+    near = jnp.all(real_product(mean, mean) <= NEAR * var)
+    by_pivot = functools.partial(_by_pivot, axes)
+    return lax.cond(near, lambda *_: (mean, var), by_pivot, x, mask, n)
+
+
+def _about(
+    pivot: jax.Array, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance by Σ(x - pivot) and Σ|x - pivot|², over n."""
+    d = x.astype(pivot.dtype) - axes.expand(pivot)
     if mask is not None:
         d = jnp.where(mask, d, 0)
     sum_d, sum_d2 = totals(d, d, axes)
-    shift = sum_d / n.astype(x.dtype)
-    var = sum_d2 / n - real_product(shift, shift)
-    return Moments(count, pivot + shift, _not_negative(var))
+    shift = sum_d / n.astype(d.dtype)
+    return pivot + shift, sum_d2 / n - real_product(shift, shift)
 
 
 def across(m: Moments, pool: Pool | None) -> Moments:
@@ -176,26 +216,41 @@ def _pivot(x: jax.Array, axes: Axes, mask: jax.Array | None, n: jax.Array) -> ja
     The mean of one position in STRIDE along the axis after the batch. For k of n values,
     (pivot - mean)² is at most n/k times the variance whatever the values are, so the shifted
     sums lose at most a factor 1 + n/k of float32's precision: no outlier breaks it, as it
-    would break a pivot of one row. The batch axis is not sampled, since it may be sharded and
-    a slice of it would move data between devices (`sums.near_mean` does on CPU); nor is a masked
-    x, whose valid cells the sample could miss. There the pivot is the mean itself, at the price
-    of one more read.
+    would break a pivot of one row. The sample is taken of x in its own dtype, or a TPU writes out
+    all of it in float32 first. A masked x is not sampled, since its valid cells might be missed:
+    the pivot is then the mean itself, at the price of one more read.
     """
+    kind = wide(x.dtype)
     if mask is not None:
-        return total(jnp.where(mask, x, 0), axes) / n.astype(x.dtype)
-    if len(axes.reduced) > 1 and x.size:
-        x = lax.slice_in_dim(x, 0, None, STRIDE, axis=axes.reduced[1])
-        return total(x, axes) / axes.count(x)
-    return near_mean(x, axes)
+        return total(jnp.where(mask, x.astype(kind), 0), axes) / n.astype(kind)
+    axis, stride = _sample(x, axes)
+    if stride > 1:
+        x = lax.slice_in_dim(x, 0, None, stride, axis=axis)
+    count = jnp.asarray(axes.count(x), jnp.finfo(kind).dtype)
+    return total(x.astype(kind), axes) / jnp.maximum(count, 1).astype(kind)
 
 
-def _count(mask: jax.Array, x: jax.Array, axes: Axes) -> jax.Array:
+def _sample(x: jax.Array, axes: Axes) -> tuple[int, int]:
+    """The axis that the pivot's sample is taken along, and one position in how many.
+
+    The batch axis only where there is no other, and by a stride that divides it: it may be
+    sharded, and devices then have each its part of the sample, if their rows are a multiple of it.
+    """
+    if len(axes.reduced) > 1:
+        return axes.reduced[1], STRIDE if x.size else 1
+    if not divisible(x, axes):
+        return 0, 1
+    axis = axes.reduced[0]
+    return axis, parts(x.shape[axis])
+
+
+def _count(mask: jax.Array, x: jax.Array, axes: Axes, dtype: jnp.dtype) -> jax.Array:
     """Valid cells per channel: [] where the mask does not tell features apart, else [C]."""
     repeats = 1  # cells of x behind one cell of the mask
     for a in axes.reduced:
         repeats *= x.shape[a] if mask.shape[a] == 1 else 1
-    # Summed in x's dtype, so that on a sharded mask it shares the all-reduce of the pivot.
-    count = mask.astype(x.real.dtype).sum(axes.reduced) * repeats
+    # Summed in the pivot's dtype, so that on a sharded mask it shares its all-reduce.
+    count = mask.astype(dtype).sum(axes.reduced) * repeats
     if all(mask.shape[a] == 1 for a in axes.features):
         return count.reshape(())
     return jnp.broadcast_to(count, tuple(x.shape[a] for a in axes.features))

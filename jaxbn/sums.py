@@ -79,29 +79,16 @@ def real_product(d: jax.Array, t: jax.Array) -> jax.Array:
     return d.real * t.real + d.imag * t.imag if jnp.iscomplexobj(d) else d * t
 
 
-def near_mean(x: jax.Array, axes: Axes) -> jax.Array:
-    """Equals the mean [C] of x over `axes.reduced`, or on CPU that of one part of x; 0 of none."""
-
-    def whole(x: jax.Array) -> jax.Array:
-        count = jnp.asarray(axes.count(x), x.real.dtype)
-        return x.sum(axes.reduced) / jnp.maximum(count, 1).astype(x.dtype)
-
-    def one_part(x: jax.Array) -> jax.Array:
-        return whole(_parts(x, axes)[0])
-
-    return _chosen(x, axes, one_part, whole)(x)
-
-
 def _chosen(
     v: jax.Array, axes: Axes, by_parts: Callable[..., Any], plain: Callable[..., Any]
 ) -> Callable[..., Any]:
     """The function by parts on CPU, where v can be cut; elsewhere the plain one."""
-    if not _divisible(v, axes):
+    if not divisible(v, axes):
         return plain
     return lambda *arguments: lax.platform_dependent(*arguments, cpu=by_parts, default=plain)
 
 
-def _divisible(v: jax.Array, axes: Axes) -> bool:
+def divisible(v: jax.Array, axes: Axes) -> bool:
     """Whether v can be cut into parts, and is large enough."""
     # What is sharded by its type, or of unknown size, cannot be cut.
     typed = any(name is not None for name in jax.typeof(v).sharding.spec)
@@ -110,6 +97,11 @@ def _divisible(v: jax.Array, axes: Axes) -> bool:
         return False
     cut, at = _cut(v.shape, axes)
     return cut[at] > 1
+
+
+def parts(n: int) -> int:
+    """Into how many equal parts an axis of n is cut."""
+    return next(k for k in range(PARTS, 0, -1) if n % k == 0)
 
 
 def _cut(shape: Sequence[int], axes: Axes) -> tuple[tuple[int, ...], int]:
@@ -121,9 +113,9 @@ def _cut(shape: Sequence[int], axes: Axes) -> tuple[tuple[int, ...], int]:
     """
     axis = max(axes.reduced[1:] or axes.reduced, key=lambda a: shape[a])
     n = shape[axis]
-    parts = next(k for k in range(PARTS, 0, -1) if n % k == 0)
+    k = parts(n)
     alone = len(axes.reduced) == 1
-    pair = (n // parts, parts) if alone else (parts, n // parts)
+    pair = (n // k, k) if alone else (k, n // k)
     return (*shape[:axis], *pair, *shape[axis + 1 :]), axis + alone
 
 

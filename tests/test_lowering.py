@@ -28,6 +28,9 @@ shape = jax.ShapeDtypeStruct
 C, SHAPE = 4, (8, 6, 6, 4)
 PARAMS, STATE = jax.eval_shape(lambda: jaxbn.init(C))
 
+# Forward: sums over all of x, and these with those over a sample.
+SUMS = {"tpu": (4, 5), "cuda": (2, 3)}
+
 # What every back end knows: where arrays lie, and which sizes a symbolic axis may have.
 PORTABLE = {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "shape_assertion"}
 
@@ -67,12 +70,15 @@ def backward(x, params, state, dy, **options):
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_training(dtype, platform):
-    """Two sums over x and one over a sample of it; backward takes two. y and dx have x's dtype."""
+    """Two sums over x and one over a sample of it; backward takes two. y and dx have x's dtype.
+
+    On TPUs these three stand in a branch, for channels far from 0, and two sums before it.
+    """
     x = shape(SHAPE, dtype)
     _, text = program(platform, forward, x, PARAMS, STATE)
     exported, both = program(platform, backward, x, PARAMS, STATE, x)
     size = math.prod(SHAPE)
-    assert (sums(text, size), sums(text, size // 8)) == (2, 3)
+    assert (sums(text, size), sums(text, size // 8)) == SUMS[platform]
     assert sums(both, size) - sums(text, size) == 2
     assert dtypes(exported.out_avals, size) == {dtype}
     assert "custom_call" not in both
@@ -115,7 +121,9 @@ def test_pooled_over_more_devices_than_there_are(devices, check_vma, platform):
     calls = [line for line in text.splitlines() if '"stablehlo.all_reduce"' in line]
     # Over all of them: by number, or (jax 0.12) by the name of the axis.
     assert all(f"tensor<1x{devices}xi64>" in call or 'name = "d"' in call for call in calls)
-    carried = re.findall(r"\}\) : \(tensor<(?:[^>]*x)?(\w+)>\) -> tensor<[^>]*> loc", text)
+    reduced = r'"stablehlo\.all_reduce".*?\}\) : \(tensor<(?:[^>]*x)?(\w+)>\) -> '
+    carried = re.findall(reduced, text, re.DOTALL)
+    assert len(carried) == len(calls)
     assert set(carried) == {"f32"}  # statistics never travel in bfloat16
     assert dtypes(exported.out_avals, math.prod(x.shape)) == {"bfloat16"}
 
@@ -154,8 +162,10 @@ def test_a_resnet_step(dtype, platform):
     assert results == [SHORT[dtype]] * 17
     assert dtypes(exported.out_avals, 0) == {"float32"}
     assert len(exported.out_avals) == len(jax.tree.leaves(variables))
-    # The smallest x has 8 * 4 * 4 * 16 values; Flax's fast variance sums over it as often.
-    assert sums(text, 2048) <= sums(theirs, 2048)
+    # The smallest x has 8 * 4 * 4 * 16 values; Flax's fast variance sums over it as often. On TPUs
+    # each layer has two more, in a branch.
+    branched = (SUMS[platform][0] - 2) * len(jax.tree.leaves(variables["batch_stats"])) // 2
+    assert sums(text, 2048) - branched <= sums(theirs, 2048)
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
