@@ -93,8 +93,32 @@ def side_by_side(direction: int, dtype: str):
     return view
 
 
+def compiled_for(record) -> Table:
+    """A row a shape: kernels of ours and Flax's, bytes that every library moves, TPU's cycles."""
+    table, _ = find(record, "compiled-op")
+    libraries = list(dict.fromkeys(row[2] for row in table.rows))
+    of: dict[Any, dict[str, list[Any]]] = {}
+    for dtype, shape, library, *cells in table.rows:
+        of.setdefault((dtype, shape), {})[library] = cells
+    has_cycles = any(by[OURS][3] != "" for by in of.values())
+    rows = []
+    for (dtype, shape), by in of.items():
+        row = [dtype, shape]
+        for at in (0, 4):  # forward, forward + backward
+            row.append(" / ".join(cell(by[name][at]) for name in (OURS, FLAX)))
+            row += [by[name][at + 1] if len(by[name]) > at else "" for name in libraries]
+            row += [by[OURS][at + 3]] if has_cycles else []
+        rows.append(row)
+    columns = ["dtype", "shape"]
+    for direction in ("forward", "both"):
+        columns += [f"{direction}: kernels, ours / Flax's", *(f"{name}, N" for name in libraries)]
+        columns += ["cycles, of Flax's"] if has_cycles else []
+    return Table(table.title, columns, rows, table.notes)
+
+
 VIEWS = {  # key → (the table whose environment it has, the view)
     "headline": ("op-summary", headline),
+    "compiled-by-shape": ("compiled-op", compiled_for),
     "op-forward-float32": ("op-float32", side_by_side(0, "float32")),
     "op-forward-bfloat16": ("op-bfloat16", side_by_side(0, "bfloat16")),
     "op-both-float32": ("op-float32", side_by_side(1, "float32")),

@@ -480,6 +480,7 @@ def test_a_page_that_cannot_be_filled_stays_as_it_was(page, message, folder, tmp
 def test_every_marker_of_our_pages_names_a_table_of_some_benchmark():
     known = {"accuracy", "parity", "parity-quantity", "collectives", "memory-op", "memory-step"}
     known |= {"op-float32", "op-bfloat16", "op-summary", "step", "latency", "imports", *views.VIEWS}
+    known |= {"compiled-op", "compiled-step"}
     for page in tables.PAGES:
         for kind, _, key in tables.OPEN.findall(page.read_text()):
             assert key in (__main__.DEVICES if kind == "figure" else known)
