@@ -4,12 +4,18 @@ Nothing runs, and neither device is here. The compilers are large and would beco
 back ends of a plain JAX, so they are installed apart, and `make test` leaves this folder out.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+import jaxbn
 from benchmarks import compiled, peers, targets
 from benchmarks.roads import training
 
@@ -104,19 +110,54 @@ def test_a_tpu_sums_x_where_it_makes_it(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_layer_takes_no_more_than_flaxs(dtype, device):
-    """Of memory; and it moves an eighth of x more than Flax's at the most.
-
-    A TPU could keep an x as small as this in its fast memory alone, but for the branch that may
-    read it.
-    """
+def test_a_layer_takes_no_more_memory_than_flaxs(dtype, device):
+    """A TPU could keep an x as small as this in its fast memory alone, but for the branch."""
     n = 64 * 28 * 28 * 128 * jnp.dtype(dtype).itemsize
     ours, theirs = (of_layer(f, device, dtype) for f in (peers.ours, peers.linen))
     temporaries = [p.memory_analysis().temp_size_in_bytes for p in (ours, theirs)]
-    moved = [targets.moved(targets.kernels(p)) for p in (ours, theirs)]
     branch = n if device.platform == "tpu" else 0
     assert temporaries[0] <= temporaries[1] + branch + 0.1 * n
-    assert moved[0] <= moved[1] + 0.2 * n
+    if device.platform == "gpu":  # and it moves an eighth more, for the pivot
+        moved = [targets.moved(targets.kernels(p)) for p in (ours, theirs)]
+        assert moved[0] <= moved[1] + 0.2 * n
+
+
+@pytest.mark.parametrize("road", ["jit", "shard_map", "ghost batches"])
+def test_four_tpus_wait_for_two_collectives(road):
+    """One forward, one backward; more stand in the branch, which all devices take or none."""
+    targets.device("v5e")  # the surroundings of its compiler
+    devices = topologies.get_topology_desc(targets.TPUS["v5e"], "tpu").devices
+    mesh = Mesh(np.array(devices), ("d",), axis_types=(AxisType.Auto,))
+    rows, whole = (NamedSharding(mesh, spec) for spec in (P("d"), P()))
+    x = jax.ShapeDtypeStruct((64, 8, 8, 128), jnp.bfloat16, sharding=rows)
+    params, state = jax.tree.map(
+        lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=whole),
+        jax.eval_shape(lambda: jaxbn.init(128)),
+    )
+
+    def step(x, params, state, dy, **options):
+        f = functools.partial(jaxbn.batch_norm, train=True, **options)
+        y, vjp, state = jax.vjp(lambda *a: f(*a, state), x, params, has_aux=True)
+        return y, state, *vjp(dy)
+
+    f = {
+        "jit": step,
+        "shard_map": jax.shard_map(
+            functools.partial(step, axis_name="d"),
+            mesh=mesh,
+            in_specs=(P("d"), P(), P(), P("d")),
+            out_specs=(P("d"), P(), P("d"), P()),
+        ),
+        "ghost batches": functools.partial(step, virtual_batch_size=16),
+    }[road]
+    made = jax.jit(f).trace(x, params, state, x).lower(lowering_platforms=("tpu",)).compile()
+    entry, found = targets.computations(made.as_text())
+    collectives = {
+        name: sum(i.opcode.startswith(("all-", "collective-")) for i in body)
+        for name, body in found.items()
+    }
+    assert collectives[entry] == 2
+    assert sum(collectives.values()) == (4 if road == "jit" else 2)
 
 
 def test_the_tables_are_made(device, capsys):
