@@ -463,7 +463,8 @@ def test_the_first_table_stands_beside_flax(folder):
         (
             "<!-- table: cpu/ops -->\n<!-- end -->\n",
             "tables: no table 'ops' in these results, expected one of: op-float32, op-bfloat16, "
-            "op-summary, accuracy, memory-step, step, imports, headline, op-forward-float32, "
+            "op-summary, accuracy, memory-step, step, imports, headline, compiled-by-shape, "
+            "op-forward-float32, "
             "op-forward-bfloat16, op-both-float32, op-both-bfloat16; the benchmark that makes it "
             "may not have been run.",
         ),
