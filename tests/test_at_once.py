@@ -22,18 +22,18 @@ EPS = 2.0**-24
 
 
 @pytest.fixture(autouse=True)
-def as_on_tpus(monkeypatch):
-    monkeypatch.setattr(moments, "AT_ONCE", "cpu")
+def way(switched):
+    """Chooses one: at once, which is a TPU's, to begin with."""
+
+    def choose(at_once):
+        switched(moments, "AT_ONCE", "cpu" if at_once else "tpu")
+
+    choose(True)
+    return choose
 
 
 def of(x, **options):
     return jax.jit(lambda x: jaxbn.moments(x, **options))(x)
-
-
-def by_pivot(x, **options):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moments, "AT_ONCE", "tpu")
-        return of(x, **options)
 
 
 def at(*means, rows=512):
@@ -69,14 +69,15 @@ def test_the_variance_is_right_at_any_mean(mean, masked):
     np.testing.assert_allclose(m.mean, want_mean, rtol=EPS * 4, atol=EPS * np.sqrt(x.size / 2))
 
 
-def test_one_channel_far_from_0_is_enough_for_the_pivot():
+def test_one_channel_far_from_0_is_enough_for_the_pivot(way):
     """Bit for bit: near 0 the sums are those of x and x², else those about the pivot, for all."""
     near, far = at(0.5, 3), at(0.5, 300)
     sums = jax.jit(lambda x: (x.sum((0, 1)), (x * x).sum((0, 1))))(near)
-    m = of(near)
-    np.testing.assert_array_equal(m.mean, sums[0] / near[..., 0].size)
-    assert (np.asarray(m.var) != np.asarray(by_pivot(near).var)).any()
-    for got, want in zip(of(far), by_pivot(far), strict=True):
+    of_near, of_far = of(near), of(far)
+    np.testing.assert_array_equal(of_near.mean, sums[0] / near[..., 0].size)
+    way(at_once=False)
+    assert (np.asarray(of_near.var) != np.asarray(of(near).var)).any()
+    for got, want in zip(of_far, of(far), strict=True):
         np.testing.assert_array_equal(got, want)
 
 
@@ -117,7 +118,7 @@ def test_a_batch_without_a_valid_cell_is_the_empty_set():
 
 
 @pytest.mark.parametrize("mean", [1, 100])
-def test_derivatives_to_second_order_are_those_about_a_pivot(monkeypatch, mean):
+def test_derivatives_to_second_order_are_those_about_a_pivot(way, mean):
     with jax.enable_x64(True):
         x, dy, tx = (jnp.asarray(normal(16, 3, seed=i), jnp.float64) for i in range(3))
         params = jaxbn.Params(jnp.arange(1.0, 4), jnp.arange(3.0))
@@ -130,7 +131,7 @@ def test_derivatives_to_second_order_are_those_about_a_pivot(monkeypatch, mean):
             return jax.jvp(jax.grad(loss), (x,), (tx,)), jax.hessian(loss)(x)
 
         got = jax.jit(lambda x: derivatives(x))(x + mean)
-        monkeypatch.setattr(moments, "AT_ONCE", "tpu")
+        way(at_once=False)
         want = jax.jit(lambda x: derivatives(x))(x + mean)
     for u, v in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         oracle.assert_close(u, v, 1e-9)
@@ -139,7 +140,7 @@ def test_derivatives_to_second_order_are_those_about_a_pivot(monkeypatch, mean):
 @pytest.mark.parametrize("options", [{}, {"axis_name": "d"}, {"virtual_batch_size": 2}])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("check_vma", [False, True])
-def test_devices_decide_for_themselves(options, masked, check_vma):
+def test_devices_decide_for_themselves(way, options, masked, check_vma):
     """Rows far from 0 lie on some devices only: the result is that of pivots everywhere."""
     x = normal(32, 5, 3) + np.float32([0, 1, 2])
     x[:8] += 50
@@ -158,8 +159,7 @@ def test_devices_decide_for_themselves(options, masked, check_vma):
         return jax.jit(f)(x, params, dy, mask)
 
     got = run()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moments, "AT_ONCE", "tpu")
-        want = run()
+    way(at_once=False)
+    want = run()
     for u, v in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         oracle.assert_close(u, np.asarray(v, np.float64), 40 * oracle.tolerance("float32", x.size))

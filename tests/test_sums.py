@@ -30,9 +30,9 @@ LAYOUTS = [
 
 
 @pytest.fixture
-def small_too(monkeypatch):
+def small_too(switched):
     """Arrays of any size are summed by parts."""
-    monkeypatch.setattr(sums, "SMALL", 0)
+    switched(sums, "SMALL", 0)
 
 
 def normal(*shape, seed=0):
@@ -106,7 +106,7 @@ def test_training_equals_the_oracle(small_too, case):
 
 
 @pytest.mark.parametrize(("shape", "masked"), [((64, 3), True), ((2, 8, 5, 3), False)])
-def test_derivatives_to_second_order_equal_those_of_plain_sums(monkeypatch, shape, masked):
+def test_derivatives_to_second_order_equal_those_of_plain_sums(switched, shape, masked):
     """In float64: only the order of additions may differ."""
     with jax.enable_x64(True):
         x, dy, tx = (jnp.asarray(normal(*shape, seed=i), jnp.float64) for i in range(3))
@@ -126,7 +126,7 @@ def test_derivatives_to_second_order_equal_those_of_plain_sums(monkeypatch, shap
             )
 
         plain = jax.jit(derivatives)()
-        monkeypatch.setattr(sums, "SMALL", 0)
+        switched(sums, "SMALL", 0)
         by_parts = jax.jit(lambda: derivatives())()
     for got, want in zip(jax.tree.leaves(by_parts), jax.tree.leaves(plain), strict=True):
         oracle.assert_close(got, want, 1e-10)
