@@ -53,6 +53,7 @@ class Spec(NamedTuple):
     epsilon: float
     pool: Pool | None
     dtype: jnp.dtype  # of y
+    mapped: bool = False  # whether this is called under `vmap`
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -70,7 +71,7 @@ def normalize_by_batch(
 def _forward(
     spec: Spec, x: jax.Array, params: Params, mask: jax.Array | None
 ) -> tuple[jax.Array, Moments, jax.Array]:
-    m = named(across(of(x, spec.axes, mask), spec.pool))
+    m = named(across(of(x, spec.axes, mask, spec.mapped), spec.pool))
     r = jnp.where(m.count > 0, rstd(m.var, spec.epsilon), 0)
     # Behind a barrier: this x - mean is not to be merged with that of backward's sums.
     mean, r_of_y = lax.optimization_barrier((m.mean, r))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 
 from jaxbn import axes as axes_
 from jaxbn import collectives
@@ -85,19 +86,24 @@ def merge(a: Moments, b: Moments) -> Moments:
     return Moments(count, mean, var)
 
 
-@functools.partial(jax.jit, static_argnames="axes", inline=True)  # traced once for equal layers
-def of(x: jax.Array, axes: Axes, mask: jax.Array | None = None) -> Moments:
+# Traced once for equal layers.
+@functools.partial(jax.jit, static_argnames=("axes", "mapped"), inline=True)
+def of(x: jax.Array, axes: Axes, mask: jax.Array | None = None, mapped: bool = False) -> Moments:
     """Equals the moments of x over `axes.reduced`, in float32 or wider.
 
     Sums are taken of `x - pivot`, so nothing cancels however large the mean is, and they are
     exact for a constant channel, whose mean is then that constant and whose var is 0. TPUs take
-    them of x itself where that is as good.
+    them of x itself where that is as good, but not where `mapped` says that this is called under
+    `vmap`, which takes both branches of a conditional.
     """
     kind = wide(x.dtype)
     real = jnp.finfo(kind).dtype
     count = jnp.asarray(axes.count(x), real) if mask is None else _count(mask, x, axes, real)
     n = divisor(count)
     at_once, by_pivot = (functools.partial(way, axes) for way in (_at_once, _by_pivot))
+    # Where shardings are types, JAX cannot map a conditional either.
+    if mapped or AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types:
+        return Moments(count, *by_pivot(x, mask, n))
     operands = collectives.alike(x, mask, n)
     mean, var = lax.platform_dependent(*operands, default=by_pivot, **{AT_ONCE: at_once})
     return Moments(count, mean, var)

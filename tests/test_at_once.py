@@ -137,10 +137,11 @@ def test_derivatives_to_second_order_are_those_about_a_pivot(way, mean):
         oracle.assert_close(u, v, 1e-9)
 
 
+@pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("options", [{}, {"axis_name": "d"}, {"virtual_batch_size": 2}])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("check_vma", [False, True])
-def test_devices_decide_for_themselves(way, options, masked, check_vma):
+def test_devices_decide_for_themselves(way, options, masked, check_vma, mapped):
     """Rows far from 0 lie on some devices only: the result is that of pivots everywhere."""
     x = normal(32, 5, 3) + np.float32([0, 1, 2])
     x[:8] += 50
@@ -150,7 +151,12 @@ def test_devices_decide_for_themselves(way, options, masked, check_vma):
 
     def run():
         def shard(x, params, dy, mask):
-            y, state, dx, grads = step(x, params, dy, mask, **options)
+            f = functools.partial(step, **options)
+            if mapped:
+                f, x, dy = jax.vmap(f, (0, None, 0, None)), x[None], dy[None]
+            y, state, dx, grads = f(x, params, dy, mask)
+            if mapped:
+                y, state, dx, grads = jax.tree.map(lambda v: v[0], (y, state, dx, grads))
             state, grads = jax.tree.map(lambda v: jax.lax.pmean(v, "d"), (state[:2], grads))
             return y, state, dx, grads
 
