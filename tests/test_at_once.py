@@ -14,8 +14,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from tests import cases, oracle
-from tests.test_sums import REAL, normal, step
+from tests import oracle
+from tests.test_sums import REAL, assert_training_equals_the_oracle, normal, step
 
 moments = importlib.import_module("jaxbn.moments")
 EPS = 2.0**-24
@@ -43,17 +43,7 @@ def at(*means, rows=512):
 
 @pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)
 def test_training_equals_the_oracle(case):
-    a = cases.arrays(case)
-    with jax.enable_x64(case.dtype == "float64"):
-        run = jax.jit(functools.partial(step, axis=case.axis))
-        y, _, dx, _ = run(a.x, jaxbn.Params(a.scale, a.bias), a.dy, a.mask)
-    _, mean, var = oracle.moments(a.x, case.axis, a.mask)
-    scale, bias = a.scale.ravel(), a.bias.ravel()
-    want_y = oracle.normalize(a.x, mean, var, scale, bias, case.axis)
-    want_dx, *_ = oracle.gradients(a.x, a.dy, scale, case.axis, a.mask)
-    tolerance = oracle.tolerance(case.dtype, case.count)
-    oracle.assert_close(oracle.rows(y, case.axis), want_y, tolerance, "y")
-    oracle.assert_close(oracle.rows(dx, case.axis), want_dx, tolerance, "dx")
+    assert_training_equals_the_oracle(case)
 
 
 @pytest.mark.parametrize("mean", [0, 1, 3.9, 4.1, 30, 1e3, 1e4])
