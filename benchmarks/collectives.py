@@ -1,13 +1,12 @@
 """Collectives per layer, and the bytes they carry, read from the compiled module."""
 
 import functools
-import math
 import re
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks import peers
+from benchmarks import peers, targets
 from benchmarks.report import Table
 from benchmarks.roads import DEVICES, Road, roads, training
 
@@ -16,7 +15,6 @@ ROWS = 4 * DEVICES
 COLLECTIVE = re.compile(
     r"= (.*?) (?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
 )
-BYTES = {"f64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}
 
 NORMS = {
     "jaxbn": peers.ours,
@@ -28,11 +26,7 @@ NORMS = {
 def collectives(f, *arguments) -> tuple[int, int]:
     """How many, and the bytes of what they return to one device."""
     results = COLLECTIVE.findall(jax.jit(f).lower(*arguments).compile().as_text())
-    arrays = [array for result in results for array in re.findall(r"(\w+)\[([\d,]*)\]", result)]
-    sizes = (
-        BYTES[kind] * math.prod(int(n) for n in shape.split(",") if n) for kind, shape in arrays
-    )
-    return len(results), sum(sizes)
+    return len(results), sum(map(targets.size, results))
 
 
 def of_layer(road: Road, norm) -> list[str]:

@@ -160,7 +160,7 @@ def test_four_tpus_wait_for_two_collectives(road):
     assert sum(collectives.values()) == (4 if road == "jit" else 2)
 
 
-def test_the_tables_are_made(device, capsys):
+def test_the_tables_are_made(device):
     name = "h100" if device.platform == "gpu" else "v5e"
     table = compiled.op(device, "tiny")
     assert len(table.rows) == 2 * 6
