@@ -264,6 +264,24 @@ def test_step_and_eval_have_a_row_for_every_norm(monkeypatch):
     assert [row[1] for row in table.rows] == ["jaxbn", step.NONE, "Keras"]
 
 
+def test_eval_is_the_program_that_flax_compiles_to():
+    """Instruction by instruction, but for names: a difference in latency is noise."""
+    task = network.Task("ResNet", (1,), True, 4, 2, 8)
+
+    def program(batch_norm):
+        model = task.model(batch_norm, jnp.float32)
+        infer = jax.jit(functools.partial(network.infer, model))
+        text = infer.lower(*task.shapes(model)[:3]).compile().as_text()
+        text = re.sub(r"(, metadata=\{.*?\})|(, stack_frame_id=\d+)", "", text[text.index("\n%") :])
+        names: dict[str, str] = {}
+        pattern = r"%[\w.\-]+|\b\w+\.\d+(?=:)"  # an instruction, a parameter of a computation
+        return re.sub(pattern, lambda m: names.setdefault(m[0].lstrip("%"), f"n{len(names)}"), text)
+
+    ours, flax = program(peers.ours), program(peers.linen)
+    assert "rsqrt(" in ours
+    assert ours == flax
+
+
 def test_imports_are_timed_in_processes_of_their_own(monkeypatch):
     monkeypatch.setitem(imports.MODULES, "no_such_package", "jax")
     (table,) = imports.run("tiny", ("jaxbn", "no_such_package"))
