@@ -326,7 +326,7 @@ def main(argv: list[str] | None = None) -> dict:
     reached = "reached" if scores.mean() >= args.target else "not reached"
     console.print(
         table(
-            f"{len(rows)} seeds on {data.name}, {device}",
+            f"{len(rows)} {'seed' if len(rows) == 1 else 'seeds'} on {data.name}, {device}",
             [
                 ("test accuracy, mean", f"{scores.mean():.3f}", f"% {spread(scores)}"),
                 ("target", f"{args.target:.2f}", f"% {reached}"),
