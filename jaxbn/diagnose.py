@@ -17,6 +17,7 @@ from jaxbn.findings import (
     Setting,
     divergence,
     initial_share,
+    values_of,
     wide,
 )
 from jaxbn.layers import Layer
@@ -132,7 +133,7 @@ def _batch(moments: Moments, setting: Setting, limits: Limits, found: Found) -> 
     if bad.any():
         remedy = "look at the data, and at the layers before: what comes to this one is not finite"
         return [found("not_finite", ERROR, bad.sum(), 0, remedy, bad[None])]
-    n = float(np.min(wide(moments.count), initial=np.inf))
+    n = values_of(moments)
     if not 0 < n < limits.values:
         return []
     remedy = "a larger batch, axis_name= to pool over devices, or jaxbn.merge_updates"

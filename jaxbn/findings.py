@@ -137,8 +137,9 @@ def divergence(
 ) -> tuple[float, float, np.ndarray]:
     """Upper quartile of the channels' divergences, what it may be for so many rows, and all [C].
 
-    Of one row, which has no variance to speak of, it may be anything. A quartile and not the
-    mean, so that no single channel decides: one that is rarely active may be anywhere.
+    Of one row, or of fewer values than `limits.values`, it may be anything: their variance is no
+    statistic, and may be near 0. A quartile and not the mean, so that no single channel decides:
+    one that is rarely active may be anywhere.
 
     Args:
       running: anything with `mean` and `var` [C].
@@ -156,13 +157,19 @@ def divergence(
     apart = distance(running, batch, setting.epsilon).divergence
     rows = rows_of(batch, setting)
     noise = limits.divergence_noise * (1 + 5 / max(apart.size, 1)) / rows
-    limit = limits.divergence + noise if rows > 1 else math.inf
+    enough = rows > 1 and values_of(batch) >= limits.values
+    limit = limits.divergence + noise if enough else math.inf
     return float(np.quantile(apart, 0.75)) if apart.size else 0.0, limit, apart
+
+
+def values_of(moments: Moments) -> float:
+    """Values behind the moments of a channel, of that which has fewest."""
+    return float(np.min(wide(moments.count), initial=np.inf))
 
 
 def rows_of(moments: Moments, setting: Setting) -> float:
     """Independent rows behind the moments, at least 1."""
-    n = float(np.min(wide(moments.count), initial=np.inf))
+    n = values_of(moments)
     return max(1.0, n if setting.rows is None else min(n, setting.rows))
 
 

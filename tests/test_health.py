@@ -367,6 +367,15 @@ def test_sampling_noise_is_no_staleness(n, c):
     assert alarms <= 1e-3 * trials
 
 
+@pytest.mark.parametrize("n", [2, 15])
+def test_few_values_are_no_staleness(n):
+    """The variance of two is near 0 as often as not: they say that they are few, and no more."""
+    x = np.random.default_rng(n).normal(0, 1, (n, C)) * np.where(np.arange(C) % 2, 1, 1e-3)
+    moments = {"bn": jaxbn.Moments(n, x.mean(0), x.var(0))}
+    (finding,) = health.check(healthy(), moments)
+    assert finding.kind == "few_values"
+
+
 # errors
 
 
