@@ -10,8 +10,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 demo: .venv/demo.done
 	$(BIN)/python examples/cifar10/train.py
 
+# One process a core, up to eight; a file's tests stay together, as they share what is compiled.
 test: .venv/test.done
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: .venv/test.done
 	$(BIN)/ruff check .
