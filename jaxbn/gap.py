@@ -22,6 +22,7 @@ from jaxbn.findings import (
     divergence,
     rows_of,
     setting_of,
+    values_of,
     worst_first,
 )
 from jaxbn.state import Moments
@@ -194,7 +195,7 @@ def _padding(
     path: str, layer: layers.Layer, seen: _Seen, setting: Setting, limits: Limits
 ) -> list[Finding]:
     """Statistics that are right, but for other cells than those that the layer takes here."""
-    n, others = (float(np.min(np.asarray(m.count))) for m in (seen.moments, seen.other))
+    n, others = map(values_of, (seen.moments, seen.other))
     if not others or abs(others - n) < 2:
         return []
     own, limit, _ = divergence(layer.state, seen.moments, setting, limits)

@@ -353,6 +353,13 @@ BUGS = (
         "test_freeze.py::test_what_is_frozen_is_so_to_the_bit_and_the_rest_moves[linen-flax-all-trainable]",
     ),
     Bug(
+        "a few values are called stale",
+        "findings.py",
+        "rows > 1 and values_of(batch) >= limits.values",
+        "rows > 1",
+        "test_health.py::test_few_values_are_no_staleness[2]",
+    ),
+    Bug(
         "half of a divergence",
         "findings.py",
         "+ d**2 / v + d**2 / w) / 2",
