@@ -34,6 +34,7 @@ from benchmarks import (
 )
 from benchmarks.report import Chart, Table
 from benchmarks.timing import Times
+from tests import hlo
 
 ENVIRONMENT = {
     "device": "cpu Some Chip",
@@ -271,8 +272,7 @@ def test_eval_is_the_program_that_flax_compiles_to():
     def program(batch_norm):
         model = task.model(batch_norm, jnp.float32)
         infer = jax.jit(functools.partial(network.infer, model))
-        text = infer.lower(*task.shapes(model)[:3]).compile().as_text()
-        text = re.sub(r"(, metadata=\{.*?\})|(, stack_frame_id=\d+)", "", text[text.index("\n%") :])
+        text = hlo.text(infer.lower(*task.shapes(model)[:3]).compile())
         names: dict[str, str] = {}
         pattern = r"%[\w.\-]+|\b\w+\.\d+(?=:)"  # an instruction, a parameter of a computation
         return re.sub(pattern, lambda m: names.setdefault(m[0].lstrip("%"), f"n{len(names)}"), text)

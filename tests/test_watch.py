@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbn
 from jaxbn import watch, writers
+from tests import hlo
 
 ROOT = pathlib.Path(__file__).parents[1]
 rng = np.random.default_rng(0)
@@ -140,10 +141,6 @@ def test_a_record_holds_what_the_layer_saw_and_learned(api, library, sharded):
         np.testing.assert_allclose(a, b, **close)
 
 
-# What a compiled module says of the lines of Python that it came from.
-LINES = re.compile(r", metadata=\{[^}]*\}|^\d+ .*\n", re.MULTILINE)
-
-
 def never_watched(model_or_apply, on):
     """What `linen` and `nnx` do when off, written without them."""
     if isinstance(model_or_apply, nnx.Module):
@@ -158,7 +155,7 @@ def test_off_is_the_same_program_as_no_watching_at_all(api, library):
     def programs(on, **observe):
         step, variables, *_ = STEPS[api](NORMS[api, library], on, **observe)
         lowered = jax.jit(step).lower(variables, X)
-        return lowered.as_text(), re.sub(LINES, "", lowered.compile().as_text())
+        return lowered.as_text(), hlo.text(lowered.compile())
 
     off, on = programs(False), programs(True)
     assert off == programs(False, observe=never_watched)
