@@ -1,11 +1,14 @@
 """What crosses devices: sums and gathers over mapped axes, in every transform that has them."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 
 class Pool(NamedTuple):
@@ -82,13 +85,15 @@ def gather(v: jax.Array, pool: Pool) -> jax.Array:
     """The v of each device in the pool, stacked: [devices, *v.shape].
 
     Without groups it is a psum into one slot a device and not an all_gather, because what
-    comes out must be typed as equal on all devices (`out_specs=P()` under `check_vma`).
+    comes out must be typed as equal on all devices (`out_specs=P()` under `check_vma`). The slots
+    are a product, which JAX types and maps as it does every other: what is not finite is not
+    finite in the slots of all devices then, and would make their pooled value so in any case.
     """
     if pool.groups is not None and pool.native:
         return lax.all_gather(v, pool.axis_name, axis_index_groups=pool.groups)
     index = lax.axis_index(pool.axis_name)
-    slots = jnp.zeros((lax.axis_size(pool.axis_name), *v.shape), v.dtype)
-    slots = lax.psum(lax.dynamic_update_index_in_dim(slots, v, index, 0), pool.axis_name)
+    mine = jnp.arange(lax.axis_size(pool.axis_name)) == index
+    slots = lax.psum(jnp.expand_dims(mine, range(1, 1 + v.ndim)).astype(v.dtype) * v[None], pool.axis_name)
     if pool.groups is None:
         return slots
     group_of = sorted((i, group) for group in pool.groups for i in group)
@@ -125,6 +130,30 @@ def varying(v: jax.Array, pool: Pool) -> jax.Array:
     makes that one collective instead of one for each.
     """
     return v + (0 * lax.axis_index(pool.axis_name)).astype(v.dtype)
+
+
+def typed(v: jax.Array) -> bool:
+    """Whether shardings are types on the mesh of v, on some axes of it at least."""
+    return AxisType.Explicit in jax.typeof(v).sharding.mesh.axis_types
+
+
+def sharded_as(v: jax.Array, like: jax.Array, axes: Sequence[int] = ()) -> jax.Array:
+    """v, sharded by type as these axes of `like` are, one for each of its own; v on Auto meshes.
+
+    What stands in one select or one row must be; a product takes the sharding of either factor.
+    """
+    if not typed(like):
+        return v
+    sharding = jax.typeof(like).sharding
+    return jax.sharding.reshard(v, sharding.update(spec=P(*(sharding.spec[a] for a in axes))))
+
+
+def split_over(v: jax.Array, axis: int) -> int:
+    """Devices over which this axis of v is split by type; 1 on Auto meshes, whose types are none."""
+    sharding = jax.typeof(v).sharding
+    names = sharding.spec[axis]
+    names = names if isinstance(names, tuple) else (names,)
+    return math.prod(sharding.mesh.shape[name] for name in names if name is not None)
 
 
 def one_row_a_device(leaf: jax.Array) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
 
 from jaxbn import axes as axes_
 from jaxbn import collectives
@@ -102,7 +101,7 @@ def of(x: jax.Array, axes: Axes, mask: jax.Array | None = None, mapped: bool = F
     n = divisor(count)
     at_once, by_pivot = (functools.partial(way, axes) for way in (_at_once, _by_pivot))
     # Where shardings are types, JAX cannot map a conditional either.
-    if mapped or AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types:
+    if mapped or collectives.typed(x):
         return Moments(count, *by_pivot(x, mask, n))
     operands = collectives.alike(x, mask, n)
     mean, var = lax.platform_dependent(*operands, default=by_pivot, **{AT_ONCE: at_once})
@@ -155,22 +154,28 @@ def across(m: Moments, pool: Pool | None) -> Moments:
     if pool is None:
         return m
     if pool.devices <= GATHERED:
-        return merge_all(_unpack(collectives.gather(_pack(m), pool), m))
-    return _pooled(m, lambda v: _unpack(collectives.total(_pack(v), pool), v))
+        return merge_all(_packed(m, lambda v: collectives.gather(v, pool)))
+    return _pooled(m, lambda v: _packed(v, lambda flat: collectives.total(flat, pool)))
 
 
-def _pack(m: Moments) -> jax.Array:
-    """The 2C + 1 (or 3C) numbers of m in one array, for one collective."""
-    return jnp.concatenate([leaf.reshape(-1).astype(m.mean.dtype) for leaf in m])
+def _packed(m: Moments, send: Callable[[jax.Array], jax.Array]) -> Moments:
+    """What `send` makes of the leaves of m, all 2C + 1 (or 3C) numbers in one array.
 
-
-def _unpack(flat: jax.Array, like: Moments) -> Moments:
-    """Undo `_pack`, along the last axis of `flat`."""
+    It may put axes before theirs. Of features that are sharded by type, which cannot stand in one
+    row with a count that is not, mean and var go in one array and a count in another.
+    """
+    kind = m.mean.dtype
+    if m.count.ndim == 0 and any(jax.typeof(m.mean).sharding.spec):
+        count, both = send(m.count), send(jnp.stack([m.mean, m.var.astype(kind)], -1))
+        return Moments(count, both[..., 0], both[..., 1].real)
+    # A count known from shapes is of no mesh, and JAX then cannot map it beside what is.
+    row = m if m.count.ndim else m._replace(count=collectives.sharded_as(m.count, m.mean))
+    flat = send(jnp.concatenate([leaf.reshape(-1).astype(kind) for leaf in row]))
     count, mean, var = (
         part.reshape(*flat.shape[:-1], *leaf.shape)
         for part, leaf in zip(
-            jnp.split(flat, [like.count.size, like.count.size + like.mean.size], axis=-1),
-            like,
+            jnp.split(flat, [m.count.size, m.count.size + m.mean.size], axis=-1),
+            m,
             strict=True,
         )
     )
@@ -241,9 +246,13 @@ def _sample(x: jax.Array, axes: Axes) -> tuple[int, int]:
 
     The batch axis only where there is no other, and by a stride that divides it: it may be
     sharded, and devices then have each its part of the sample, if their rows are a multiple of it.
+    Where shardings are types, the stride is one that leaves each device as many positions.
     """
     if len(axes.reduced) > 1:
-        return axes.reduced[1], STRIDE if x.size else 1
+        axis = axes.reduced[1]
+        devices = collectives.split_over(x, axis)
+        fits = (k for k in range(STRIDE, 1, -1) if -(-x.shape[axis] // k) % devices == 0)
+        return axis, next(fits, 1) if x.size else 1
     if not divisible(x, axes):
         return 0, 1
     axis = axes.reduced[0]
