@@ -35,12 +35,22 @@ def promote(*dtypes: Any) -> Any:
         return functools.reduce(jnp.promote_types, dtypes)
 
 
+def wide(dtype: Any) -> Any:
+    """The dtype statistics are computed and kept in: float32, or `dtype` where that is wider."""
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
+
+
 def resolve(call: str, x: jax.Array, axis: int | Sequence[int]) -> Axes:
     """The axes of x for feature axis (or axes) `axis`, or an error that names the call."""
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
             f"{call}: x has dtype {x.dtype}, but statistics need a floating or complex dtype; "
             f"write x.astype(jnp.float32)."
+        )
+    if jnp.finfo(x.dtype).bits < 16:
+        raise TypeError(
+            f"{call}: x has dtype {x.dtype}, but JAX promotes no dtype of fewer than 16 bits; "
+            f"write x.astype(jnp.bfloat16)."
         )
     if x.ndim == 0:
         raise ValueError(
@@ -131,12 +141,17 @@ def check_ghosts(call: str, x: jax.Array, axes: Axes, virtual_batch_size: int) -
     return batch_axis, rows // virtual_batch_size
 
 
-def check_dtype(call: str, dtype: Any) -> None:
-    """The dtype asked for y can hold it."""
+def check_dtype(call: str, what: str, dtype: Any, otherwise: str) -> None:
+    """The dtype asked for can hold what it is asked for, and JAX computes with it."""
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
-            f"{call}: dtype={dtype}, but y is floating or complex; write dtype=jnp.float32, or "
-            f"leave dtype out for that of x."
+            f"{call}: dtype={dtype}, but {what} are floating or complex; write "
+            f"dtype=jnp.float32, or {otherwise}."
+        )
+    if jnp.finfo(dtype).bits < 16:
+        raise TypeError(
+            f"{call}: dtype={dtype}, but JAX promotes no dtype of fewer than 16 bits; write "
+            f"dtype=jnp.bfloat16, or {otherwise}, and cast what comes out."
         )
 
 

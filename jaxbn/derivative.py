@@ -37,9 +37,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn import collectives
-from jaxbn.axes import Axes
+from jaxbn.axes import Axes, wide
 from jaxbn.collectives import Pool
-from jaxbn.moments import across, divisor, of, wide
+from jaxbn.moments import across, divisor, of
 from jaxbn.normalize import normalize, rstd
 from jaxbn.policy import named
 from jaxbn.state import Moments, Params

@@ -61,8 +61,10 @@ def batch_norm(
       dtype: of y; x's by default.
 
     Returns:
-      `(y, state)`: y with x's shape, the state with the dtypes that came in, gradient stopped.
-      A batch whose moments are not finite leaves the state bit for bit as it was.
+      `(y, state)`: y with x's shape; the state in both modes with mean and var in float32 or
+      wider, also where they came in narrower, and count int32; gradient stopped. A channel whose
+      moments are not finite in this batch keeps its statistics, bit for bit, and the others
+      learn; with `momentum=None`, where one count serves all channels, none does.
 
     Raises:
       TypeError: x or dtype is not floating or complex, or train is no Python bool.
@@ -101,9 +103,9 @@ def batch_norm(
                 f"{call}: state.count=None with momentum=None, but the cumulative average weighs "
                 f"by the updates so far; start from jaxbn.init(features), or write momentum=0.99."
             )
-        state = state if gathers else settle(state, x)
+        state = state if gathers else settle(call, state, x)
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
-    axes_.check_dtype(call, dtype)
+    axes_.check_dtype(call, "values of y", dtype, "leave dtype out for that of x")
 
     if not train:
         if state is None:

@@ -9,7 +9,7 @@ from jax import lax
 
 from jaxbn import axes as axes_
 from jaxbn import collectives
-from jaxbn.axes import Axes
+from jaxbn.axes import Axes, wide
 from jaxbn.collectives import Pool
 from jaxbn.state import Moments
 from jaxbn.sums import divisible, parts, real_product, total, totals
@@ -214,11 +214,6 @@ def divisor(count: jax.Array) -> jax.Array:
     and the products would move into the loops over x, where a division stays [C] before them.
     """
     return lax.optimization_barrier(jnp.where(count > 0, count, 1))
-
-
-def wide(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype statistics are computed in: float32, or x's own where that is wider."""
-    return axes_.promote(dtype, jnp.float32)
 
 
 def _pivot(x: jax.Array, axes: Axes, mask: jax.Array | None, n: jax.Array) -> jax.Array:

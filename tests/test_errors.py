@@ -91,8 +91,36 @@ CASES = {
     "integer dtype": (
         lambda: call(dtype="int32"),
         TypeError(
-            "batch_norm: dtype=int32, but y is floating or complex; write dtype=jnp.float32, or "
-            "leave dtype out for that of x."
+            "batch_norm: dtype=int32, but values of y are floating or complex; write "
+            "dtype=jnp.float32, or leave dtype out for that of x."
+        ),
+    ),
+    "integer statistics": (
+        lambda: call(state=STATE._replace(var=jnp.ones(3, int)), train=False),
+        TypeError(
+            "batch_norm: state.var has dtype int32, in which no average can move; write "
+            "state._replace(var=state.var.astype(jnp.float32))."
+        ),
+    ),
+    "x of 8 bits": (
+        lambda: jaxbn.moments(X.astype(jnp.float8_e4m3fn)),
+        TypeError(
+            "moments: x has dtype float8_e4m3fn, but JAX promotes no dtype of fewer than 16 bits; "
+            "write x.astype(jnp.bfloat16)."
+        ),
+    ),
+    "y of 8 bits": (
+        lambda: call(dtype=jnp.float8_e5m2),
+        TypeError(
+            "batch_norm: dtype=float8_e5m2, but JAX promotes no dtype of fewer than 16 bits; write "
+            "dtype=jnp.bfloat16, or leave dtype out for that of x, and cast what comes out."
+        ),
+    ),
+    "parameters of integers": (
+        lambda: jaxbn.init(3, int),
+        TypeError(
+            "init: dtype=int64, but parameters and statistics are floating or complex; write "
+            "dtype=jnp.float32, or leave dtype out for float32."
         ),
     ),
     "scalar x": (
