@@ -1,7 +1,7 @@
 """What crosses devices: sums and gathers over mapped axes, in every transform that has them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,10 +14,10 @@ from jax.sharding import PartitionSpec as P
 class Pool(NamedTuple):
     """The devices whose statistics are one."""
 
-    axis_name: str | tuple[str, ...]
+    axis_name: tuple[str, ...]  # axes of shard_map and pmap, along which each device has its part
+    mapped: tuple[str, ...]  # axes of vmap, whose parts are all at hand
     groups: tuple[tuple[int, ...], ...] | None
-    devices: int  # that pool together
-    native: bool  # whether the transform at hand has collectives over groups; vmap has none
+    devices: int  # that pool together, parts of a vmap among them
 
 
 def resolve(
@@ -38,17 +38,20 @@ def resolve(
                 f"for groups of rows under jit."
             )
         return None
-    name = axis_name if isinstance(axis_name, str) else tuple(axis_name)
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     try:
-        size = lax.axis_size(name)
+        size = lax.axis_size(names)
     except NameError:
         raise ValueError(
             f"{call}: axis_name={axis_name!r} is not bound here; bound axes: {_bound()}. Call it "
             f"under shard_map, pmap or vmap with that axis name; under plain jit statistics are "
             f"global already, write axis_name=None."
         ) from None
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    of_devices = tuple(name for name in names if name in manual)
+    mapped = tuple(name for name in names if name not in manual)
     if axis_index_groups is None:
-        return Pool(name, None, size, native=True)
+        return Pool(of_devices, mapped, None, size)
     groups = tuple(tuple(int(i) for i in group) for group in axis_index_groups)
     members = sorted(i for group in groups for i in group)
     if members != list(range(size)) or len({len(group) for group in groups}) != 1:
@@ -57,16 +60,12 @@ def resolve(
             f"{axis_name!r} with size {size} once, in groups of one size; for pairs write "
             f"{[[i, i + 1] for i in range(0, size - size % 2, 2)]}."
         )
-    if not isinstance(name, str):
+    if not isinstance(axis_name, str):
         raise ValueError(
             f"{call}: axis_index_groups with axis_name={axis_name!r}: groups index one axis; "
             f"write one name, or pool over one axis of a mesh that has more."
         )
-    try:
-        lax.all_gather(lax.axis_index(name), name, axis_index_groups=groups)
-    except NotImplementedError:
-        return Pool(name, groups, len(groups[0]), native=False)
-    return Pool(name, groups, len(groups[0]), native=True)
+    return Pool(of_devices, mapped, groups, len(groups[0]))
 
 
 def _bound() -> list[str]:
@@ -78,26 +77,37 @@ def _bound() -> list[str]:
 
 def total(v: jax.Array, pool: Pool) -> jax.Array:
     """Sum of v over the pool. Linear: JAX transposes it."""
-    return lax.psum(v, pool.axis_name) if pool.groups is None else gather(v, pool).sum(0)
+    if pool.groups is not None:
+        return gather(v, pool).sum(0)
+    for name in pool.mapped:
+        v = lax.all_gather(v, name).sum(0)
+    return lax.psum(v, pool.axis_name) if pool.axis_name else v
+
+
+def totals(vs: Sequence[jax.Array], pool: Pool) -> Sequence[jax.Array]:
+    """The sums of arrays of one shape over the pool, in one collective."""
+    # Where there is none, one stacked array would have JAX mistake which axis is sharded.
+    return list(total(jnp.stack(vs), pool)) if pool.axis_name else [total(v, pool) for v in vs]
 
 
 def gather(v: jax.Array, pool: Pool) -> jax.Array:
-    """The v of each device in the pool, stacked: [devices, *v.shape].
+    """The v of each device in the pool, or of each part of a group under vmap: [devices, *v.shape].
 
     Without groups it is a psum into one slot a device and not an all_gather, because what
     comes out must be typed as equal on all devices (`out_specs=P()` under `check_vma`). The slots
-    are a product, which JAX types and maps as it does every other: what is not finite is not
-    finite in the slots of all devices then, and would make their pooled value so in any case.
+    are a product, which takes the sharding of v: what is not finite on one device is so in the
+    slots of all, and makes the pooled value so in any case.
     """
-    if pool.groups is not None and pool.native:
-        return lax.all_gather(v, pool.axis_name, axis_index_groups=pool.groups)
-    index = lax.axis_index(pool.axis_name)
-    mine = jnp.arange(lax.axis_size(pool.axis_name)) == index
-    slots = lax.psum(jnp.expand_dims(mine, range(1, 1 + v.ndim)).astype(v.dtype) * v[None], pool.axis_name)
     if pool.groups is None:
-        return slots
+        index, size = lax.axis_index(pool.axis_name), lax.axis_size(pool.axis_name)
+        mine = (jnp.arange(size) == index).astype(v.dtype)
+        return lax.psum(jnp.expand_dims(mine, range(1, 1 + v.ndim)) * v[None], pool.axis_name)
+    if pool.axis_name:
+        return lax.all_gather(v, pool.axis_name, axis_index_groups=pool.groups)
+    (name,) = pool.mapped
     group_of = sorted((i, group) for group in pool.groups for i in group)
-    return slots[jnp.asarray([group for _, group in group_of])[index]]
+    mine = jnp.asarray([group for _, group in group_of])[lax.axis_index(name)]
+    return lax.all_gather(v, name)[mine]
 
 
 def varying_axes(v: jax.Array) -> frozenset[str]:
@@ -129,6 +139,8 @@ def varying(v: jax.Array, pool: Pool) -> jax.Array:
     point where an equal value first meets a different one. Called on stacked values, it
     makes that one collective instead of one for each.
     """
+    if not pool.axis_name:
+        return v
     return v + (0 * lax.axis_index(pool.axis_name)).astype(v.dtype)
 
 
@@ -137,15 +149,22 @@ def typed(v: jax.Array) -> bool:
     return AxisType.Explicit in jax.typeof(v).sharding.mesh.axis_types
 
 
-def sharded_as(v: jax.Array, like: jax.Array, axes: Sequence[int] = ()) -> jax.Array:
-    """v, sharded by type as these axes of `like` are, one for each of its own; v on Auto meshes.
+def sharded_as(v: jax.Array, like: jax.Array, axes: Iterable[int | None] = ()) -> jax.Array:
+    """v, its axes sharded by type as these of `like`, None: as no axis is; v on Auto meshes.
 
     What stands in one select or one row must be; a product takes the sharding of either factor.
+    What lies on no mesh fits any.
     """
-    if not typed(like):
+    if not (typed(v) and typed(like)):
         return v
     sharding = jax.typeof(like).sharding
-    return jax.sharding.reshard(v, sharding.update(spec=P(*(sharding.spec[a] for a in axes))))
+    spec = P(*(None if a is None else sharding.spec[a] for a in axes))
+    return jax.sharding.reshard(v, sharding.update(spec=spec))
+
+
+def cells(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """A mask, or what else broadcasts to x, for each cell of x; sharded by type as x is."""
+    return sharded_as(jnp.broadcast_to(mask, x.shape), x, range(x.ndim))
 
 
 def split_over(v: jax.Array, axis: int) -> int:

@@ -103,10 +103,11 @@ def _tangent(spec, x, mask, count, mean, r, scale, tx, tparams):  # type: ignore
 
     d, t = x - axes.expand(mean), tx
     if mask is not None:
-        d, t = jnp.where(mask, d, 0), jnp.where(mask, t, 0)
+        valid = collectives.cells(mask, x)
+        d, t = jnp.where(valid, d, 0), jnp.where(valid, t, 0)
     s1, s2 = t.sum(axes.reduced), real_product(d, t).sum(axes.reduced).astype(kind)
     if spec.pool is not None:
-        s1, s2 = collectives.total(jnp.stack([s1, s2]), spec.pool)
+        s1, s2 = collectives.totals((s1, s2), spec.pool)
     s1, s2 = s1 / n, s2 / n
 
     by_d = -a * r * r * s2

@@ -103,7 +103,7 @@ def batch_norm(
                 f"{call}: state.count=None with momentum=None, but the cumulative average weighs "
                 f"by the updates so far; start from jaxbn.init(features), or write momentum=0.99."
             )
-        state = state if gathers else settle(call, state, x)
+        state = state if gathers else settle(call, state, x, axes)
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
     axes_.check_dtype(call, "values of y", dtype, "leave dtype out for that of x")
 

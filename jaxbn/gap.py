@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxbn import calls, layers
 from jaxbn.axes import resolve
+from jaxbn.collectives import sharded_as
 from jaxbn.diagnose import of_layer
 from jaxbn.findings import (
     ERROR,
@@ -168,7 +169,8 @@ def _refuse_empty(x: jax.Array) -> None:
 def _no_padding(x: jax.Array, axis: Any) -> jax.Array:
     """Cells that differ from the last one: padding stands last, and its cells are all alike."""
     axes = resolve("gap", x, axis)
-    last = x
+    # In one piece: where shardings are types, no slice of a part is taken.
+    last = sharded_as(x, x, [a if a in axes.features else None for a in range(x.ndim)])
     for a in axes.reduced:
         last = jax.lax.slice_in_dim(last, -1, None, axis=a)
     return (x != last).any(axes.features, keepdims=True)

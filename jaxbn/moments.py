@@ -138,7 +138,7 @@ def _about(
     """Mean and variance by Σ(x - pivot) and Σ|x - pivot|², over n."""
     d = x.astype(pivot.dtype) - axes.expand(pivot)
     if mask is not None:
-        d = jnp.where(mask, d, 0)
+        d = jnp.where(collectives.cells(mask, d), d, 0)
     sum_d, sum_d2 = totals(d, d, axes)
     shift = sum_d / n.astype(d.dtype)
     return pivot + shift, sum_d2 / n - real_product(shift, shift)
@@ -153,6 +153,11 @@ def across(m: Moments, pool: Pool | None) -> Moments:
     """
     if pool is None:
         return m
+    if pool.groups is None:
+        for name in pool.mapped:
+            m = merge_all(Moments(*(lax.all_gather(leaf, name) for leaf in m)))
+        if not pool.axis_name:
+            return m
     if pool.devices <= GATHERED:
         return merge_all(_packed(m, lambda v: collectives.gather(v, pool)))
     return _pooled(m, lambda v: _packed(v, lambda flat: collectives.total(flat, pool)))
@@ -161,16 +166,15 @@ def across(m: Moments, pool: Pool | None) -> Moments:
 def _packed(m: Moments, send: Callable[[jax.Array], jax.Array]) -> Moments:
     """What `send` makes of the leaves of m, all 2C + 1 (or 3C) numbers in one array.
 
-    It may put axes before theirs. Of features that are sharded by type, which cannot stand in one
-    row with a count that is not, mean and var go in one array and a count in another.
+    It may put axes before theirs. Features that are sharded by type lie abreast, each device with
+    its own, and a count of all goes by itself.
     """
     kind = m.mean.dtype
-    if m.count.ndim == 0 and any(jax.typeof(m.mean).sharding.spec):
-        count, both = send(m.count), send(jnp.stack([m.mean, m.var.astype(kind)], -1))
-        return Moments(count, both[..., 0], both[..., 1].real)
-    # A count known from shapes is of no mesh, and JAX then cannot map it beside what is.
-    row = m if m.count.ndim else m._replace(count=collectives.sharded_as(m.count, m.mean))
-    flat = send(jnp.concatenate([leaf.reshape(-1).astype(kind) for leaf in row]))
+    if any(jax.typeof(m.mean).sharding.spec):
+        rows = send(jnp.stack([leaf.astype(kind) for leaf in m if leaf.ndim], -1))
+        count = rows[..., 0].real if m.count.ndim else send(m.count)
+        return Moments(count, rows[..., -2], rows[..., -1].real)
+    flat = send(jnp.concatenate([leaf.reshape(-1).astype(kind) for leaf in m]))
     count, mean, var = (
         part.reshape(*flat.shape[:-1], *leaf.shape)
         for part, leaf in zip(
@@ -228,7 +232,7 @@ def _pivot(x: jax.Array, axes: Axes, mask: jax.Array | None, n: jax.Array) -> ja
     """
     kind = wide(x.dtype)
     if mask is not None:
-        return total(jnp.where(mask, x.astype(kind), 0), axes) / n.astype(kind)
+        return total(jnp.where(collectives.cells(mask, x), x.astype(kind), 0), axes) / n.astype(kind)
     axis, stride = _sample(x, axes)
     if stride > 1:
         x = lax.slice_in_dim(x, 0, None, stride, axis=axis)
@@ -263,7 +267,8 @@ def _count(mask: jax.Array, x: jax.Array, axes: Axes, dtype: jnp.dtype) -> jax.A
     count = mask.astype(dtype).sum(axes.reduced) * repeats
     if all(mask.shape[a] == 1 for a in axes.features):
         return count.reshape(())
-    return jnp.broadcast_to(count, tuple(x.shape[a] for a in axes.features))
+    count = jnp.broadcast_to(count, tuple(x.shape[a] for a in axes.features))
+    return collectives.sharded_as(count, x, axes.features)
 
 
 def _align(v: jax.Array, like: jax.Array) -> jax.Array:

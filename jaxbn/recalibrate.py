@@ -184,9 +184,10 @@ def _fold(
     def learn(old: Record | None, new: Record) -> tuple[Record, jax.Array]:
         count, mean, var = new.moments
         flag = new.unbiased if unbiased is None else jnp.full_like(new.unbiased, unbiased)
-        # [] or, of stacked layers, [layers], beside [C] or [layers, C].
+        # [] or, of stacked layers, [layers], beside [C] or [layers, C]. A sum and no broadcast, which
+        # lies as mean does.
         count, flag = (
-            jnp.broadcast_to(v.reshape(v.shape + (1,) * (mean.ndim - v.ndim)), mean.shape)
+            v.reshape(v.shape + (1,) * (mean.ndim - v.ndim)) + jnp.zeros_like(mean, v.dtype)
             for v in (count, flag)
         )
         finite = jnp.all(jnp.isfinite(mean) & jnp.isfinite(var))
@@ -216,8 +217,10 @@ def _state(old: State, record: Record, pooled: bool, pool: Pool | None, batches:
     m = across(record.moments, pool)
     var = m.var * _bessel(m.count, record.unbiased) if pooled else m.var
     # A channel that a mask hides in every batch keeps what it had.
-    mean = jnp.where(m.count > 0, m.mean, old.mean.astype(m.mean.dtype))
-    var = jnp.where(m.count > 0, var, old.var.astype(var.dtype))
+    mean, var = (
+        jnp.where(m.count > 0, new, collectives.cells(before.astype(new.dtype), new))
+        for new, before in ((m.mean, old.mean), (var, old.var))
+    )
     count = None if old.count is None else jnp.full_like(old.count, batches)
     return State(_placed(mean, old.mean), _placed(var, old.var), count)
 

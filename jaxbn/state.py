@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn.axes import check_dtype, promote, wide
-from jaxbn.collectives import varying_axes
+from jaxbn.axes import Axes, check_dtype, promote, wide
+from jaxbn.collectives import sharded_as, varying_axes
 
 
 class Params(NamedTuple):
@@ -65,11 +65,12 @@ def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Param
     return params, State(mean, var, jnp.zeros((), jnp.int32))
 
 
-def settle(call: str, state: State, x: jax.Array) -> State:
+def settle(call: str, state: State, x: jax.Array, axes: Axes) -> State:
     """The state in the types that both modes return, or an error that names the call.
 
     Strong types; mean and var in float32 or wider, since a narrow running average stops far from
     the truth: its steps are rounded away. The mean of complex x is complex; a count is int32.
+    Where shardings are types, mean and var are sharded as the features of x are.
     """
     leaves = {"mean": jnp.asarray(state.mean), "var": jnp.asarray(state.var)}
     for name, v in leaves.items():
@@ -78,7 +79,9 @@ def settle(call: str, state: State, x: jax.Array) -> State:
                 f"{call}: state.{name} has dtype {v.dtype}, in which no average can move; write "
                 f"state._replace({name}=state.{name}.astype(jnp.float32))."
             )
-    mean, var = (v.astype(wide(v.dtype)) for v in leaves.values())
+    mean, var = (
+        sharded_as(v.astype(wide(v.dtype)), x, axes.features) for v in leaves.values()
+    )
     kind = promote(mean.dtype, x.dtype) if jnp.iscomplexobj(x) else mean.dtype
     return State(mean.astype(kind), var, None if state.count is None else _int32(state.count))
 

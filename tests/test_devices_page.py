@@ -308,6 +308,36 @@ def test_a_filled_up_batch_equals_its_valid_rows(page, start):
         assert_trees_close(got, want, f"check_vma={check_vma}")
 
 
+def test_shard_map_runs_on_a_mesh_of_explicit_axes(page):
+    """The blocks of the page with JAX's default mesh in the place of Auto axes."""
+    explicit = jax.make_mesh((8,), ("data",))
+    assert explicit.axis_types == (AxisType.Explicit,)
+    by_rows = NamedSharding(explicit, P("data"))
+    names = page | {"mesh": explicit, "by_rows": by_rows}
+    names["batch"] = jax.device_put((page["x"], page["target"]), by_rows)
+    blocks = [block[1] for block in BLOCK.finditer(PAGE) if "shard_map(" in block[1]]
+    assert len(blocks) == 7
+    with compiled_quickly():
+        for block in blocks:
+            exec(block.replace("AxisType.Auto", "AxisType.Explicit"), names)
+    for name in ("y_grouped", "y_by_axis", "ys"):
+        assert names[name].sharding.mesh.axis_types[0] == AxisType.Explicit
+        assert_trees_close(names[name], page[name], name)
+    assert_trees_close(names["train"], page["train_outside"], "outside")
+
+
+def test_a_scan_of_local_statistics_equals_each_device_alone(page):
+    params, _ = jaxbn.init(16)
+    for device in range(8):
+        state = page["state"]
+        for x, ys in zip(page["xs"], page["ys"], strict=True):
+            rows = slice(4 * device, 4 * device + 4)
+            y, state = jaxbn.batch_norm(x[rows], params, state, train=True)
+            assert_trees_close(ys[rows], y)
+        got = jax.tree.map(lambda v, i=device: v[i], page["scanned_states"])
+        assert_trees_close(got, state)
+
+
 def test_per_device_statistics_under_jit(page):
     x, (params, state) = page["x"], jaxbn.init(16)
     y, _ = page["per_device"](x, params, state)
