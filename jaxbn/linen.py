@@ -100,6 +100,6 @@ class BatchNorm(nn.BatchNorm):
         )
         if not use_running_average and not initializing:
             mean.value, var.value = state.mean, state.var
-            if self.momentum is None:
+            if state.count is not None:
                 counter.value = state.count
         return y

@@ -59,7 +59,7 @@ def moments(
     >>> float(m.count), float(m.mean[0]), float(m.var[0])
     (2.0, 1.5, 0.25)
     """
-    x = jnp.asarray(x)
+    x = axes_.array("moments", "x", x)
     where = axes_.resolve("moments", x, axis)
     if mask is not None:
         mask = axes_.check_mask("moments", mask, x)

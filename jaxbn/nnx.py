@@ -104,6 +104,6 @@ class BatchNorm(nnx.BatchNorm):
             # Anew: `mean[...] = ` would cast to the dtype that mean had.
             self.mean.set_value(state.mean)
             self.var.set_value(state.var)
-            if cumulative:
+            if state.count is not None:
                 self.count.set_value(state.count)
         return y
