@@ -42,12 +42,18 @@ def wide(dtype: Any) -> Any:
 
 
 def array(call: str, what: str, v: Any) -> jax.Array:
-    """V as a JAX array; an error for a tensor of another library, which would be copied unseen."""
+    """V as a JAX array, or an error for what no batch norm can be taken of."""
     library = type(v).__module__.partition(".")[0]
     if library in ("torch", "tensorflow"):
         raise TypeError(
             f"{call}: {what} is a tensor of {library}, expected an array of JAX or NumPy; write "
             f"jnp.asarray({what}.numpy())."
+        )
+    if type(v).__name__ == "JetTracer":
+        raise NotImplementedError(
+            f"{call}: {what} is traced by jax.experimental.jet, which has no rule for lax.cond, "
+            f"jax.checkpoint and jax.custom_jvp; nest jax.jvp for higher orders, write "
+            f"jax.jvp(lambda x: jax.jvp(f, (x,), (v,))[1], (x,), (v,))."
         )
     return jnp.asarray(v)
 

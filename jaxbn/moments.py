@@ -39,7 +39,8 @@ def moments(
     Args:
       x: any rank, floating or complex.
       axis: feature axis, or a tuple of them.
-      mask: broadcastable to x; cells that are False (or 0) take no part.
+      mask: broadcastable to x; cells that are False (or 0) take no part. True and 1 are the
+        other values it may hold.
       axis_name: mapped axis or axes to pool over, each device weighted by its count.
       axis_index_groups: pool within subgroups of that axis.
 
@@ -51,6 +52,7 @@ def moments(
     Raises:
       TypeError: x is not floating or complex.
       ValueError: an axis, the mask, or an axis name does not fit.
+      NotImplementedError: under `jax.experimental.jet`, which cannot; `jax.jvp` nests.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> m = jaxbn.moments(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.jet import jet
 
 import jaxbn
 
@@ -208,6 +209,17 @@ CASES = {
             ("use_running_average", True, "train=not True"),
             ("decay_rate", 0.9, "momentum=0.9"),
         )
+    },
+    **{
+        f"jet of {name}": (
+            lambda f=f: jet(f, (X,), ((X, X),)),
+            NotImplementedError(
+                f"{name}: x is traced by jax.experimental.jet, which has no rule for lax.cond, "
+                "jax.checkpoint and jax.custom_jvp; nest jax.jvp for higher orders, write "
+                "jax.jvp(lambda x: jax.jvp(f, (x,), (v,))[1], (x,), (v,))."
+            ),
+        )
+        for name, f in (("moments", jaxbn.moments), ("batch_norm", call))
     },
     "axis out of range": (
         lambda: call(axis=3),
