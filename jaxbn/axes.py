@@ -109,11 +109,8 @@ def check_features(call: str, params: Any, state: Any, x: jax.Array, axes: Axes)
     own, other = ("params", "state") if what in shapes["params"] else ("state", "params")
     features = expected[0] if len(expected) == 1 else expected
     like = ""
-    if (
-        shapes[own].keys() <= wrong.keys()
-        and shapes[other]
-        and not shapes[other].keys() & wrong.keys()
-    ):
+    # All of its own leaves are of another size, and none of those beside it.
+    if shapes[other] and wrong.keys() == shapes[own].keys():
         like = f", as {other} {'has' if other == 'state' else 'have'}"
         fresh = "[0] for fresh ones" if own == "params" else "[1] for a fresh one"
         remedy = f"pass this layer's {own} and not another's, or jaxbn.init({features}){fresh}."
