@@ -38,7 +38,8 @@ def moments(
     Args:
       x: any rank, floating or complex.
       axis: feature axis, or a tuple of them.
-      mask: broadcastable to x; cells that are False (or 0) take no part.
+      mask: broadcastable to x; cells that are False (or 0) take no part. True and 1 are the
+        other values it may hold.
       axis_name: mapped axis or axes to pool over, each device weighted by its count.
       axis_index_groups: pool within subgroups of that axis.
 
@@ -50,6 +51,7 @@ def moments(
     Raises:
       TypeError: x is not floating or complex.
       ValueError: an axis, the mask, or an axis name does not fit.
+      NotImplementedError: under `jax.experimental.jet`, which cannot; `jax.jvp` nests.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> m = jaxbn.moments(
@@ -58,7 +60,7 @@ def moments(
     >>> float(m.count), float(m.mean[0]), float(m.var[0])
     (2.0, 1.5, 0.25)
     """
-    x = jnp.asarray(x)
+    x = axes_.array("moments", "x", x)
     where = axes_.resolve("moments", x, axis)
     if mask is not None:
         mask = axes_.check_mask("moments", mask, x)

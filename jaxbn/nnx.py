@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
+from jaxbn.axes import array
 from jaxbn.functional import batch_norm
 from jaxbn.state import Params, State
 
@@ -73,7 +74,7 @@ class BatchNorm(nnx.BatchNorm):
             "constructor; expected True or False: model.train(), model.eval(), or "
             "bn(x, use_running_average=False).",
         )
-        x = jnp.asarray(x)
+        x = array("BatchNorm", "x", x)
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         mean, var = self.mean[...], self.var[...]
@@ -104,6 +105,6 @@ class BatchNorm(nnx.BatchNorm):
             # Anew: `mean[...] = ` would cast to the dtype that mean had.
             self.mean.set_value(state.mean)
             self.var.set_value(state.var)
-            if cumulative:
+            if state.count is not None:
                 self.count.set_value(state.count)
         return y

@@ -1,13 +1,13 @@
 """What batch norm is made of: `Params`, `State`, `Moments`, and how moments enter the state."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn.axes import Axes, check_dtype, promote, wide
+from jaxbn.axes import Axes, check_dtype, is_integer, promote, wide
 from jaxbn.collectives import sharded_as, varying_axes
 
 
@@ -43,7 +43,7 @@ def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Param
         float32 where it is narrower; var is real where it is complex.
 
     Raises:
-      TypeError: dtype is not floating or complex.
+      TypeError: features are no integers, or dtype is not floating or complex.
       ValueError: a size is negative.
 
     >>> import jaxbn
@@ -52,8 +52,9 @@ def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Param
     ((64,), (64,), 0)
     """
     shape = tuple(features) if isinstance(features, Sequence) else (features,)
-    if any(size < 0 for size in shape):
-        raise ValueError(
+    integers = not isinstance(features, str) and all(map(is_integer, shape))
+    if not integers or any(size < 0 for size in shape):
+        raise (ValueError if integers else TypeError)(
             f"init: features={features!r}, expected the size of the feature axis (or axes); "
             f"write jaxbn.init(x.shape[-1])."
         )
@@ -63,6 +64,33 @@ def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Param
     mean = jnp.zeros(shape, wide(dtype))
     var = jnp.ones(shape, jnp.finfo(mean.dtype).dtype)
     return params, State(mean, var, jnp.zeros((), jnp.int32))
+
+
+def check_kind(call: str, kind: Any, value: Any) -> Any:
+    """`value` as `Params` or `State`, from one or from any tuple of as many leaves."""
+    if isinstance(value, tuple) and len(value) == len(kind._fields):
+        return kind(*value)
+    name, was = kind.__name__.lower(), type(value).__name__
+    remedy = "write params, state = jaxbn.init(features)."
+    if isinstance(value, Params | State | Moments):
+        remedy = f"the order is {call}(x, params, state)."
+    elif isinstance(value, Mapping):
+        keys = sorted(map(str, value))
+        was = f"{was} of {keys[:4]}" + ", …" * (len(keys) > 4)
+        collection, line = {
+            "params": ("params", 'jaxbn.Params({0}.get("scale"), {0}.get("bias"))'),
+            "state": ("batch_stats", 'jaxbn.State({0}["mean"], {0}["var"], {0}.get("count"))'),
+        }[name]
+        remedy = f"write {line.format(name)}."
+        if not set(kind._fields) & set(keys):
+            remedy = (
+                f"linen holds each layer's under its name, so write "
+                f'v = variables["{collection}"]["BatchNorm_0"] and {line.format("v")}.'
+            )
+    raise TypeError(
+        f"{call}: {name} is {was}, expected jaxbn.{kind.__name__}({', '.join(kind._fields)}) or "
+        f"None; {remedy}"
+    )
 
 
 def settle(call: str, state: State, x: jax.Array, axes: Axes) -> State:
@@ -94,7 +122,7 @@ def _int32(count: Any) -> jax.Array:
     return count.astype(jnp.int32)
 
 
-def blend(state: State, moments: Moments, momentum: float | None, unbiased: bool) -> State:
+def blend(state: State, moments: Moments, momentum: Any, unbiased: bool) -> State:
     """Equals `momentum * state + (1 - momentum) * moments`, in the state's dtypes.
 
     `momentum=None` is the cumulative average: update k weighs the batch by 1/k. `unbiased`
@@ -129,7 +157,7 @@ def blend(state: State, moments: Moments, momentum: float | None, unbiased: bool
 
     def step(old: jax.Array, batch: jax.Array) -> jax.Array:
         if state.count is None or momentum is not None:
-            keep: Any = momentum
+            keep = momentum if isinstance(momentum, float) else momentum.astype(old.dtype)
             new = keep * old + (1 - keep) * batch
         else:
             # By what is to be added: a weight near 1 would be rounded, and its share lost.

@@ -314,6 +314,74 @@ def test_masked_out_cells_never_reach_the_statistics_or_a_gradient(filler):
     ):
         oracle.assert_close(got, np.asarray(want, np.float64), tolerance, "masked")
     np.testing.assert_array_equal(dx[~valid], 0)
+    if not np.isfinite(filler):  # as if it were the mean
+        np.testing.assert_array_equal(y[~valid], np.broadcast_to(params.bias, y[~valid].shape))
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("filler", [np.inf, np.nan])
+def test_masked_out_cells_never_reach_the_layers_after(filler, train):
+    """Whose sums over cells meet 0 · y there; so y is bias, as of a cell that holds the mean."""
+    params, state = jaxbn.Params(normal(4, 1), normal(4, seed=1)), given(cases.SMALL[0])[2]
+    state = jaxbn.State(state.mean[:4], state.var[:4], None)
+    x, w, dy = normal((12, 4), 3), normal((4, 2), seed=2), normal((12, 2), seed=3)
+    valid = np.arange(12)[:, None] % 3 != 1
+    dy *= valid
+
+    @jax.jit
+    def gradients(x):
+        def loss(params, w):
+            y, _ = jaxbn.batch_norm(x, params, state, train=train, mask=valid)
+            return (jax.nn.gelu(y) @ w * dy).sum()
+
+        return jax.grad(loss, (0, 1))(params, w)
+
+    mean = x[valid[:, 0]].mean(0) if train else state.mean
+    got, want = gradients(np.where(valid, x, filler)), gradients(np.where(valid, x, mean))
+    for g, v in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        oracle.assert_close(g, np.float64(v), oracle.tolerance("float32", 12))
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("train", [True, False])
+def test_epsilon_0_gives_bias_where_nothing_varies(train, traced):
+    """The limit of epsilon to 0, where the formula has 0 / 0; gradients are finite."""
+    params, x, dy = jaxbn.Params(normal(3, 1), normal(3, seed=1)), normal((8, 3), 2), normal((8, 3))
+    x[:, 1] = 7.1
+    _, mean, var = oracle.moments(x)
+    state = jaxbn.State(np.float32(mean), np.float32(var), None)
+
+    @functools.partial(jax.jit, static_argnums=None if traced else 0)
+    def run(epsilon):
+        def f(x, params):
+            return jaxbn.batch_norm(x, params, state, train=train, epsilon=epsilon)[0]
+
+        y, vjp = jax.vjp(f, x, params)
+        return y, *vjp(dy)
+
+    y, dx, (dscale, dbias) = run(0.0)
+    np.testing.assert_array_equal(y[:, 1], params.bias[1])
+    np.testing.assert_array_equal((*dx[:, 1], dscale[1]), 0)
+    desired = oracle.normalize(x, mean, np.where(var, var, 1), *params, epsilon=0)
+    oracle.assert_close(y, desired, oracle.tolerance("float32", 8), "y")
+    assert np.isfinite(dx).all()
+    oracle.assert_close(dbias, dy.sum(0, dtype=float), oracle.tolerance("float32", 8), "dbias")
+
+
+@pytest.mark.parametrize("size", [1e18, 1e20, 1e30, 1e38, 3e38])
+def test_y_is_right_or_bias_or_nan_at_the_end_of_the_range(size):
+    """A variance beyond float32, from |x - mean| of about 1e19: no other number, and no state."""
+    x = np.stack([[size, -size, size, 0, 1, 2], np.arange(6)], -1).astype(np.float32)
+    bias = np.float32([0.5, 0.25])
+    y, state = bn(x, jaxbn.Params(None, bias), jaxbn.init(2)[1], train=True, momentum=0.5)
+    _, mean, var = oracle.moments(x)
+    desired = oracle.normalize(x, mean, var, 1, bias)
+    oracle.assert_close(y[:, 1], desired[:, 1], oracle.tolerance("float32", 6))
+    if size < 1e19:
+        oracle.assert_close(y, desired, oracle.tolerance("float32", 6))
+    else:
+        assert (np.isnan(y[:, 0]) | (y[:, 0] == bias[0])).all()
+        assert (state.mean[0], state.var[0]) == (0, 1)
 
 
 def test_y_is_normalized_outside_the_mask_too():
