@@ -1,11 +1,13 @@
-"""`python -m jaxbn`."""
+"""`python -m jaxbn`, and the console command `jaxbn`."""
 
 import os
 import sys
 
 from jaxbn.cli import main
 
-if __name__ == "__main__":
+
+def run() -> None:
+    """Runs the command that this process was given, and ends the process with its status."""
     try:
         status = main()
         sys.stdout.flush()
@@ -13,3 +15,7 @@ if __name__ == "__main__":
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 2
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    run()
