@@ -1,4 +1,4 @@
-"""`fold`: a trained network without its norms, which went into the kernels beside them."""
+"""`fold`: a trained network without norms. The kernels beside the norms absorb them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,19 +15,19 @@ from jaxbn.text import aligned
 
 
 class FoldSite(NamedTuple):
-    """One convolution or dot with a constant kernel, or one norm that stays; as printed."""
+    """One row of the report: a convolution or dot with a constant kernel, or a norm that stays."""
 
     name: str  # "0 conv 3x3, 3 -> 8 ResNet/conv_init"
-    folded: bool | None  # None where there is nothing to fold
+    folded: bool | None  # None if there is nothing to fold
     note: str  # what was folded, or why not
-    absolute: float | None  # largest error of its own on the example; None where not folded
-    relative: float | None  # the same over the largest value
+    absolute: float | None  # largest error of this site alone on the example; None if not folded
+    relative: float | None  # absolute over the largest value of the site's result
 
 
 class FoldReport(NamedTuple):
-    """What `fold` did: its sites in order, and the largest error of fn's results on the example.
+    """What `fold` did: the sites in order, and the largest error of fn's results on the example.
 
-    Printed, it is a table.
+    `print(report)` prints a table.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> w, mean, scale = jnp.ones((3, 2)), jnp.array([[1.0, 0.0]]), jnp.array([[2.0, -4.0]])
@@ -66,31 +66,34 @@ class FoldReport(NamedTuple):
 def fold(
     fn: Callable[..., Any], *example_args: Any, tolerance: float | None = None
 ) -> tuple[Callable[..., Any], FoldReport]:
-    """A function that equals `fn`, with its norms in the kernels and biases beside them.
+    """A function that equals `fn`, without its norms: kernels and biases absorb the norms.
 
-    In inference a norm is `x * a + b` per channel, so `(W x + c) * a + b = (W a) x + (c a + b)`:
-    Jacob et al. 2018, section 3.2. `fn` is traced, so it does not matter which library wrote it.
-    After each convolution and dot with a constant kernel, the additions, subtractions,
-    multiplications and divisions by constants of each channel are folded, through reshapes,
-    transposes and casts that keep channels apart; before one too, where it pads with no zeros.
-    All in float64, cast once. What is read elsewhere as well stays as it is.
+    Use `fold` before a trained network is served, exported or quantized. In inference a norm is
+    `x * a + b` per channel, so `(W x + c) * a + b = (W a) x + (c a + b)`: Jacob et al. 2018,
+    section 3.2. `fn` is traced, so any library may have written it.
+
+    `fold` absorbs the additions, subtractions, multiplications and divisions by per-channel
+    constants that follow a convolution or a dot with a constant kernel. Reshapes, transposes and
+    casts in between are allowed if they keep channels apart. An affine before a convolution is
+    absorbed if the convolution does not pad with zeros. Kernels are computed in float64 and cast
+    once. A value with a second reader stays as it is.
 
     Args:
-      fn: an inference function of arrays, or trees of them, with its weights closed over. It is
-        traced again for each new shape, with the weights of now.
-      example_args: a batch to trace with, and to measure errors on.
-      tolerance: the largest error that is no fault, over the largest value, for each site and
-        for fn's results; by default 1e-5 in float32, 1e-12 in float64, and 4 units in the last
-        place of bfloat16 or float16.
+      fn: an inference function of arrays, or of trees of arrays, that closes over its weights.
+        fn is traced again for each new shape.
+      example_args: a batch. fold traces fn with the batch and measures errors on it.
+      tolerance: the largest error allowed, over the largest value, for each site and for fn's
+        results. The default is 1e-5 in float32, 1e-12 in float64, and 4 units in the last place
+        of bfloat16 or float16.
 
     Returns:
-      `(folded, report)`: a function for any batch size, under `jit`, `vmap` and `grad`, and for
-      `jax.export`; and what became of each site.
+      `(folded, report)`. `folded` takes any batch size and works under `jit`, `vmap`, `grad` and
+      `jax.export`. `report` says what became of each site.
 
     Raises:
-      TypeError: fn is no function, or an argument is no array.
-      ValueError: fn is in training mode, or there is nothing to fold, or an error is above
-        tolerance; the message names the place.
+      TypeError: fn is not a function, or an argument is not an array.
+      ValueError: fn is in training mode, there is nothing to fold, or an error is above
+        tolerance. The message names the place.
 
     >>> import jax, jax.numpy as jnp, jaxbn
     >>> params, state = jaxbn.init(2)
@@ -129,7 +132,7 @@ def fold(
 
     def run_folded(*args: Any) -> Any:
         again = trace(fn, args, transparent)
-        # Constants may follow the shape (a mean over the batch), but not the time.
+        # A constant may depend on the shape (a mean over the batch), but must not change with time.
         if not _same(again, program) and not _same(trace(fn, shapes, transparent), program):
             raise ValueError(
                 "fold: the weights that fn closes over have changed since it was folded; fold "
@@ -171,7 +174,7 @@ def _same(one: Program, other: Program) -> bool:
 def _measure(
     fn: Callable[..., Any], args: Sequence[Any], kept: dict[Any, jax.Array], tolerance: float
 ) -> FoldReport:
-    """The report: each site run alone on what it reads in fn, then all of them together."""
+    """The report: each site runs alone on its input in fn, then all sites run together."""
     rows: list[Row] = []
 
     def differences(*args: Any) -> Any:
@@ -187,7 +190,7 @@ def _measure(
         pairs = ((y, values[i]) for y, i in zip(results, program.outputs, strict=True))
         return alone, [_difference(y, r) for y, r in pairs if jnp.issubdtype(r, jnp.inexact)]
 
-    # Accelerators multiply float32 in fewer bits by default, which is no fault of the fold.
+    # Accelerators multiply float32 in fewer bits by default. The fold is not to blame for that.
     with jax.default_matmul_precision("highest"):
         alone, together = jax.device_get(jax.jit(differences)(*args))
     errors = iter(alone)
@@ -199,7 +202,7 @@ def _measure(
 
 
 def _difference(y: jax.Array, reference: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Largest error and largest value; equal infinities and NaNs do not differ."""
+    """Largest error and largest value. Equal infinities do not differ, nor do two NaNs."""
     wide = promote(y.dtype, jnp.float32)
     y, reference = y.astype(wide), reference.astype(wide)
     same = (y == reference) | (jnp.isnan(y) & jnp.isnan(reference))
@@ -209,7 +212,7 @@ def _difference(y: jax.Array, reference: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def _worst(errors: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """The largest error, and the largest over its largest value; what is no number is infinite."""
+    """The largest error, and the largest relative error. A NaN counts as infinite."""
     absolute = [float("inf") if np.isnan(error) else float(error) for error, _ in errors]
     relative = [
         error / float(largest) if largest else error and float("inf")
@@ -219,7 +222,7 @@ def _worst(errors: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _tolerance(program: Program) -> float:
-    """4 units in the last place of the narrowest dtype that is computed in; 1e-5 in float32."""
+    """4 units in the last place of the narrowest dtype in the program; 1e-5 in float32."""
     names = {*CONTRACTIONS, *ARITHMETIC}
     dtypes = [op.dtype for op in program.ops if op.name in names and floating(op.dtype)]
     eps = max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
@@ -255,7 +258,7 @@ def _check_arguments(fn: Any, args: Sequence[Any], tolerance: float | None) -> N
 
 
 def _check_something(report: FoldReport, program: Program) -> None:
-    """An error, if there is neither a norm that went away nor one that had to stay."""
+    """Raises if fn has neither a norm that was folded nor a norm that had to stay."""
     found = {site.folded for site in report.sites}
     count = sum(op.name in CONTRACTIONS for op in program.ops)
     if count and found <= {False}:
