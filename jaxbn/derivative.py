@@ -37,9 +37,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn import collectives
-from jaxbn.axes import Axes
+from jaxbn.axes import Axes, wide
 from jaxbn.collectives import Pool
-from jaxbn.moments import across, divisor, of, wide
+from jaxbn.moments import across, divisor, of
 from jaxbn.normalize import normalize, rstd
 from jaxbn.policy import named
 from jaxbn.state import Moments, Params
@@ -50,7 +50,7 @@ class Spec(NamedTuple):
     """Everything about one call that is known before it runs."""
 
     axes: Axes
-    epsilon: float
+    epsilon: float  # 0 where it is traced, and so an argument
     pool: Pool | None
     dtype: jnp.dtype  # of y
     mapped: bool = False  # whether this is called under `vmap`
@@ -58,42 +58,47 @@ class Spec(NamedTuple):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def normalize_by_batch(
-    spec: Spec, x: jax.Array, params: Params, mask: jax.Array | None
+    spec: Spec,
+    x: jax.Array,
+    params: Params,
+    mask: jax.Array | None,
+    epsilon: jax.Array | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Equals `normalize(x, *moments)` and the pooled moments it used.
 
     Where no device has a valid cell, rstd is taken as 0, so y is bias and gradients are finite.
     """
-    y, m, _ = _forward(spec, x, params, mask)
+    y, m, _ = _forward(spec, x, params, mask, epsilon)
     return y, m
 
 
 def _forward(
-    spec: Spec, x: jax.Array, params: Params, mask: jax.Array | None
+    spec: Spec, x: jax.Array, params: Params, mask: jax.Array | None, epsilon: jax.Array | None
 ) -> tuple[jax.Array, Moments, jax.Array]:
     m = named(across(of(x, spec.axes, mask, spec.mapped), spec.pool))
-    r = jnp.where(m.count > 0, rstd(m.var, spec.epsilon), 0)
+    added = spec.epsilon if epsilon is None else epsilon
+    r = jnp.where(m.count > 0, rstd(m.var, added), 0)
     # Behind a barrier: this x - mean is not to be merged with that of backward's sums.
     mean, r_of_y = lax.optimization_barrier((m.mean, r))
-    return normalize(x, mean, r_of_y, params, spec.axes, spec.dtype), m, r
+    return normalize(x, mean, r_of_y, params, spec.axes, spec.dtype, mask), m, r
 
 
 @normalize_by_batch.defjvp
 def _jvp(spec, primals, tangents):  # type: ignore[no-untyped-def]
-    x, params, mask = primals
+    x, params, mask, epsilon = primals
     # A copy by name only, which no policy keeps: else a checkpoint around the one below, whose
     # policy keeps x, would keep it twice, once for itself and once to hand it down.
     x = checkpoint_name(x, "batch_norm_x")
-    tx, tparams, _ = tangents
-    y, m, r = _forward(spec, x, params, mask)
+    tx, tparams, _, tepsilon = tangents
+    y, m, r = _forward(spec, x, params, mask, epsilon)
     tangent = jax.checkpoint(functools.partial(_tangent, spec), prevent_cse=False)
-    ty, tm = tangent(x, mask, m.count, m.mean, r, params.scale, tx, tparams)
+    ty, tm = tangent(x, mask, m.count, m.mean, r, params.scale, tx, tparams, tepsilon)
     return (y, m), (ty, tm)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _tangent(spec, x, mask, count, mean, r, scale, tx, tparams):  # type: ignore[no-untyped-def]
-    """The map above, linear in tx and tparams. [C] unless said otherwise."""
+def _tangent(spec, x, mask, count, mean, r, scale, tx, tparams, tepsilon):  # type: ignore[no-untyped-def]
+    """The map above, linear in the tangents. [C] unless said otherwise."""
     axes = spec.axes
     kind = wide(x.dtype)
     x, tx = x.astype(kind), tx.astype(kind)  # [..., C]
@@ -109,7 +114,8 @@ def _tangent(spec, x, mask, count, mean, r, scale, tx, tparams):  # type: ignore
         s1, s2 = collectives.total(jnp.stack([s1, s2]), spec.pool)
     s1, s2 = s1 / n, s2 / n
 
-    by_d = -a * r * r * s2
+    half = s2 if tepsilon is None else s2 + tepsilon.astype(kind) / 2  # of var + epsilon's tangent
+    by_d = -a * r * r * half
     by_1 = -a * s1
     if tparams.scale is not None:
         by_d = by_d + r * tparams.scale.astype(kind)

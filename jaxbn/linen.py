@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
 
-from jaxbn.axes import resolve
+from jaxbn.axes import resolve, wide
 from jaxbn.functional import batch_norm
 from jaxbn.state import Params, State
 
@@ -19,7 +19,8 @@ class BatchNorm(nn.BatchNorm):
     checkpoint moves over by changing the import, and back. `docs/differences-from-flax.md`
     lists where the numbers differ, which is where Flax's are wrong. `use_fast_variance` is
     accepted and has nothing to choose: the one pass here is also the accurate one.
-    `force_float32_reductions=False` only gives the statistics `param_dtype` as their dtype.
+    `force_float32_reductions=False` only gives the statistics `param_dtype` as their dtype, where
+    that is float64: they are float32 or wider.
 
     Attributes (new here):
       momentum: may be None for the cumulative average; then `batch_stats/count` is stored.
@@ -61,7 +62,7 @@ class BatchNorm(nn.BatchNorm):
         )
         x = jnp.asarray(x)
         features = tuple(x.shape[a] for a in resolve("BatchNorm", x, self.axis).features)
-        stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        stats_dtype = jnp.float32 if self.force_float32_reductions else wide(self.param_dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, features, stats_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, features, stats_dtype)
         count = None
@@ -99,6 +100,6 @@ class BatchNorm(nn.BatchNorm):
         )
         if not use_running_average and not initializing:
             mean.value, var.value = state.mean, state.var
-            if self.momentum is None:
+            if state.count is not None:
                 counter.value = state.count
         return y

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 
 from jaxbn import axes as axes_
 from jaxbn import collectives
-from jaxbn.axes import Axes
+from jaxbn.axes import Axes, wide
 from jaxbn.collectives import Pool
 from jaxbn.state import Moments
 from jaxbn.sums import divisible, parts, real_product, total, totals
@@ -39,7 +39,8 @@ def moments(
     Args:
       x: any rank, floating or complex.
       axis: feature axis, or a tuple of them.
-      mask: broadcastable to x; cells that are False (or 0) take no part.
+      mask: broadcastable to x; cells that are False (or 0) take no part. True and 1 are the
+        other values it may hold.
       axis_name: mapped axis or axes to pool over, each device weighted by its count.
       axis_index_groups: pool within subgroups of that axis.
 
@@ -51,6 +52,7 @@ def moments(
     Raises:
       TypeError: x is not floating or complex.
       ValueError: an axis, the mask, or an axis name does not fit.
+      NotImplementedError: under `jax.experimental.jet`, which cannot; `jax.jvp` nests.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> m = jaxbn.moments(
@@ -59,7 +61,7 @@ def moments(
     >>> float(m.count), float(m.mean[0]), float(m.var[0])
     (2.0, 1.5, 0.25)
     """
-    x = jnp.asarray(x)
+    x = axes_.array("moments", "x", x)
     where = axes_.resolve("moments", x, axis)
     if mask is not None:
         mask = axes_.check_mask("moments", mask, x)
@@ -209,11 +211,6 @@ def divisor(count: jax.Array) -> jax.Array:
     and the products would move into the loops over x, where a division stays [C] before them.
     """
     return lax.optimization_barrier(jnp.where(count > 0, count, 1))
-
-
-def wide(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype statistics are computed in: float32, or x's own where that is wider."""
-    return axes_.promote(dtype, jnp.float32)
 
 
 def _pivot(x: jax.Array, axes: Axes, mask: jax.Array | None, n: jax.Array) -> jax.Array:

@@ -101,7 +101,9 @@ class BatchNorm(nnx.BatchNorm):
             dtype=dtype,
         )
         if not use_running_average:
-            self.mean[...], self.var[...] = state.mean, state.var
-            if cumulative:
-                self.count[...] = state.count
+            # Anew: `mean[...] = ` would cast to the dtype that mean had.
+            self.mean.set_value(state.mean)
+            self.var.set_value(state.var)
+            if state.count is not None:
+                self.count.set_value(state.count)
         return y
