@@ -63,6 +63,53 @@ class FoldReport(NamedTuple):
         return "\n".join(aligned(rows, right=2))
 
 
+class Folded:
+    """What `fold` makes of fn: a jitted function, with `trace` and `lower` as of `jax.jit`.
+
+    It pickles where fn does, which is traced and folded again when it is loaded.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxbn.fold import Folded
+    >>> w = jnp.eye(2)
+    >>> print(Folded(lambda x: x @ w * 2, jnp.ones((1, 2)))(jnp.ones((3, 2)))[0])
+    [2. 2.]
+    """
+
+    def __init__(self, fn: Callable[..., Any], *example_args: Any):
+        self.fn = fn
+        self.shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), example_args)
+        self.program = trace(fn, example_args, transparent)
+        self.kept: dict[Any, jax.Array] = {}
+        self._jitted = jax.jit(self._run)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Folded, (self.fn, *self.shapes)
+
+    def __call__(self, *args: Any) -> Any:
+        """Equals `fn(*args)` up to rounding."""
+        return self._jitted(*args)
+
+    def trace(self, *args: Any) -> Any:
+        """As of `jax.jit`."""
+        return self._jitted.trace(*args)
+
+    def lower(self, *args: Any) -> Any:
+        """As of `jax.jit`."""
+        return self._jitted.lower(*args)
+
+    def _run(self, *args: Any) -> Any:
+        again = trace(self.fn, args, transparent)
+        # A constant may depend on the shape (a mean over the batch), but must not change with time.
+        if not _same(again, self.program) and not _same(
+            trace(self.fn, self.shapes, transparent), self.program
+        ):
+            raise ValueError(
+                "fold: the weights that fn closes over have changed since it was folded; fold "
+                "again: folded, report = jaxbn.fold(fn, x)."
+            )
+        return again.tree.unflatten(Rewrite(again, self.kept).run(jax.tree.leaves(args)))
+
+
 def fold(
     fn: Callable[..., Any], *example_args: Any, tolerance: float | None = None
 ) -> tuple[Callable[..., Any], FoldReport]:
@@ -111,7 +158,7 @@ def fold(
     example_args = jax.tree.map(jnp.asarray, example_args)
     try:
         where = batch_statistics(fn, example_args)
-        program = trace(fn, example_args, transparent)
+        folded = Folded(fn, *example_args)
     except Exception as error:
         error.add_note(
             "fold: fn failed while it was traced; expected an inference function of the example "
@@ -127,26 +174,13 @@ def fold(
             f"eqx.nn.inference_mode(model) (Equinox)."
         )
 
-    kept: dict[Any, jax.Array] = {}
-    shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), example_args)
-
-    def run_folded(*args: Any) -> Any:
-        again = trace(fn, args, transparent)
-        # A constant may depend on the shape (a mean over the batch), but must not change with time.
-        if not _same(again, program) and not _same(trace(fn, shapes, transparent), program):
-            raise ValueError(
-                "fold: the weights that fn closes over have changed since it was folded; fold "
-                "again: folded, report = jaxbn.fold(fn, x)."
-            )
-        return again.tree.unflatten(Rewrite(again, kept).run(jax.tree.leaves(args)))
-
     if tolerance is None:
-        tolerance = _tolerance(program)
-    report = _measure(fn, example_args, kept, tolerance)
+        tolerance = _tolerance(folded.program)
+    report = _measure(fn, example_args, folded.kept, tolerance)
     if not report.folded:
-        _check_something(report, program)
+        _check_something(report, folded.program)
     _verify(report)
-    return jax.jit(run_folded), report
+    return folded, report
 
 
 def _same(one: Program, other: Program) -> bool:

@@ -17,7 +17,7 @@ FLOORS = (
     ("moments", "normalize", "kernels", "policy", "rewrite", "layouts", "matching", "variables"),
     ("derivative", "peers"),
     ("functional", "layers"),
-    ("calls", "checkpoints", "findings", "transfer", "selection"),
+    ("calls", "checkpoints", "findings", "one_value", "transfer", "selection"),
     ("diagnose", "incoming"),
     ("gap", "drift", "observe", "watch"),
     # No tool imports another.
