@@ -37,12 +37,12 @@ def _keywords_of_its_own(f: F) -> F:
 
     @functools.wraps(f)
     def call(*args: Any, **kwargs: Any) -> Any:
-        for name in ELSEWHERE.keys() & kwargs.keys():
-            given = kwargs[name]
-            raise TypeError(
-                f"{f.__name__}: {name}={given!r} is another library's keyword; write "
-                f"{ELSEWHERE[name].format(repr(given))}."
-            )
+        for name, given in kwargs.items():
+            if name in ELSEWHERE:
+                raise TypeError(
+                    f"{f.__name__}: {name}={given!r} is another library's keyword; write "
+                    f"{ELSEWHERE[name].format(repr(given))}."
+                )
         return f(*args, **kwargs)
 
     return cast(F, call)
@@ -102,9 +102,11 @@ def batch_norm(
       learn; with `momentum=None`, where one count serves all channels, none does.
 
     Raises:
-      TypeError: x or dtype is not floating or complex, or train is no Python bool.
+      TypeError: x, dtype or statistics are not floating or complex, x or dtype has fewer than 16
+        bits, train is no bool, or params, state or a number is something else.
       ValueError: shapes, axes, mask, groups or numbers do not fit, or training statistics
         would be over one value per channel.
+      NotImplementedError: under `jax.experimental.jet`, which cannot; `jax.jvp` nests.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> params, state = jaxbn.init(2)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
 
-from jaxbn.axes import resolve, wide
+from jaxbn.axes import array, resolve, wide
 from jaxbn.one_value import train_anyway
 from jaxbn.state import Params, State
 
@@ -75,7 +75,7 @@ class BatchNorm(nn.BatchNorm):
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        x = jnp.asarray(x)
+        x = array("BatchNorm", "x", x)
         features = tuple(x.shape[a] for a in resolve("BatchNorm", x, self.axis).features)
         stats_dtype = jnp.float32 if self.force_float32_reductions else wide(self.param_dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, features, stats_dtype)

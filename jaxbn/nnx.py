@@ -10,6 +10,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes, initializers
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
+from jaxbn.axes import array
 from jaxbn.calls import PATH
 from jaxbn.one_value import train_anyway
 from jaxbn.state import Params, State
@@ -131,7 +132,7 @@ class BatchNorm(nnx.BatchNorm):
             "constructor; expected True or False: model.train(), model.eval(), or "
             "bn(x, use_running_average=False).",
         )
-        x = jnp.asarray(x)
+        x = array("BatchNorm", "x", x)
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         mean, var = self.mean[...], self.var[...]

@@ -150,7 +150,7 @@ BUGS = (
         "normalize_lean = jax.checkpoint(normalize, static_argnums=(4, 5))",
         "normalize_lean = normalize",
         "test_derivative.py::test_eval_keeps_x_in_its_own_dtype_and_nothing_where_nothing_trains"
-        "[bfloat16-eval_functional]",
+        "[eval_functional-bfloat16]",
     ),
     Bug(
         "a NaN behind the mask is normalized as NaN",
