@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn.tensors import Move, Role, Slot, Tensor
+from jaxbn.text import printable
 
 Rename = Mapping[str, str | None] | Callable[[str], str | None]
 COUNTS = ("count", "num_batches_tracked")  # where the target keeps none, the source's is dropped
@@ -80,7 +81,7 @@ def refuse(call: str, problems: Iterable[str]) -> None:
     if problems := list(problems):
         raise ValueError(
             f"{call}: the source does not fit the target; nothing was converted.\n  "
-            + "\n  ".join(problems)
+            + "\n  ".join(map(printable, problems))
             + "\nLayers of other names: rename={source: target}, or a function; None for the "
             "target drops one. Layers of the target to leave as they are: keep=[...]."
         )

@@ -195,6 +195,8 @@ def test_the_table_of_a_sick_checkpoint(tmp_path, capsys, monkeypatch):
         "         updates so far: 0\n"
         '         remedy: train with mutable=["batch_stats"] and keep what apply returns\n'
         "         (nnx: model.train()), or jaxbn.recalibrate(apply, variables, batches)\n"
+        "\n"
+        "not judged without a batch: stale, and hardly_updated in 3 layers; --momentum tells of 1\n"
     )
 
 
@@ -349,7 +351,6 @@ def test_a_picture_that_cannot_be_written(folder, tmp_path, capsys, monkeypatch)
 
 
 OPTIONS = {
-    "": "python -m jaxbn: the following arguments are required: COMMAND",
     "doctor": "python -m jaxbn doctor: the following arguments are required: CHECKPOINT",
     "doctor a --jsn": "python -m jaxbn: unrecognized arguments: --jsn",
     "doctor a --momentum 1.5": "python -m jaxbn doctor: argument --momentum: '1.5', expected a "
