@@ -1,9 +1,10 @@
 """Checkpoints as data: orbax folders, safetensors, Flax msgpack → arrays and norm layers."""
 
+import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ NAMES = {
 # No byte of a file stands for more values than this many bytes: the best that zstd, which orbax
 # writes, can do (blocks of 128 KiB in 4 bytes).
 COMPRESSION = 2**15
+# What orbax' _METADATA lists beside arrays.
+NO_ARRAYS = ("None", "Dict", "List", "Tuple", "NamedTuple", "string", "placeholder")
 DEEPEST = 100  # levels of names; no model comes near, and what recurses ends at 1000
 
 # Trees beside a model that hold its scales and biases a second time, and norms without statistics.
@@ -78,7 +81,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise
     except Exception as error:
         raise ValueError(
-            f"read: {name} cannot be read as {kind}: {first_line(error)}. Expected an orbax "
+            f"read: {name} cannot be read as {kind}: {_reason(error)}. Expected an orbax "
             f"folder, a .safetensors file, or a file of flax.serialization.to_bytes."
         ) from error
     if not _children(tree):
@@ -228,6 +231,11 @@ def _leaves(tree: Any, path: tuple[str, ...], source: str) -> Iterator[tuple[tup
         yield from _leaves(node, (*path, *name.split(".", DEEPEST + 1)), source)
 
 
+def _reason(error: Exception) -> str:
+    """What an error says, without tensorstore's list of all its settings."""
+    return first_line(error).partition(" [tensorstore_spec")[0]
+
+
 def _safetensors(path: Path) -> Any:
     return need("read", "safetensors.numpy").load_file(path)
 
@@ -237,7 +245,10 @@ def _msgpack(path: Path) -> Any:
 
 
 def _orbax(path: Path) -> Any:
-    ocp = need("read", "orbax.checkpoint")
+    """The arrays of a folder that orbax wrote, read by tensorstore, which it writes with.
+
+    Not by orbax: where a file is damaged, its threads go on printing after it has raised.
+    """
     root = path = path.resolve()
     steps = [child for child in path.iterdir() if child.is_dir() and child.name.isdecimal()]
     if steps:
@@ -247,14 +258,41 @@ def _orbax(path: Path) -> Any:
     if not (path / "_METADATA").exists():
         raise ValueError("it has no _METADATA")
     size = _size(path, root)
-    handler = ocp.PyTreeCheckpointHandler()
-    with ocp.Checkpointer(handler) as checkpointer:
-        tree = handler.metadata(path).tree
-        _check_declared(jax.tree.leaves(tree), size)
-        # As NumPy arrays, whatever devices they were saved from.
-        array = ocp.RestoreArgs(restore_type=np.ndarray)
-        as_numpy = jax.tree.map(lambda v: array if hasattr(v, "shape") else ocp.RestoreArgs(), tree)
-        return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    tensorstore = need("read", "tensorstore")
+    try:
+        listed = json.loads((path / "_METADATA").read_text())
+        kinds = {
+            ".".join(str(part["key"]) for part in entry["key_metadata"]): str(
+                entry["value_metadata"]["value_type"]
+            )
+            for entry in listed["tree_metadata"].values()
+        }
+        driver = "zarr3" if listed.get("use_zarr3") else "zarr"
+        # Where this is noted, a chunk that is not there is lost; before it was, one of zeros.
+        fill = not listed.get("store_array_data_equal_to_fill_value")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"its _METADATA is not as orbax writes it ({first_line(error)})"
+        ) from error
+    base = {"driver": "file", "path": f"{path}/"}
+    ocdbt = (path / "manifest.ocdbt").exists()
+    context = tensorstore.Context()
+
+    def opened(name: str) -> Any:
+        # tensorstore takes no `..` in a path.
+        inner = {"path": f"{name}/"} if ocdbt else {"path": f"{path}/{name}/"}
+        store = {"driver": "ocdbt", "base": base, **inner} if ocdbt else {**base, **inner}
+        spec = {"driver": driver, "kvstore": store, "fill_missing_data_reads": fill}
+        return tensorstore.open(spec, read=True, open=True, context=context)
+
+    opening = {name: opened(name) for name, kind in kinds.items() if kind not in NO_ARRAYS}
+    stores = {name: store.result() for name, store in opening.items()}
+    _check_declared(stores.values(), size)
+    reading = {name: store.read() for name, store in stores.items()}
+    return {
+        **{name: kind for name, kind in kinds.items() if kind == "string"},  # no array: by its kind
+        **{name: v.result() for name, v in reading.items()},
+    }
 
 
 def _size(folder: Path, root: Path) -> int:
@@ -270,15 +308,13 @@ def _size(folder: Path, root: Path) -> int:
     return size
 
 
-def _check_declared(leaves: list[Any], size: int) -> None:
+def _check_declared(stores: Iterable[Any], size: int) -> None:
     """Whether files of so many bytes, and this machine, can hold the arrays that are declared."""
-    declared = 0
-    for leaf in leaves:
-        if Path(getattr(leaf, "name", "")).is_absolute():
-            raise ValueError(f"the array {printable(leaf.name)} is to stand outside of the folder")
-        if (shape := getattr(leaf, "shape", None)) is not None:
-            chunk = getattr(leaf.storage, "chunk_shape", None) or ()
-            declared += max(math.prod(shape), math.prod(chunk)) * np.dtype(leaf.dtype).itemsize
+    declared = sum(
+        max(math.prod(store.shape), math.prod(store.chunk_layout.read_chunk.shape or ()))
+        * store.dtype.numpy_dtype.itemsize
+        for store in stores
+    )
     if declared > size * COMPRESSION:
         raise ValueError(
             f"it declares arrays of {declared:.3g} bytes, which its {size} bytes cannot hold"

@@ -15,6 +15,7 @@ EXTRAS = {  # module → what pip is given
     "rich": "'jaxbn[doctor]'",
     "safetensors": "'jaxbn[convert]'",
     "tensorboardX": "'jaxbn[watch]'",
+    "tensorstore": "orbax-checkpoint",
 }
 
 

@@ -208,7 +208,8 @@ def _order(names: list[str]) -> list[str] | None:
         return sorted(names, key=place)
 
     def split(name: str) -> list[tuple[str, str]]:
-        return [re.fullmatch(r"(.*?)_?(\d*)", part).groups() for part in re.split(r"[./]", name)]  # type: ignore
+        number = re.compile(r"(.*?)_?(\d*)", re.DOTALL)  # a name may hold anything
+        return [number.fullmatch(part).groups() for part in re.split(r"[./]", name)]  # type: ignore
 
     if len({tuple(stem for stem, _ in split(name)) for name in names}) != 1:
         return None

@@ -1,7 +1,9 @@
 """Trees of arrays into checkpoints that `jaxbn.checkpoints.read` and others read."""
 
 import os
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,11 @@ def save(path: str | os.PathLike[str], tree: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"save: two arrays are called {printable(name)!r}, expected one; rename a layer."
             )
+        if path.suffix == "" and not v.size:
+            raise ValueError(
+                f"save: {printable(name)!r} has shape {v.shape}, and orbax writes no array without "
+                f"values; name a .safetensors or a .msgpack file."
+            )
         names.add(name)
         arrays[keys] = v
     with replacing(path) as place:
@@ -54,7 +61,8 @@ def save(path: str | os.PathLike[str], tree: Mapping[str, Any]) -> None:
             serialize = need("save", "flax.serialization").msgpack_serialize
             place.write_bytes(serialize(nested(arrays)))
         else:
-            with need("save", "orbax.checkpoint").StandardCheckpointer() as checkpointer:
+            orbax = need("save", "orbax.checkpoint")
+            with _silent_threads(), orbax.StandardCheckpointer() as checkpointer:
                 checkpointer.save(place.absolute(), nested(arrays))
 
 
@@ -78,6 +86,21 @@ def checked(path: Path) -> None:
         raise FileExistsError(f"save: {name} is there already; name a new orbax folder")
     if path.suffix != "" and path.is_dir():
         raise IsADirectoryError(f"save: {name} is a folder; name a file")
+
+
+@contextmanager
+def _silent_threads() -> Iterator[None]:
+    """Where a call fails, the threads that it started end first and print nothing of their own."""
+    before, hook = set(threading.enumerate()), threading.excepthook
+    threading.excepthook = lambda _: None
+    try:
+        yield
+    except BaseException:
+        for thread in set(threading.enumerate()) - before:
+            thread.join(1)
+        raise
+    finally:
+        threading.excepthook = hook
 
 
 def _arrays(tree: Mapping[str, Any], keys: tuple[str, ...] = ()) -> Iterator[Any]:
