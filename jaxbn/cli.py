@@ -46,13 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Exception, SystemExit) as error:
         if args.traceback:
             traceback.print_exc()
+        from jaxbn.matching import MisfitError
+
         if isinstance(error, SystemExit):
             error = ValueError(f"the model's code ended the program: SystemExit: {error}")
         # Without the call's own name: the command's stands before.
-        text = re.sub(r"^[a-z]\w*: ", "", str(error)) or type(error).__name__
-        # Line by line, for some errors list what does not fit.
-        text = "\n".join(map(printable, text.split("\n")))
-        print(f"{args.command}: {text}", file=sys.stderr)
+        text = re.sub(r"^[a-z]\w*: ", "", str(error).strip()) or type(error).__name__
+        lines = text.split("\n")
+        if not isinstance(error, MisfitError):  # which lists what does not fit, a line each
+            lines = lines[:1]
+        print(f"{args.command}: " + "\n".join(map(printable, lines)), file=sys.stderr)
         return 2
 
 
@@ -243,12 +246,13 @@ def _function(args: Namespace) -> tuple[Any, Any, Any]:
 
 def _loaded(tree: Any, like: Any, args: Namespace) -> tuple[Any, Any]:
     from jaxbn import loading
+    from jaxbn.matching import MisfitError
 
     given = {"rename": args.rename, "keep": args.keep, "epsilon": args.epsilon}
     try:
         return loading.load(tree, like, **given)
-    except ValueError as error:
-        raise ValueError(
+    except MisfitError as error:
+        raise MisfitError(
             f"{error}\nHere: --rename A=B, --keep LAYER, --part PATH if the model is a part of the "
             f"checkpoint."
         ) from error

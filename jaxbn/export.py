@@ -139,7 +139,7 @@ def onnx(
         ...
     TypeError: onnx: x is a list, expected an example batch, batch first; write jnp.asarray(x).
     """
-    x = _checked("onnx", fn, x, "jax2onnx", "onnx", "onnxruntime")
+    x = _checked("onnx", fn, x, "onnx", "onnxruntime", "jax2onnx")
     jax2onnx, library = need("onnx", "jax2onnx"), need("onnx", "onnx")
     fn_ops = _as_operations(fn, x)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

@@ -76,10 +76,14 @@ def match(
     return found
 
 
+class MisfitError(ValueError):
+    """The arrays of one model do not fit another; the message has a line for each problem."""
+
+
 def refuse(call: str, problems: Iterable[str]) -> None:
     """An error with every problem, if there are any."""
     if problems := list(problems):
-        raise ValueError(
+        raise MisfitError(
             f"{call}: the source does not fit the target; nothing was converted.\n  "
             + "\n  ".join(map(printable, problems))
             + "\nLayers of other names: rename={source: target}, or a function; None for the "

@@ -12,7 +12,7 @@ import numpy as np
 from jaxbn.checkpoints import nested
 from jaxbn.extras import need
 from jaxbn.files import replacing
-from jaxbn.text import printable
+from jaxbn.text import first_line, printable
 
 
 def save(path: str | os.PathLike[str], tree: Mapping[str, Any]) -> None:
@@ -62,8 +62,13 @@ def save(path: str | os.PathLike[str], tree: Mapping[str, Any]) -> None:
             place.write_bytes(serialize(nested(arrays)))
         else:
             orbax = need("save", "orbax.checkpoint")
-            with _silent_threads(), orbax.StandardCheckpointer() as checkpointer:
-                checkpointer.save(place.absolute(), nested(arrays))
+            try:
+                with _silent_threads(), orbax.StandardCheckpointer() as checkpointer:
+                    checkpointer.save(place.absolute(), nested(arrays))
+            except Exception as error:
+                raise OSError(
+                    f"save: orbax cannot write {printable(path)}: {first_line(error)}"
+                ) from error
 
 
 def checked(path: Path) -> None:
@@ -115,4 +120,6 @@ def _arrays(tree: Mapping[str, Any], keys: tuple[str, ...] = ()) -> Iterator[Any
                     f"save: {printable('/'.join(here))} is a {type(node).__name__}, expected an "
                     f"array of numbers; save the part of the tree that holds them."
                 )
+            if v.dtype == bool:  # a file may hold other bytes than 0 and 1, which no reader takes
+                v = v.view(np.uint8) != 0
             yield here, v

@@ -34,7 +34,7 @@ def distinct(names: Iterable[str]) -> list[str]:
 
 
 def first_line(error: BaseException) -> str:
-    r"""What an error says, on one printable line of 300 characters at most.
+    r"""What an error says, on one printable line of 500 characters at most.
 
     >>> from jaxbn import text
     >>> text.first_line(ValueError("no numbers.\nfile content: ..."))
@@ -46,7 +46,7 @@ def first_line(error: BaseException) -> str:
     if not line or isinstance(error, KeyError):  # whose text is the key alone
         line = f"{type(error).__name__}: {line}".removesuffix(": ")
     line = printable(line)
-    return line if len(line) <= 300 else f"{line[:299]}…"
+    return line if len(line) <= 500 else f"{line[:499]}…"
 
 
 def aligned(rows: Sequence[Sequence[str]], right: int = 0) -> list[str]:

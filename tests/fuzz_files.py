@@ -140,8 +140,9 @@ def damaged(some, data):
     return data
 
 
-def array(some):
-    shape, dtype = some.choice(SHAPES), np.dtype(some.choice(DTYPES))
+def array(some, shape=None):
+    """Numbers of some shape and dtype, one of which may be none."""
+    shape, dtype = shape or some.choice(SHAPES), np.dtype(some.choice(DTYPES))
     v = np.full(shape, some.choice([0.0, 1.0, 0.5, 2.0, 3.0, 100.0]))
     if v.size and some.random() < 0.3:
         v.flat[some.randrange(v.size)] = some.choice([np.nan, np.inf, -np.inf, -1.0, 3e38, 1e-30])
@@ -152,14 +153,18 @@ def array(some):
 def tree_of(some, depth=0):
     """Norms and other things, in dicts and lists, by odd names."""
     kind = some.random()
-    if kind < 0.25 or depth > 3:
+    if kind < 0.08 or depth > 3:
         fields = some.sample(FIELDS, some.randrange(1, 6))
         return {
             name: array(some) if some.random() < 0.9 else {"value": array(some)} for name in fields
         }
     if kind < 0.35:
-        return layer()
-    if kind < 0.45:
+        shape = some.choice(SHAPES)
+        norm = {name: array(some, shape) for name in layer() if some.random() < 0.9}
+        if some.random() < 0.3:
+            norm["count"] = np.array(some.choice([0, 1, 500]))
+        return norm
+    if kind < 0.4:
         return some.choice([None, 3, -1.5, "text", b"bytes", array(some), [], {}, 2**63, True])
     inner = [tree_of(some, depth + 1) for _ in range(some.randrange(1, 5))]
     if kind < 0.6:
@@ -200,13 +205,14 @@ def forged_safetensors(some):
     data, header = b"", {}
     for _ in range(some.randrange(1, 6)):
         name = ".".join(some.choices(NAMES + FIELDS + ["bn"] * 9, k=some.randrange(1, 4)))
+        name = name.replace("\ud800", some.choice(["", "", "\ud800"]))
         v = array(some)
         dtypes = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16"}
         dtypes |= {"int32": "I32", "uint8": "U8", "bool": "BOOL", "complex64": "C64", "int4": "I4"}
         raw = v.tobytes()
         entry = {"dtype": dtypes[v.dtype.name], "shape": list(v.shape)}
         entry["data_offsets"] = [len(data), len(data) + len(raw)]
-        if some.random() < 0.3:
+        if some.random() < 0.1:
             entry[some.choice(list(entry))] = some.choice(
                 [*LARGE, "F8_E4M3", "F4", "F6_E2M3", "O", [0, 10**11], [10**11], [2**63, 2], [-3]]
             )
