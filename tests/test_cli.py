@@ -905,6 +905,18 @@ def test_a_model_that_ends_the_program_has_failed(where, net, capsys, tmp_path):
     assert not pathlib.Path("new").exists()
 
 
+def test_a_model_of_many_lines_fails_in_one(net, capsys, tmp_path):
+    (tmp_path / "lines.py").write_text(
+        "from net import *\nN = network\n"
+        "def model(*_, **how):\n    raise ValueError('a\\nb: c')\n"
+        "def network():\n    return model, *N()[1:]\n"
+        "def fails():\n    raise ValueError('a\\nb: c')\n"
+    )
+    for function in ("network", "fails"):
+        status, out, err = run(capsys, "fold", "net.msgpack", f"--model=lines:{function}")
+        assert (status, out, err.count("\n")) == (2, "", 1)
+
+
 def test_fold_ends_with_1_where_nothing_is_folded_or_not_well_enough(net, capsys, tmp_path):
     (tmp_path / "folds.py").write_text(
         "from net import *\nimport jax.numpy as jnp\nN, W = network, jnp.ones((3, 3))\n"
