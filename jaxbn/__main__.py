@@ -8,12 +8,16 @@ from jaxbn.cli import main
 
 def run() -> None:
     """Runs the command that this process was given, and ends the process with its status."""
+    for stream in (sys.stdout, sys.stderr):  # a character that the terminal has not is no error
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         status = main()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader went away: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 2
+    except KeyboardInterrupt:
+        status = 130
     sys.exit(status)
 
 

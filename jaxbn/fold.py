@@ -110,6 +110,28 @@ class Folded:
         return again.tree.unflatten(Rewrite(again, self.kept).run(jax.tree.leaves(args)))
 
 
+class FoldError(ValueError):
+    """`fold` makes no function of fn: nothing is to be folded, or an error is above tolerance.
+
+    Attributes:
+      report: what there is, and the error of each.
+
+    >>> import jax.numpy as jnp, jaxbn
+    >>> try:
+    ...     jaxbn.fold(lambda x: x @ jnp.ones((3, 2)), jnp.eye(3))
+    ... except ValueError as error:
+    ...     len(error.report.folded)
+    0
+    """
+
+    report: FoldReport
+
+    def __init__(self, message: str, report: FoldReport | None = None):  # None as it is unpickled
+        super().__init__(message)
+        if report is not None:
+            self.report = report
+
+
 def fold(
     fn: Callable[..., Any], *example_args: Any, tolerance: float | None = None
 ) -> tuple[Callable[..., Any], FoldReport]:
@@ -141,6 +163,10 @@ def fold(
       TypeError: fn is not a function, or an argument is not an array.
       ValueError: fn is in training mode, there is nothing to fold, or an error is above
         tolerance. The message names the place.
+      TypeError: fn is no function, or an argument is no array.
+      ValueError: fn is in training mode.
+      FoldError: there is nothing to fold, or an error is above tolerance; the message names the
+        place. It is a ValueError, and has the report.
 
     >>> import jax, jax.numpy as jnp, jaxbn
     >>> params, state = jaxbn.init(2)
@@ -296,15 +322,17 @@ def _check_something(report: FoldReport, program: Program) -> None:
     found = {site.folded for site in report.sites}
     count = sum(op.name in CONTRACTIONS for op in program.ops)
     if count and found <= {False}:
-        raise ValueError(
+        raise FoldError(
             f"fold: no convolution or dot of fn has a constant kernel (there are {count}), so "
             f"there is nothing to fold into; close over concrete weights and pass data alone: "
-            f"jaxbn.fold(lambda x: model.apply(variables, x), x)."
+            f"jaxbn.fold(lambda x: model.apply(variables, x), x).",
+            report,
         )
     if False not in found:
-        raise ValueError(
+        raise FoldError(
             f"fold: fn has no norm to fold: of its {count} convolutions and dots, none is followed "
-            f"by more than a bias; expected a network with batch norms, in inference mode."
+            f"by more than a bias; expected a network with batch norms, in inference mode.",
+            report,
         )
 
 
@@ -312,10 +340,11 @@ def _verify(report: FoldReport) -> None:
     worst = max(report.folded, key=lambda site: site.relative or 0.0, default=None)
     if worst is None or max(worst.relative or 0.0, report.relative) <= report.tolerance:
         return
-    raise ValueError(
+    raise FoldError(
         f"fold: folding changes fn's result by {report.relative:.1e} of its largest value, and "
         f"the result of site {worst.name!r} alone, more than any other, by {worst.relative:.1e}; "
         f"expected {report.tolerance:.1e} at most. A running mean far beyond its standard "
         f"deviation, or a var near 0, amplifies rounding: recalibrate the statistics, or accept "
-        f"it by tolerance={max(worst.relative or 0.0, report.relative) * 2:.0e}."
+        f"it by tolerance={max(worst.relative or 0.0, report.relative) * 2:.0e}.",
+        report,
     )

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxbn.text import aligned, short
+from jaxbn.text import aligned, printable, short
 
 
 class Role(NamedTuple):
@@ -76,7 +76,7 @@ class Report(NamedTuple):
         lines += [f"kept: {short(self.kept)}"] * bool(self.kept)
         for text, names in _grouped(self.batch_norm).items():
             lines.append(f"BatchNorm({text}) for {short(names)}")
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, *map(printable, self.notes)])
 
 
 def _grouped(batch_norm: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -12,7 +12,8 @@ import jaxbn
 
 ROOT = pathlib.Path(jaxbn.__file__).parent
 FLOORS = (
-    ("axes", "collectives", "files", "jaxprs", "state_dicts", "text"),
+    ("extras", "text"),
+    ("axes", "collectives", "files", "jaxprs", "state_dicts"),
     ("state", "affine", "sums", "tensors"),
     ("moments", "normalize", "kernels", "policy", "rewrite", "layouts", "matching", "variables"),
     ("derivative", "peers"),
