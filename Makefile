@@ -2,8 +2,10 @@
 # Another interpreter: make PYTHON=python3.12 test   (Python 3.11 or newer)
 
 PYTHON ?= python3
+# The newest of everything in place of the pins: make CONSTRAINTS=/dev/null test
+CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS)
 
 .PHONY: demo test lint bench docs targets targets-test clean
 
@@ -60,5 +62,5 @@ clean:
 .venv-targets/done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-targets
 	.venv-targets/bin/python -m pip --disable-pip-version-check install --quiet \
-		-c constraints.txt -e '.[bench,targets]'
+		-c $(CONSTRAINTS) -e '.[bench,targets]'
 	touch $@

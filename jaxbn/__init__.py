@@ -9,11 +9,14 @@ first use, so the functional core needs jax alone.
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
+from jaxbn import calls, layers
 from jaxbn.fold import FoldReport, fold
 from jaxbn.freeze import decay_mask, freeze, labels, unfreeze
 from jaxbn.functional import batch_norm
 from jaxbn.moments import merge, moments
+from jaxbn.one_value import OneValueWarning
 from jaxbn.policy import checkpoint_policy
 from jaxbn.recalibrate import recalibrate, reset
 from jaxbn.replicas import assert_replicated, merge_updates, sync_state
@@ -25,10 +28,12 @@ __version__ = "0.1.0"
 __all__ = [
     "FoldReport",
     "Moments",
+    "OneValueWarning",
     "Params",
     "State",
     "assert_replicated",
     "batch_norm",
+    "calls",
     "checkpoint_policy",
     "convert",
     "decay_mask",
@@ -38,6 +43,7 @@ __all__ = [
     "health",
     "init",
     "labels",
+    "layers",
     "linen",
     "merge",
     "merge_updates",
@@ -54,8 +60,16 @@ __all__ = [
 
 _LAZY = ("convert", "export", "health", "linen", "nnx", "watch", "writers")
 
+if TYPE_CHECKING:
+    # What type checkers see; any name would pass them were they to see `__getattr__`.
+    from jaxbn import convert, export, health, linen, nnx, watch, writers
+else:
 
-def __getattr__(name: str) -> ModuleType:
-    if name in _LAZY:
-        return importlib.import_module(f"jaxbn.{name}")
-    raise AttributeError(f"module 'jaxbn' has no attribute {name!r}")
+    def __getattr__(name: str) -> ModuleType:
+        if name in _LAZY:
+            return importlib.import_module(f"jaxbn.{name}")
+        raise AttributeError(f"module 'jaxbn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

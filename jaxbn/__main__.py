@@ -1,15 +1,25 @@
-"""`python -m jaxbn`."""
+"""`python -m jaxbn`, and the console command `jaxbn`."""
 
 import os
 import sys
 
 from jaxbn.cli import main
 
-if __name__ == "__main__":
+
+def run() -> None:
+    """Runs the command that this process was given, and ends the process with its status."""
+    for stream in (sys.stdout, sys.stderr):  # a character that the terminal has not is no error
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         status = main()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader went away: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 2
+    except KeyboardInterrupt:
+        status = 130
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    run()

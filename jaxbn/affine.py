@@ -1,4 +1,4 @@
-"""Chains of per-channel affines, and the convolutions and dots that they can go into."""
+"""Chains of per-channel affines, and the convolutions and dots that can absorb a chain."""
 
 import math
 from collections.abc import Iterable
@@ -17,16 +17,16 @@ LAYOUT = ("convert_element_type", "copy", "transpose", "squeeze", "broadcast_in_
 
 
 def transparent(eqn: "JaxprEqn") -> bool:
-    """Whether a call with a derivative of its own holds what we fold, so that it must be opened.
+    """Whether a call with a derivative of its own must be opened, because it holds what we fold.
 
-    A `relu` stays closed: its derivative at 0 is not that of `max`.
+    A `relu` stays closed: the derivative of `relu` at 0 differs from that of `max`.
     """
     names = {inner.primitive.name for body, _ in bodies(eqn) for inner in body.eqns}
     return holds_contraction(eqn) or names <= {*AFFINE, *LAYOUT}
 
 
 def holds_contraction(eqn: "JaxprEqn") -> bool:
-    """Whether there is a convolution or a dot anywhere inside."""
+    """Whether the equation contains a convolution or a dot, at any depth."""
     return any(
         inner.primitive.name in CONTRACTIONS or holds_contraction(inner)
         for body, _ in bodies(eqn)
@@ -38,16 +38,16 @@ class Site(NamedTuple):
     """A convolution or dot with a constant kernel."""
 
     op: Op
-    slot: int  # which operand the kernel is
+    slot: int  # which operand of op is the kernel
     kernel: np.ndarray  # float64
-    dtype: Any  # of the kernel
-    axes: tuple[int, ...]  # of the kernel that are channels of the result
-    out: tuple[int, ...]  # the same, of the result
-    before: tuple[Op, ...] = ()  # an affine that went into the kernel from its other side
+    dtype: Any  # of the kernel in the program
+    axes: tuple[int, ...]  # axes of the kernel that become channels of the result
+    out: tuple[int, ...]  # the axes of the result where those channels stand
+    before: tuple[Op, ...] = ()  # an affine of the input that the kernel has absorbed
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """Their number on each axis of `axes`."""
+        """The number of channels on each axis of `axes`."""
         return tuple(self.kernel.shape[a] for a in self.axes)
 
     def scaled(self, scale: np.ndarray) -> np.ndarray:
@@ -55,7 +55,7 @@ class Site(NamedTuple):
         return self.kernel * spread(scale, self.axes, self.kernel.ndim)
 
     def of_result(self, v: np.ndarray) -> np.ndarray:
-        """Equals v [channels] with ones, to broadcast against the result."""
+        """`v` [channels] with axes of size 1 added, to broadcast against the result."""
         return spread(v, self.out, len(self.op.shape))
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ class Site(NamedTuple):
 
 
 def site_of(op: Op, operands: list[Any]) -> Site | None:
-    """The site that `op` is; None for another operation, or a kernel that is not constant."""
+    """`op` as a site; None for another operation, or if the kernel is not constant."""
     slots = [slot for slot, v in enumerate(operands) if isinstance(v, Known)]
     if op.name not in CONTRACTIONS or len(slots) != 1 or not floating(op.dtype):
         return None
@@ -95,7 +95,7 @@ def site_of(op: Op, operands: list[Any]) -> Site | None:
 
 
 def spread(v: np.ndarray, axes: Iterable[int], ndim: int) -> np.ndarray:
-    """v, whose axes are `axes` of an array of rank `ndim`, with ones for that array's others."""
+    """`v` with `ndim` axes: the axes of v become `axes`, and all others have size 1."""
     axes = tuple(axes)
     shape = [1] * ndim
     for size, axis in zip(v.shape, axes, strict=True):
@@ -104,21 +104,21 @@ def spread(v: np.ndarray, axes: Iterable[int], ndim: int) -> np.ndarray:
 
 
 class Chain(NamedTuple):
-    """Equals `base * scale + offset`: affine and layout operations on one value, not yet run.
+    """Affine and layout operations on one value, not run yet: `base * scale + offset`.
 
-    Scale and offset are float64 and have the rank of the result, and size 1 where they do not
-    vary. With a site, base is its input and the site stands between.
+    scale and offset are float64. They have the rank of the result, and size 1 on axes on which
+    they do not vary. With a site, the chain equals `site(base) * scale + offset`.
     """
 
     base: int
     site: Site | None
     scale: np.ndarray
     offset: np.ndarray
-    channel: np.ndarray | None  # of a site: where each channel stands in the result
+    channel: np.ndarray | None  # with a site: the position of each channel in the result
     ops: tuple[Op, ...] = ()
 
     def then(self, op: Op, position: int, operand: Known | None) -> "Chain | None":
-        """The chain with one more operation; None where that is no affine of each channel."""
+        """The chain with one more operation; None if the operation is not a per-channel affine."""
         if not floating(op.dtype):
             return None
         if op.name in LAYOUT and operand is None:
@@ -171,14 +171,14 @@ class Chain(NamedTuple):
 
     @property
     def trivial(self) -> bool:
-        """Nothing to fold: a bias at most, after a site; no factor of each channel elsewhere."""
+        """Nothing to fold: at most a bias after a site, or one factor for all channels."""
         if self.site is None:
             return self.scale.size == 1
         names = [op.name for op in self.arithmetic]
         return not self.site.before and (names in ([], ["add"]))
 
     def by_channel(self, v: np.ndarray) -> np.ndarray:
-        """v, of the result's rank, as [channels of the site]."""
+        """v, which has the rank of the result, as an array [channels of the site]."""
         assert self.site is not None
         assert self.channel is not None
         flat = np.empty(self.channel.size)
@@ -187,7 +187,7 @@ class Chain(NamedTuple):
 
 
 def start(site: Site, base: int, offset: np.ndarray | None = None) -> Chain:
-    """The chain of a site alone, or of one whose kernel took in a chain and left an offset."""
+    """The chain that begins at a site. `offset` remains of a chain that the kernel absorbed."""
     ndim = len(site.op.shape)
     channel = np.arange(math.prod(site.channels)).reshape(site.channels)
     channel = spread(channel, site.out, ndim)
@@ -196,10 +196,11 @@ def start(site: Site, base: int, offset: np.ndarray | None = None) -> Chain:
 
 
 def into(site: Site, chain: Chain) -> tuple[Site, np.ndarray] | str:
-    """The site with an affine of its input in its kernel, and the offset [channels] that is left.
+    """The site after its kernel absorbed an affine of its input, and the offset [channels] left.
 
-    A conv sums W (a x + b) over a window: a goes into W, and b becomes Σ W b, wherever the window
-    holds no zeros of padding. Else the reason why not.
+    A convolution sums W (a x + b) over a window. The factor a goes into W, and b becomes Σ W b, if
+    no window contains zeros of padding. If the kernel cannot absorb the affine, the reason is
+    returned as text.
     """
     params, kernel, ndim = site.op.eqn.params, site.kernel, site.kernel.ndim
     if site.op.name == "conv_general_dilated":

@@ -15,6 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 
+class OneValueError(ValueError):
+    """Training statistics over one value per channel; its words are for whoever goes on."""
+
+    what: str
+    remedy: str
+
+
 class Axes(NamedTuple):
     """The axes of one x, sorted: `features` keep their statistics apart, `reduced` vanish."""
 
@@ -233,8 +240,11 @@ def check_count(call: str, x: jax.Array, count: int, virtual_batch_size: int | N
         if virtual_batch_size is not None:
             where = f"in each group of virtual_batch_size={virtual_batch_size}"
             remedy = "Use a larger virtual_batch_size"
-        raise ValueError(
-            f"{call}: x with shape {x.shape} has one value per channel {where}, and "
-            f"its variance is 0, so y would be bias whatever x is; expected at least 2 in "
-            f"training. {remedy}, or normalize by the running statistics with train=False."
+        what = f"x with shape {x.shape} has one value per channel {where}"
+        error = OneValueError(
+            f"{call}: {what}, and its variance is 0, so y would be bias whatever x is; expected at "
+            f"least 2 in training. {remedy}, or normalize by the running statistics with "
+            f"train=False."
         )
+        error.what, error.remedy = what, remedy
+        raise error

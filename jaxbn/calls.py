@@ -19,7 +19,12 @@ PATH = "jaxbn_path"  # an attribute of an nnx layer meanwhile: its place, which 
 
 
 class Call(NamedTuple):
-    """One call of a batch norm layer."""
+    """One call of a batch norm layer.
+
+    >>> from jaxbn import calls
+    >>> calls.Call._fields
+    ('layer', 'x', 'mask', 'train', 'path')
+    """
 
     layer: Any  # the Flax module: axis, momentum, epsilon, axis_name, …
     x: jax.Array
@@ -45,7 +50,14 @@ def batch_moments(call: Call, run: Callable[[bool], jax.Array]) -> tuple[jax.Arr
 
 
 def pooled(call: Call, mask: jax.Array | None) -> Moments:
-    """The moments of the cells of x that the mask takes, over devices as the layer does."""
+    """The moments of the cells of x that the mask takes, over devices as the layer does.
+
+    >>> import jaxbn, jax.numpy as jnp
+    >>> from jaxbn import calls
+    >>> call = calls.Call(jaxbn.linen.BatchNorm(), jnp.eye(2), None, True)
+    >>> calls.pooled(call, jnp.array([[True], [False]])).mean.tolist()
+    [1.0, 0.0]
+    """
     layer = call.layer
     groups = layer.axis_index_groups
     return moments(call.x, layer.axis, mask, axis_name=layer.axis_name, axis_index_groups=groups)

@@ -1,4 +1,8 @@
-"""`python -m jaxbn COMMAND`: calls the tools and prints; status 0, 1 for findings, 2 failed."""
+"""`python -m jaxbn COMMAND`: calls the tools and prints.
+
+Status 0; 1 for findings, or where nothing was folded or not well enough; 2 where a file could not
+be read or written, or the user's code failed.
+"""
 
 import contextlib
 import functools
@@ -16,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxbn import options
+from jaxbn.text import distinct, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,13 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             return COMMANDS[args.command](args)
     except BrokenPipeError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if args.traceback:
             traceback.print_exc()
+        from jaxbn.matching import MisfitError
+
+        if isinstance(error, SystemExit):
+            error = ValueError(f"the model's code ended the program: SystemExit: {error}")
         # Without the call's own name: the command's stands before.
-        text = re.sub(r"^[a-z]\w*: ", "", str(error)) or type(error).__name__
-        text = "\n".join(map(_printable, text.splitlines()))
-        print(f"{args.command}: {text}", file=sys.stderr)
+        text = re.sub(r"^[a-z]\w*: ", "", str(error).strip()) or type(error).__name__
+        lines = text.split("\n")
+        if not isinstance(error, MisfitError):  # which lists what does not fit, a line each
+            lines = lines[:1]
+        print(f"{args.command}: " + "\n".join(map(printable, lines)), file=sys.stderr)
         return 2
 
 
@@ -56,22 +67,22 @@ def doctor(args: Namespace) -> int:
     found = checkpoints.find(checkpoints.read(args.checkpoint))
     if not found:
         raise ValueError(
-            f"{args.checkpoint} holds no batch norm layer, expected arrays mean and var, or "
-            f"PyTorch's running_mean and running_var, beside each other."
+            f"{printable(args.checkpoint)} holds no batch norm layer, expected arrays mean and "
+            f"var, or PyTorch's running_mean and running_var, beside each other."
         )
     _check_arrays(found)
-    found = {_printable(name): layer for name, layer in found.items()}
+    found = dict(zip(distinct(map(printable, found)), found.values(), strict=True))
     given = {"momentum": args.momentum, "epsilon": args.epsilon, "dtype": args.dtype}
     findings = health.check(found, **given)
     rows = health.summary(found, findings, epsilon=args.epsilon)
-    source = _printable(args.checkpoint)
+    source = printable(args.checkpoint)
     if args.plot:
         title = f"{source}: {terminal.verdict(findings)}"
         pictures.plot(args.plot, title, found, findings)
     if args.json:
-        print(terminal.as_json(source, rows, findings))
+        print(terminal.as_json(source, rows, findings, momentum=args.momentum))
     else:
-        terminal.show(source, rows, findings)
+        terminal.show(source, rows, findings, momentum=args.momentum)
     return 1 if findings else 0
 
 
@@ -102,7 +113,7 @@ def convert(args: Namespace) -> int:
     else:
         new = tree
     saving.save(args.dest, new)
-    print(*[report] * (report is not None), f"wrote {args.dest}", sep="\n")
+    print(*[report] * (report is not None), f"wrote {printable(args.dest)}", sep="\n")
     return 0
 
 
@@ -116,17 +127,23 @@ def recalibrate(args: Namespace) -> int:
     where = args.where or "*"
     model = jaxbn.recalibrate(apply, model, batches, where=where, limit=args.batches)
     saving.save(args.dest, loading.arrays(model))
-    print(f"wrote {args.dest}")
+    print(f"wrote {printable(args.dest)}")
     return 0
 
 
 def fold(args: Namespace) -> int:
-    """What would be folded, and with which error."""
-    import jaxbn
+    """What would be folded, and with which error; 1 where nothing is, or the error is too large."""
+    from jaxbn.fold import FoldError
+    from jaxbn.fold import fold as tool
 
     fn, x, _ = _function(args)
-    print(jaxbn.fold(fn, x, tolerance=args.tolerance)[1])
-    return 0
+    try:
+        report = tool(fn, x, tolerance=args.tolerance)[1]
+    except FoldError as error:
+        print(error.report, str(error).removeprefix("fold: "), sep="\n")
+        return 1
+    print(report)
+    return 0 if report.folded else 1
 
 
 def export(args: Namespace) -> int:
@@ -136,9 +153,10 @@ def export(args: Namespace) -> int:
 
     dest = Path(args.dest)
     if dest.suffix not in (".onnx", ".stablehlo"):
-        raise ValueError(f"{dest} ends in {dest.suffix or 'nothing'}, expected .onnx or .stablehlo")
+        ends = f"{printable(dest)} ends in {printable(dest.suffix) or 'nothing'}"
+        raise ValueError(f"{ends}, expected .onnx or .stablehlo")
     if args.int8 and dest.suffix != ".onnx":
-        raise ValueError(f"--int8 is for .onnx, and {dest} ends in {dest.suffix}")
+        raise ValueError(f"--int8 is for .onnx, and {printable(dest)} ends in {dest.suffix}")
     fn, x, batches = _function(args)
     if args.fold:
         fn, report = jaxbn.fold(fn, x)
@@ -153,7 +171,8 @@ def export(args: Namespace) -> int:
     else:
         done = tool.onnx(fn, x, dest, **own)
     print(
-        f"wrote {dest}: {done.bytes} bytes, largest error {done.relative:.1e} of the largest value"
+        f"wrote {printable(dest)}: {done.bytes} bytes, largest error {done.relative:.1e} of the "
+        f"largest value"
     )
     return 0
 
@@ -168,19 +187,42 @@ COMMANDS = {
 
 
 def _check_arrays(found: Mapping[str, Any]) -> None:
-    """Whether each layer's arrays are numbers, as many each."""
+    """Whether each layer's arrays are numbers, as many each, and its count counts."""
     import jax.numpy as jnp
+    import numpy as np
+
+    def numbers(v: Any, *kinds: Any) -> bool:
+        return any(jnp.issubdtype(v.dtype, kind) for kind in kinds) and v.dtype.kind != "m"
 
     for name, (params, state) in found.items():
+        like = "scale" if state.mean is None else "mean"
         arrays = {**params._asdict(), **state._asdict(), "count": None}
+        shape = arrays[like].shape
         for field, v in arrays.items():
             if v is None:
                 continue
-            if not jnp.issubdtype(v.dtype, jnp.number) or v.shape != state.mean.shape:
+            real = [] if field == "var" else [jnp.complexfloating]
+            if not numbers(v, jnp.floating, jnp.integer, *real) or v.shape != shape:
                 raise ValueError(
-                    f"{field} of layer {_printable(name)!r} has shape {v.shape} and dtype "
-                    f"{v.dtype}, expected numbers of the mean's shape {state.mean.shape}."
+                    f"{field} of layer {name!r} has shape {v.shape} and dtype {v.dtype}, expected "
+                    f"numbers of the {like}'s shape {shape}."
                 )
+            if not v.size:
+                raise ValueError(
+                    f"{field} of layer {name!r} has shape {shape}: it holds no number."
+                )
+        if (v := state.count) is None:
+            continue
+        if not numbers(v, jnp.floating, jnp.integer) or not v.size:
+            raise ValueError(
+                f"count of layer {name!r} has shape {v.shape} and dtype {v.dtype}, expected the "
+                f"number of its updates."
+            )
+        wide = np.asarray(v, np.float64)
+        if not (np.isfinite(wide) & (wide >= 0)).all():
+            raise ValueError(
+                f"count of layer {name!r} is {wide.min():g}, expected the number of its updates."
+            )
 
 
 def _network(args: Namespace) -> tuple[Any, Any, Any]:
@@ -204,12 +246,13 @@ def _function(args: Namespace) -> tuple[Any, Any, Any]:
 
 def _loaded(tree: Any, like: Any, args: Namespace) -> tuple[Any, Any]:
     from jaxbn import loading
+    from jaxbn.matching import MisfitError
 
     given = {"rename": args.rename, "keep": args.keep, "epsilon": args.epsilon}
     try:
         return loading.load(tree, like, **given)
-    except ValueError as error:
-        raise ValueError(
+    except MisfitError as error:
+        raise MisfitError(
             f"{error}\nHere: --rename A=B, --keep LAYER, --part PATH if the model is a part of the "
             f"checkpoint."
         ) from error
@@ -217,9 +260,9 @@ def _loaded(tree: Any, like: Any, args: Namespace) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings of the libraries that read and write."""
+    """No word of the libraries that read and write: their errors quote files as they are."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -233,8 +276,3 @@ def _on_the_cpu() -> None:
     import jax
 
     jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
-
-
-def _printable(name: str) -> str:
-    """Names from outside may hold what a terminal obeys."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)

@@ -307,7 +307,7 @@ def to_torch(
     for slot, v in zip(source.slots, map(np.asarray, source.leaves), strict=True):
         name, how, value = layouts.to_torch(slot.role, v)
         tensors.append(Tensor(slot.path, slot.layer, partial(_if_called, name, (how, value)), v))
-    given = _named(source, rename) if like is None else read(call, like)
+    given = _named(call, source, rename) if like is None else read(call, like)
     slots = []
     for key, v in given.items():
         layer, _, leaf = key.rpartition(".")
@@ -345,21 +345,25 @@ def _other(momentum: float | None) -> float | None:
     return None if momentum is None else round(1 - momentum, 12)
 
 
-def _named(source: Variables, rename: Rename | None) -> dict[str, np.ndarray]:
+def _named(call: str, source: Variables, rename: Rename | None) -> dict[str, np.ndarray]:
     """The state_dict whose layers are called by rename, or as in Flax."""
     names = {slot.layer: slot.layer for slot in source.slots}
     if rename is not None:
         names, _ = renamed(names, rename)
     counted = {slot.layer for slot in source.slots if slot.role.leaf == "count"}
     new: dict[str, np.ndarray] = {}
+    twice = []
     for slot, v in zip(source.slots, map(np.asarray, source.leaves), strict=True):
         if slot.layer not in names:
             continue
         layer = names[slot.layer].replace("/", ".")
         name, _, value = layouts.to_torch(slot.role, v)
-        new[f"{layer}.{name}".lstrip(".")] = value.astype(np.int64) if name == COUNT else value
+        key = f"{layer}.{name}".lstrip(".")
+        twice += [f"two arrays of the source become {key}"] * (key in new)
+        new[key] = value.astype(np.int64) if name == COUNT else value
         if name == "running_var" and slot.layer not in counted:
             new[f"{layer}.{COUNT}".lstrip(".")] = np.zeros((), np.int64)
+    refuse(call, twice)
     return new
 
 

@@ -38,11 +38,18 @@ def of_layer(
 
     Args:
       path: of the layer, for the findings.
-      layer: what it holds; arrays of which devices hold copies are compared.
+      layer: what it holds; arrays of which devices hold copies are compared. Statistics are None
+        where a checkpoint has none.
       moments: of the x that came to it, for what only a batch can tell.
       setting: how the layer is used.
       limits: the thresholds.
     """
+    if layer.state.mean is None:
+        remedy = (
+            "save batch_stats (nnx: nnx.state(model)) beside params; a norm without a batch's "
+            "statistics, LayerNorm say, has none to save"
+        )
+        return [Finding(path, "no_statistics", ERROR, 0.0, 2.0, (), remedy)]
     copies = Layer(Params(*map(_copies, layer.params)), State(*map(_copies, layer.state)))
 
     def found(

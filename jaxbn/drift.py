@@ -38,7 +38,7 @@ class Drift(NamedTuple):
 
 def drift(
     state: Any,
-    batches: Iterable[Mapping[str, Moments]],
+    batches: Mapping[str, Moments] | Iterable[Mapping[str, Moments]],
     *,
     reference: Drift | None = None,
     false_alarm: float = 1e-3,
@@ -62,7 +62,8 @@ def drift(
     Args:
       state: the running statistics: linen's variables, an nnx model, or as `jaxbn.layers.find`.
       batches: of each batch path → moments of its rows: `(incoming(model.apply)(variables, x)[1]
-        for x in data)`. Rows should be independent: not frames of one video.
+        for x in data)`, or that of one batch. Rows should be independent: not frames of one
+        video.
       reference: the `Drift` of clean data, which then takes the place of the running statistics:
         finer, for these are of augmented data and of a network that was still learning.
       false_alarm: chance of an alarm where nothing drifted, for the whole call.
@@ -80,7 +81,7 @@ def drift(
     (False, True)
     """
     total: dict[str, Seen] = {}
-    for rows in batches:
+    for rows in [batches] if isinstance(batches, Mapping) else batches:
         total = merge(total, seen(state, rows, epsilon=epsilon))
     return decide(total, reference=reference, false_alarm=false_alarm, tolerance=tolerance)
 

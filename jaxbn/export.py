@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn.extras import need
 from jaxbn.files import replacing
 from jaxbn.jaxprs import batch_statistics, evaluate, trace
 
@@ -138,10 +139,8 @@ def onnx(
         ...
     TypeError: onnx: x is a list, expected an example batch, batch first; write jnp.asarray(x).
     """
-    x = _checked("onnx", fn, x, "jax2onnx", "onnx", "onnxruntime")
-    import jax2onnx  # type: ignore[import-untyped]
-    import onnx as library
-
+    x = _checked("onnx", fn, x, "onnx", "onnxruntime", "jax2onnx")
+    jax2onnx, library = need("onnx", "jax2onnx"), need("onnx", "onnx")
     fn_ops = _as_operations(fn, x)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         model = jax2onnx.to_onnx(fn_ops, [("B", *x.shape[1:])], opset=opset, model_name="jaxbn")
@@ -229,8 +228,7 @@ def session(path: str | os.PathLike[str], *, optimize: bool = True) -> Callable[
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"session: no ONNX file at {path}")
-    import onnxruntime  # type: ignore[import-untyped]
-
+    onnxruntime = need("session", "onnxruntime")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     levels = onnxruntime.GraphOptimizationLevel
@@ -288,26 +286,23 @@ def int8(
             "jaxbn.export.int8(source, [x], path)."
         )
     reference = _run_or_refuse(original, batches)
-    from onnxruntime import quantization
-    from onnxruntime.quantization.shape_inference import (  # type: ignore[import-untyped]
-        quant_pre_process,
-    )
+    library = need("int8", "onnx")
+    quantization = need("int8", "onnxruntime.quantization")
+    prepare = need("int8", "onnxruntime.quantization.shape_inference").quant_pre_process
 
-    class Reader(quantization.CalibrationDataReader):
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
         def __init__(self, name: str):
             self.batches = iter({name: batch} for batch in batches)
 
         def get_next(self) -> Any:
             return next(self.batches, None)
 
-    import onnx as library
-
     name = library.load(os.fspath(source), load_external_data=False).graph.input[0].name
 
     def write(file: Path) -> None:
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
             prepared = Path(folder, "prepared.onnx")
-            quant_pre_process(os.fspath(source), prepared, skip_symbolic_shape=True)
+            prepare(os.fspath(source), prepared, skip_symbolic_shape=True)
             quantization.quantize_static(
                 prepared,
                 file,
@@ -350,13 +345,7 @@ def _run_or_refuse(run: Callable[..., np.ndarray], batches: Sequence[np.ndarray]
 def _checked(call: str, fn: Any, x: Any, *packages: str) -> jax.Array:
     """Equals x; when fn is an inference function of it, and the packages are there."""
     for package in packages:
-        try:
-            __import__(package)
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"{call}: {package} is not installed; write pip install 'jaxbn[export]'.",
-                name=package,
-            ) from error
+        need(call, package)
     if not isinstance(x, jax.Array | np.ndarray) or not x.ndim:
         what = f"a {type(x).__name__}" if not hasattr(x, "shape") else "a scalar"
         raise TypeError(

@@ -31,6 +31,7 @@ class Finding(NamedTuple):
 KINDS = {  # worst first: what each figure is
     "not_finite": "number of NaN and infinite values the layer holds",
     "negative_variance": "smallest running variance",
+    "no_statistics": "arrays mean and var that the layer holds",
     "never_updated": "updates so far",
     "hardly_updated": "share of the initial mean 0 and var 1 left in the statistics",
     "stale": "symmetric KL divergence of running and batch statistics, upper quartile of channels",

@@ -1,4 +1,4 @@
-"""`fold`: a trained network without its norms, which went into the kernels beside them."""
+"""`fold`: a trained network without norms. The kernels beside the norms absorb them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,19 +15,19 @@ from jaxbn.text import aligned
 
 
 class FoldSite(NamedTuple):
-    """One convolution or dot with a constant kernel, or one norm that stays; as printed."""
+    """One row of the report: a convolution or dot with a constant kernel, or a norm that stays."""
 
     name: str  # "0 conv 3x3, 3 -> 8 ResNet/conv_init"
-    folded: bool | None  # None where there is nothing to fold
+    folded: bool | None  # None if there is nothing to fold
     note: str  # what was folded, or why not
-    absolute: float | None  # largest error of its own on the example; None where not folded
-    relative: float | None  # the same over the largest value
+    absolute: float | None  # largest error of this site alone on the example; None if not folded
+    relative: float | None  # absolute over the largest value of the site's result
 
 
 class FoldReport(NamedTuple):
-    """What `fold` did: its sites in order, and the largest error of fn's results on the example.
+    """What `fold` did: the sites in order, and the largest error of fn's results on the example.
 
-    Printed, it is a table.
+    `print(report)` prints a table.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> w, mean, scale = jnp.ones((3, 2)), jnp.array([[1.0, 0.0]]), jnp.array([[2.0, -4.0]])
@@ -63,34 +63,110 @@ class FoldReport(NamedTuple):
         return "\n".join(aligned(rows, right=2))
 
 
+class Folded:
+    """What `fold` makes of fn: a jitted function, with `trace` and `lower` as of `jax.jit`.
+
+    It pickles where fn does, which is traced and folded again when it is loaded.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxbn.fold import Folded
+    >>> w = jnp.eye(2)
+    >>> print(Folded(lambda x: x @ w * 2, jnp.ones((1, 2)))(jnp.ones((3, 2)))[0])
+    [2. 2.]
+    """
+
+    def __init__(self, fn: Callable[..., Any], *example_args: Any):
+        self.fn = fn
+        self.shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), example_args)
+        self.program = trace(fn, example_args, transparent)
+        self.kept: dict[Any, jax.Array] = {}
+        self._jitted = jax.jit(self._run)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Folded, (self.fn, *self.shapes)
+
+    def __call__(self, *args: Any) -> Any:
+        """Equals `fn(*args)` up to rounding."""
+        return self._jitted(*args)
+
+    def trace(self, *args: Any) -> Any:
+        """As of `jax.jit`."""
+        return self._jitted.trace(*args)
+
+    def lower(self, *args: Any) -> Any:
+        """As of `jax.jit`."""
+        return self._jitted.lower(*args)
+
+    def _run(self, *args: Any) -> Any:
+        again = trace(self.fn, args, transparent)
+        # A constant may depend on the shape (a mean over the batch), but must not change with time.
+        if not _same(again, self.program) and not _same(
+            trace(self.fn, self.shapes, transparent), self.program
+        ):
+            raise ValueError(
+                "fold: the weights that fn closes over have changed since it was folded; fold "
+                "again: folded, report = jaxbn.fold(fn, x)."
+            )
+        return again.tree.unflatten(Rewrite(again, self.kept).run(jax.tree.leaves(args)))
+
+
+class FoldError(ValueError):
+    """`fold` makes no function of fn: nothing is to be folded, or an error is above tolerance.
+
+    Attributes:
+      report: what there is, and the error of each.
+
+    >>> import jax.numpy as jnp, jaxbn
+    >>> try:
+    ...     jaxbn.fold(lambda x: x @ jnp.ones((3, 2)), jnp.eye(3))
+    ... except ValueError as error:
+    ...     len(error.report.folded)
+    0
+    """
+
+    report: FoldReport
+
+    def __init__(self, message: str, report: FoldReport | None = None):  # None as it is unpickled
+        super().__init__(message)
+        if report is not None:
+            self.report = report
+
+
 def fold(
     fn: Callable[..., Any], *example_args: Any, tolerance: float | None = None
 ) -> tuple[Callable[..., Any], FoldReport]:
-    """A function that equals `fn`, with its norms in the kernels and biases beside them.
+    """A function that equals `fn`, without its norms: kernels and biases absorb the norms.
 
-    In inference a norm is `x * a + b` per channel, so `(W x + c) * a + b = (W a) x + (c a + b)`:
-    Jacob et al. 2018, section 3.2. `fn` is traced, so it does not matter which library wrote it.
-    After each convolution and dot with a constant kernel, the additions, subtractions,
-    multiplications and divisions by constants of each channel are folded, through reshapes,
-    transposes and casts that keep channels apart; before one too, where it pads with no zeros.
-    All in float64, cast once. What is read elsewhere as well stays as it is.
+    Use `fold` before a trained network is served, exported or quantized. In inference a norm is
+    `x * a + b` per channel, so `(W x + c) * a + b = (W a) x + (c a + b)`: Jacob et al. 2018,
+    section 3.2. `fn` is traced, so any library may have written it.
+
+    `fold` absorbs the additions, subtractions, multiplications and divisions by per-channel
+    constants that follow a convolution or a dot with a constant kernel. Reshapes, transposes and
+    casts in between are allowed if they keep channels apart. An affine before a convolution is
+    absorbed if the convolution does not pad with zeros. Kernels are computed in float64 and cast
+    once. A value with a second reader stays as it is.
 
     Args:
-      fn: an inference function of arrays, or trees of them, with its weights closed over. It is
-        traced again for each new shape, with the weights of now.
-      example_args: a batch to trace with, and to measure errors on.
-      tolerance: the largest error that is no fault, over the largest value, for each site and
-        for fn's results; by default 1e-5 in float32, 1e-12 in float64, and 4 units in the last
-        place of bfloat16 or float16.
+      fn: an inference function of arrays, or of trees of arrays, that closes over its weights.
+        fn is traced again for each new shape.
+      example_args: a batch. fold traces fn with the batch and measures errors on it.
+      tolerance: the largest error allowed, over the largest value, for each site and for fn's
+        results. The default is 1e-5 in float32, 1e-12 in float64, and 4 units in the last place
+        of bfloat16 or float16.
 
     Returns:
-      `(folded, report)`: a function for any batch size, under `jit`, `vmap` and `grad`, and for
-      `jax.export`; and what became of each site.
+      `(folded, report)`. `folded` takes any batch size and works under `jit`, `vmap`, `grad` and
+      `jax.export`. `report` says what became of each site.
 
     Raises:
+      TypeError: fn is not a function, or an argument is not an array.
+      ValueError: fn is in training mode, there is nothing to fold, or an error is above
+        tolerance. The message names the place.
       TypeError: fn is no function, or an argument is no array.
-      ValueError: fn is in training mode, or there is nothing to fold, or an error is above
-        tolerance; the message names the place.
+      ValueError: fn is in training mode.
+      FoldError: there is nothing to fold, or an error is above tolerance; the message names the
+        place. It is a ValueError, and has the report.
 
     >>> import jax, jax.numpy as jnp, jaxbn
     >>> params, state = jaxbn.init(2)
@@ -108,7 +184,7 @@ def fold(
     example_args = jax.tree.map(jnp.asarray, example_args)
     try:
         where = batch_statistics(fn, example_args)
-        program = trace(fn, example_args, transparent)
+        folded = Folded(fn, *example_args)
     except Exception as error:
         error.add_note(
             "fold: fn failed while it was traced; expected an inference function of the example "
@@ -124,26 +200,13 @@ def fold(
             f"eqx.nn.inference_mode(model) (Equinox)."
         )
 
-    kept: dict[Any, jax.Array] = {}
-    shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), example_args)
-
-    def run_folded(*args: Any) -> Any:
-        again = trace(fn, args, transparent)
-        # Constants may follow the shape (a mean over the batch), but not the time.
-        if not _same(again, program) and not _same(trace(fn, shapes, transparent), program):
-            raise ValueError(
-                "fold: the weights that fn closes over have changed since it was folded; fold "
-                "again: folded, report = jaxbn.fold(fn, x)."
-            )
-        return again.tree.unflatten(Rewrite(again, kept).run(jax.tree.leaves(args)))
-
     if tolerance is None:
-        tolerance = _tolerance(program)
-    report = _measure(fn, example_args, kept, tolerance)
+        tolerance = _tolerance(folded.program)
+    report = _measure(fn, example_args, folded.kept, tolerance)
     if not report.folded:
-        _check_something(report, program)
+        _check_something(report, folded.program)
     _verify(report)
-    return jax.jit(run_folded), report
+    return folded, report
 
 
 def _same(one: Program, other: Program) -> bool:
@@ -171,7 +234,7 @@ def _same(one: Program, other: Program) -> bool:
 def _measure(
     fn: Callable[..., Any], args: Sequence[Any], kept: dict[Any, jax.Array], tolerance: float
 ) -> FoldReport:
-    """The report: each site run alone on what it reads in fn, then all of them together."""
+    """The report: each site runs alone on its input in fn, then all sites run together."""
     rows: list[Row] = []
 
     def differences(*args: Any) -> Any:
@@ -187,7 +250,7 @@ def _measure(
         pairs = ((y, values[i]) for y, i in zip(results, program.outputs, strict=True))
         return alone, [_difference(y, r) for y, r in pairs if jnp.issubdtype(r, jnp.inexact)]
 
-    # Accelerators multiply float32 in fewer bits by default, which is no fault of the fold.
+    # Accelerators multiply float32 in fewer bits by default. The fold is not to blame for that.
     with jax.default_matmul_precision("highest"):
         alone, together = jax.device_get(jax.jit(differences)(*args))
     errors = iter(alone)
@@ -199,7 +262,7 @@ def _measure(
 
 
 def _difference(y: jax.Array, reference: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Largest error and largest value; equal infinities and NaNs do not differ."""
+    """Largest error and largest value. Equal infinities do not differ, nor do two NaNs."""
     wide = promote(y.dtype, jnp.float32)
     y, reference = y.astype(wide), reference.astype(wide)
     same = (y == reference) | (jnp.isnan(y) & jnp.isnan(reference))
@@ -209,7 +272,7 @@ def _difference(y: jax.Array, reference: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def _worst(errors: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """The largest error, and the largest over its largest value; what is no number is infinite."""
+    """The largest error, and the largest relative error. A NaN counts as infinite."""
     absolute = [float("inf") if np.isnan(error) else float(error) for error, _ in errors]
     relative = [
         error / float(largest) if largest else error and float("inf")
@@ -219,7 +282,7 @@ def _worst(errors: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _tolerance(program: Program) -> float:
-    """4 units in the last place of the narrowest dtype that is computed in; 1e-5 in float32."""
+    """4 units in the last place of the narrowest dtype in the program; 1e-5 in float32."""
     names = {*CONTRACTIONS, *ARITHMETIC}
     dtypes = [op.dtype for op in program.ops if op.name in names and floating(op.dtype)]
     eps = max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
@@ -255,19 +318,21 @@ def _check_arguments(fn: Any, args: Sequence[Any], tolerance: float | None) -> N
 
 
 def _check_something(report: FoldReport, program: Program) -> None:
-    """An error, if there is neither a norm that went away nor one that had to stay."""
+    """Raises if fn has neither a norm that was folded nor a norm that had to stay."""
     found = {site.folded for site in report.sites}
     count = sum(op.name in CONTRACTIONS for op in program.ops)
     if count and found <= {False}:
-        raise ValueError(
+        raise FoldError(
             f"fold: no convolution or dot of fn has a constant kernel (there are {count}), so "
             f"there is nothing to fold into; close over concrete weights and pass data alone: "
-            f"jaxbn.fold(lambda x: model.apply(variables, x), x)."
+            f"jaxbn.fold(lambda x: model.apply(variables, x), x).",
+            report,
         )
     if False not in found:
-        raise ValueError(
+        raise FoldError(
             f"fold: fn has no norm to fold: of its {count} convolutions and dots, none is followed "
-            f"by more than a bias; expected a network with batch norms, in inference mode."
+            f"by more than a bias; expected a network with batch norms, in inference mode.",
+            report,
         )
 
 
@@ -275,10 +340,11 @@ def _verify(report: FoldReport) -> None:
     worst = max(report.folded, key=lambda site: site.relative or 0.0, default=None)
     if worst is None or max(worst.relative or 0.0, report.relative) <= report.tolerance:
         return
-    raise ValueError(
+    raise FoldError(
         f"fold: folding changes fn's result by {report.relative:.1e} of its largest value, and "
         f"the result of site {worst.name!r} alone, more than any other, by {worst.relative:.1e}; "
         f"expected {report.tolerance:.1e} at most. A running mean far beyond its standard "
         f"deviation, or a var near 0, amplifies rounding: recalibrate the statistics, or accept "
-        f"it by tolerance={max(worst.relative or 0.0, report.relative) * 2:.0e}."
+        f"it by tolerance={max(worst.relative or 0.0, report.relative) * 2:.0e}.",
+        report,
     )

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -12,10 +14,23 @@ from typing import Any
 
 import numpy as np
 
+from jaxbn.extras import need
 from jaxbn.files import replacing
+from jaxbn.text import distinct, printable
 from jaxbn.watch import METRICS, Channels
 
 Figures = Mapping[str, Mapping[str, float]]  # layer → metric → figure
+
+HELP = {name: metric.help for name, metric in METRICS.items()}
+DRIFT = {  # metric → what it is; each a field of `jaxbn.health.LayerDrift`
+    "drift_alarm": "1 where what comes to the layer has drifted, else 0.",
+    "drift_figure": "Shift beyond the tolerance, in standard errors.",
+    "drift_threshold": "Figure above which there is an alarm.",
+    "drift_shift": "Shift of the mean in sd, RMS over channels.",
+    "drift_spread": "Change of the variance as a share of it, RMS over channels.",
+    "drift_rows": "Independent rows seen.",
+    "drift_values": "Independent values of a channel that these rows are worth.",
+}
 
 
 class Writer:
@@ -105,13 +120,7 @@ class TensorBoard(Writer):
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
-        try:
-            import tensorboardX.proto.event_pb2  # noqa: F401
-        except ImportError:
-            raise ModuleNotFoundError(
-                "TensorBoard: needs the package tensorboardX, which is not installed; write "
-                "pip install 'jaxbn[watch]'."
-            ) from None
+        need("TensorBoard", "tensorboardX.proto.event_pb2")
         # To the nanosecond: a second file of the same second must not be the first one.
         name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
         self.path = _new_or_there("TensorBoard", Path(folder) / name)
@@ -125,16 +134,16 @@ class TensorBoard(Writer):
         from tensorboardX.proto.summary_pb2 import HistogramProto, Summary
 
         values = [
-            Summary.Value(tag=f"{metric}/{layer or '.'}", simple_value=figure)
-            for layer, of_layer in figures.items()
+            Summary.Value(tag=f"{metric}/{layer}", simple_value=figure)
+            for layer, of_layer in _labelled(figures).items()
             for metric, figure in of_layer.items()
         ]
-        for layer, of_channels in arrays.items():
+        for layer, of_channels in _labelled(arrays).items():
             for name, v in of_channels.items():
                 v = np.abs(v) if np.iscomplexobj(v) else v
                 if (v := v[np.isfinite(v)]).size:
                     histogram = HistogramProto(**_histogram(v))
-                    values.append(Summary.Value(tag=f"{name}/{layer or '.'}", histo=histogram))
+                    values.append(Summary.Value(tag=f"{name}/{layer}", histo=histogram))
         self._event(step=step, summary=Summary(value=values))
 
     def rewind(self, step: int) -> None:
@@ -180,14 +189,16 @@ class Prometheus(Writer):
     """The latest figures at `http://127.0.0.1:PORT/metrics`, from a registry of their own.
 
     Gauges `jaxbn_layer_<metric>{layer="…"}` and `jaxbn_step`. A scrape sees one step's figures,
-    never parts of two. Other machines are served where `address` is one of this machine's
-    that they reach, or "0.0.0.0"; there is no password, so that is for a network you trust.
+    never parts of two, and has PATIENCE seconds from its first byte to its last. Other machines
+    are served where `address` is one of this machine's that they reach, or "0.0.0.0" or "::"; there
+    is no password, so that is for a network you trust.
 
     Attributes:
       url: where the figures are.
 
     Raises:
       OSError: the port is taken, or address and port are none.
+      ModuleNotFoundError: prometheus-client is not installed.
 
     >>> import urllib.request
     >>> from jaxbn import writers
@@ -200,26 +211,28 @@ class Prometheus(Writer):
     """
 
     def __init__(self, port: int = 9464, address: str = "127.0.0.1"):
-        from prometheus_client import CollectorRegistry, start_http_server
-
+        client = need("Prometheus", "prometheus_client")
         self._latest: tuple[int, Figures] | None = None
-        registry = CollectorRegistry()
+        registry = client.CollectorRegistry()
         registry.register(self)
+        host = f"[{address}]" if ":" in address else address
         try:
-            self._server, self._thread = start_http_server(port, address, registry)
+            self._server = _served(client.make_wsgi_app(registry), address, port)
         except (OSError, OverflowError) as error:
             raise OSError(
-                f"Prometheus: cannot listen at {address}:{port} ({reason(error)}), expected an "
+                f"Prometheus: cannot listen at {host}:{port} ({reason(error)}), expected an "
                 f"address of this machine and a port that is free; write port=0 for any free one."
             ) from None
-        self.url = f"http://{address}:{self._server.server_port}/metrics"
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+        self.url = f"http://{host}:{self._server.server_port}/metrics"
 
     def __str__(self) -> str:
         return self.url
 
     def write(self, step: int, figures: Figures, arrays: Mapping[str, Channels]) -> None:
         """Show these figures from the next scrape on."""
-        self._latest = step, figures
+        self._latest = step, _labelled(figures)
 
     def rewind(self, step: int) -> None:
         """Show nothing until the next `write`."""
@@ -233,11 +246,12 @@ class Prometheus(Writer):
             return
         step, figures = self._latest
         yield GaugeMetricFamily("jaxbn_step", "Training step of these figures.", value=step)
-        for name, metric in METRICS.items():
-            family = GaugeMetricFamily(f"jaxbn_layer_{name}", metric.help, labels=["layer"])
+        drift = any(of_layer.keys() & DRIFT.keys() for of_layer in figures.values())
+        for name, help in (DRIFT if drift else HELP).items():
+            family = GaugeMetricFamily(f"jaxbn_layer_{name}", help, labels=["layer"])
             for layer, of_layer in figures.items():
                 if name in of_layer:
-                    family.add_metric([layer or "."], of_layer[name])
+                    family.add_metric([layer], of_layer[name])
             yield family
 
     def close(self) -> None:
@@ -245,6 +259,52 @@ class Prometheus(Writer):
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+
+
+PATIENCE = 10.0  # seconds that a scrape may take: one that never ends would hold a thread for good
+
+
+def _served(app: Any, address: str, port: int) -> Any:
+    """A server of the WSGI app at the address, IPv4 or IPv6, a thread a request."""
+    from socketserver import ThreadingMixIn
+    from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+    kind = socket.SOCK_STREAM
+    family, *_, where = socket.getaddrinfo(address, port, type=kind, flags=socket.AI_PASSIVE)[0]
+
+    class Server(ThreadingMixIn, WSGIServer):
+        daemon_threads = True
+        address_family = family
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            since[request] = time.monotonic()
+            super().process_request(request, client_address)
+
+        def shutdown_request(self, request: Any) -> None:
+            since.pop(request, None)
+            super().shutdown_request(request)
+
+        def service_actions(self) -> None:  # twice a second
+            for request, start in list(since.items()):
+                if time.monotonic() - start > PATIENCE:
+                    with suppress(OSError):
+                        request.shutdown(socket.SHUT_RDWR)
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """A scrape that breaks off is no news."""
+
+    class Silent(WSGIRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            """Of a scrape no line is written."""
+
+    since: dict[Any, float] = {}  # connection → when it was accepted
+    return make_server(str(where[0]), port, app, Server, Silent)
+
+
+def _labelled(of_layers: Mapping[str, Any]) -> dict[str, Any]:
+    """The layers by names that any encoding and any terminal takes."""
+    names = distinct(printable(layer) or "." for layer in of_layers)
+    return dict(zip(names, of_layers.values(), strict=True))
 
 
 def _new_or_there(call: str, path: Path) -> Path:

@@ -1,7 +1,7 @@
 """Frozen batch norm: statistics that stay, and labels for parameters that optax treats apart."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import jax
@@ -58,21 +58,11 @@ def freeze(
         for path, layer in layers.nnx_layers(model):
             if path in chosen and not _is_frozen(layer):
                 cls: Any = type(layer)
-                object.__setattr__(layer, "__class__", _frozen_class(cls))
+                object.__setattr__(layer, "__class__", frozen_class(cls))
         return model
 
-    def by_running_statistics(
-        call: Call, run: Callable[[bool], jax.Array]
-    ) -> tuple[jax.Array, None]:
-        return run(call.train and call.path not in chosen), None
-
-    hooked = hooked_apply(model, by_running_statistics)
-
-    @functools.wraps(model)
-    def apply(*args: Any, **kwargs: Any) -> Any:
-        return hooked(*args, **kwargs)[0]
-
-    return apply
+    # No closure: this pickles where apply does.
+    return functools.partial(_apply_frozen, model, frozenset(chosen))
 
 
 def unfreeze(model: Any, where: Where = "*") -> Any:
@@ -220,8 +210,19 @@ def _never_updated(state: State) -> bool:
     return bool(np.any(np.all((mean == 0) & (var == 1), axis=-1)))
 
 
+def _apply_frozen(apply: Callable[..., Any], frozen: Set[str], /, *args: Any, **kwargs: Any) -> Any:
+    """What a linen model's apply returns, with the layers at these paths frozen."""
+
+    def by_running_statistics(
+        call: Call, run: Callable[[bool], jax.Array]
+    ) -> tuple[jax.Array, None]:
+        return run(call.train and call.path not in frozen), None
+
+    return hooked_apply(apply, by_running_statistics)(*args, **kwargs)[0]
+
+
 @functools.lru_cache(maxsize=64)
-def _frozen_class(cls: Any) -> Any:
+def frozen_class(cls: Any) -> Any:
     """The nnx layer's class, called by its running statistics whatever the call says."""
 
     def __call__(  # noqa: N807
@@ -229,8 +230,8 @@ def _frozen_class(cls: Any) -> Any:
     ) -> jax.Array:
         return cls.__call__(self, x, True, **kwargs)
 
-    body = {"__call__": __call__, "__module__": cls.__module__, "jaxbn_frozen": True}
-    return type(f"Frozen{cls.__name__}", (cls,), body)
+    body = {"__call__": __call__, "jaxbn_frozen": True}
+    return layers.derived(cls, f"Frozen{cls.__name__}", body, frozen_class, cls)
 
 
 def _is_frozen(layer: Any) -> bool:

@@ -72,7 +72,7 @@ def gap(model: Any, *args: Any, limits: Limits = Limits(), **kwargs: Any) -> Gap
 
     Raises:
       TypeError: model is neither.
-      ValueError: the model has no batch norm layer, the batch no rows, or one value per channel.
+      ValueError: the model has no batch norm layer, or the batch no rows.
 
     >>> import jax, jax.numpy as jnp, flax.linen as nn, jaxbn
     >>> model = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=True)])

@@ -161,9 +161,11 @@ def summary(tree: Any, findings: Sequence[Finding] = (), *, epsilon: float = 1e-
     order = worst_first(findings)
     for path, (params, state) in _layers("summary", tree).items():
         own = [finding for finding in order if finding.layer == path]
-        mean, var = np.abs(np.asarray(state.mean)), np.asarray(state.var)
-        sd = np.sqrt(np.maximum(var.astype(np.float64), 0) + epsilon)
-        ranges = {"mean": mean.astype(np.float64) / sd, "var": var}
+        ranges = {}
+        if state.mean is not None:
+            mean, var = np.abs(np.asarray(state.mean)), np.asarray(state.var)
+            sd = np.sqrt(np.maximum(var.astype(np.float64), 0) + epsilon)
+            ranges = {"mean": mean.astype(np.float64) / sd, "var": var}
         if params.scale is not None:
             ranges["scale"] = np.abs(np.asarray(params.scale))
         figures = {
@@ -175,7 +177,8 @@ def summary(tree: Any, findings: Sequence[Finding] = (), *, epsilon: float = 1e-
         figures.pop("mean_min", None)
         count = None if state.count is None else int(np.min(state.count))
         worst = own[0] if own else None
-        rows.append(Row(path, np.shape(state.mean), count, worst, len(own), figures))
+        shape = np.shape(params.scale if state.mean is None else state.mean)
+        rows.append(Row(path, shape, count, worst, len(own), figures))
     return sorted(rows, key=lambda r: len(order) if r.worst is None else order.index(r.worst))
 
 

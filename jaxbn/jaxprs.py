@@ -1,4 +1,4 @@
-"""A traced function as one flat list of operations, and what of it no argument reaches."""
+"""A traced function as one flat list of operations, and its values that are constants."""
 
 import math
 import re
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 CALLS = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
 CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
-# float64 in, float64 out: what fold and XLA round differently is then the last bit alone.
+# Computed in float64: fold and XLA then differ by the rounding of the last cast alone.
 ARITHMETIC: dict[str, Callable[..., np.ndarray]] = {
     "add": np.add,
     "sub": np.subtract,
@@ -29,52 +29,52 @@ ARITHMETIC: dict[str, Callable[..., np.ndarray]] = {
 
 
 def shape_of(v: Any) -> tuple[Any, ...]:
-    """The shape of an equation's variable or literal; () for what is no array."""
+    """The shape of an equation's variable or literal; () where the value is not an array."""
     return getattr(v.aval, "shape", ())
 
 
 class Op(NamedTuple):
-    """One equation, between values that are numbered over the whole program."""
+    """One equation. Values are numbered over the whole program."""
 
     eqn: "JaxprEqn"
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    path: str  # of the module or named scope that wrote it, "ResNet/bn_init"; or ""
+    path: str  # the module or named scope that wrote the equation, "ResNet/bn_init"; or ""
 
     @property
     def name(self) -> str:
-        """The primitive's."""
+        """The name of the primitive."""
         return self.eqn.primitive.name
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """Of the first result; sizes may be symbols."""
+        """The shape of the first result; sizes may be symbols."""
         return shape_of(self.eqn.outvars[0])
 
     @property
     def dtype(self) -> Any:
-        """Of the first result."""
+        """The dtype of the first result."""
         aval: Any = self.eqn.outvars[0].aval
         return aval.dtype
 
 
 class Program(NamedTuple):
-    """A function of arrays as operations in order; those that no output needs are left out."""
+    """A function of arrays as operations in order, without the operations that no output needs."""
 
     inputs: tuple[int, ...]
     ops: tuple[Op, ...]
     outputs: tuple[int, ...]
     consts: dict[int, Any]
-    tree: Any  # of the outputs
+    tree: Any  # the structure of the outputs
 
 
 def trace(fn: Callable, args: Sequence[Any], inline: Callable[["JaxprEqn"], bool]) -> Program:
     """The program of `fn(*args)`; args may be arrays, tracers or `ShapeDtypeStruct`s.
 
-    Calls (`jit`, `checkpoint`) are inlined; those with a derivative of their own where `inline`
-    says so, for it is lost then.
+    Calls (`jit`, `checkpoint`) are inlined. A call with a derivative of its own (`custom_jvp`)
+    loses that derivative when inlined, so `inline` decides for each such call.
     """
-    from jax.extend.core import Literal  # slow to import, and `import jaxbn` comes by here
+    from jax.extend.core import Literal  # slow to import; `import jaxbn` must stay fast
 
     closed, shapes = jax.make_jaxpr(lambda *args: fn(*args), return_shape=True)(*args)
     consts: dict[int, Any] = {}
@@ -117,13 +117,13 @@ def trace(fn: Callable, args: Sequence[Any], inline: Callable[["JaxprEqn"], bool
 
 
 def _scope(eqn: "JaxprEqn") -> str:
-    """The named scopes of an equation, without the transformations: "vmap(conv)/vmap()" is conv."""
+    """The named scopes of an equation without transformations: "vmap(conv)/vmap()" gives "conv"."""
     plain = re.sub(r"\w+\(([^()]*)\)", r"\1", str(eqn.source_info.name_stack))
     return "/".join(filter(None, plain.split("/")))
 
 
 def bodies(eqn: "JaxprEqn") -> Iterator[tuple["Jaxpr", list[Any]]]:
-    """The jaxprs within an equation's parameters, each with its constants."""
+    """The jaxprs in an equation's parameters, each with its constants."""
     from jax.extend.core import ClosedJaxpr, Jaxpr
 
     for value in eqn.params.values():
@@ -135,7 +135,7 @@ def bodies(eqn: "JaxprEqn") -> Iterator[tuple["Jaxpr", list[Any]]]:
 
 
 def run(op: Op, *operands: Any) -> list[Any]:
-    """The results of one operation, under its scope."""
+    """Runs one operation under its named scope and returns the results."""
     params = op.eqn.primitive.get_bind_params(op.eqn.params)
     with op.eqn.ctx.manager, jax.named_scope(op.path):
         results = op.eqn.primitive.bind(*operands, **params)
@@ -150,30 +150,30 @@ def evaluate(program: Program, leaves: Sequence[Any]) -> dict[int, Any]:
     return values
 
 
-# What no argument reaches
+# Constants: values that do not depend on the arguments
 
 
 class Known(NamedTuple):
-    """A constant: its numbers, held with size 1 along the axes on which it does not vary."""
+    """A constant. An axis on which the numbers do not vary is stored with size 1."""
 
-    value: np.ndarray  # float64 where computed, though dtype is narrower
+    value: np.ndarray  # float64 once computed with, even where dtype is narrower
     shape: tuple[Any, ...]
     dtype: Any
-    source: Any = None  # the array that the function closed over, where it is that
+    source: Any = None  # the array that the function closed over, if the constant is that array
 
     def array(self) -> np.ndarray:
-        """In full, cast."""
+        """The whole array, cast to dtype."""
         return np.broadcast_to(self.value.astype(self.dtype), self.shape)
 
     def numbers(self, ndim: int) -> np.ndarray:
-        """In float64, of a rank that broadcasts."""
+        """The numbers in float64, with `ndim` axes, ready to broadcast."""
         return self.value.astype(np.float64).reshape(
             (1,) * (ndim - self.value.ndim) + self.value.shape
         )
 
 
 def known(value: Any) -> Known | None:
-    """The constant that `value` is; None for a tracer or a random key."""
+    """`value` as a constant; None for a tracer or a random key."""
     if isinstance(value, jax.core.Tracer):
         return None
     dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
@@ -189,9 +189,9 @@ def floating(dtype: Any) -> bool:
 
 
 def compute(op: Op, operands: Sequence[Known]) -> list[Known] | None:
-    """The results of an operation on constants; None where only a run can tell them.
+    """The results of an operation on constants; None if they are known only at run time.
 
-    Arithmetic is done in float64, casts and all else as the program does them.
+    Arithmetic is done in float64. Casts and all other operations run as the program runs them.
     """
     if op.name in ARITHMETIC and floating(op.dtype):
         params = {"y": op.eqn.params["y"]} if op.name == "integer_pow" else {}
@@ -213,10 +213,10 @@ def compute(op: Op, operands: Sequence[Known]) -> list[Known] | None:
 
 
 def relayout(op: Op, value: np.ndarray) -> np.ndarray | None:
-    """`value`, of an array that `op` reshapes, transposes or casts, for the result.
+    """The constant `value` after `op`, an operation that reshapes, transposes or casts.
 
-    Like a `Known`, it has size 1 along axes on which it does not vary. None where the operation
-    is of another kind, or mixes axes on which it varies with those on which it does not.
+    `value` has size 1 on axes on which it does not vary, as in `Known`. Returns None if `op` is
+    another kind of operation, or if a reshape merges a varying axis with a constant one.
     """
     params = op.eqn.params
     if op.name in ("convert_element_type", "copy"):
@@ -236,7 +236,10 @@ def relayout(op: Op, value: np.ndarray) -> np.ndarray | None:
 
 
 def _reshape(value: np.ndarray, old: tuple[Any, ...], new: tuple[Any, ...]) -> np.ndarray | None:
-    """value, of an array of shape `old`, for that array in shape `new`. Sizes may be symbols."""
+    """`value`, which belongs to an array of shape `old`, after a reshape of that array to `new`.
+
+    Sizes may be symbols.
+    """
     varies = [axis for axis, size in enumerate(value.shape) if size > 1]
     if not varies:
         return value.reshape((1,) * len(new))
@@ -255,13 +258,14 @@ def _reshape(value: np.ndarray, old: tuple[Any, ...], new: tuple[Any, ...]) -> n
 
 
 def batch_statistics(fn: Callable, args: Sequence[Any]) -> str | None:
-    """Where `fn` normalizes by statistics of the batch; None for a function in inference mode.
+    """The place where `fn` normalizes by statistics of the batch; None in inference mode.
 
-    The batch axis is axis 0 of all leaves that share its size with the first, if `fn` takes one
-    twice as long. What is as long as before, and was computed from what is longer, is a
-    statistic; subtracted from, multiplied with or divided into what is longer, it makes a row's
-    result depend on the other rows. One number for all channels does not count: it may be the
-    scale of a quantizer.
+    `fn` is traced twice, the second time with a batch axis twice as long. The batch axis is axis 0
+    of every leaf whose axis 0 has the size of the first leaf's. A value that keeps its shape in
+    the second trace, but is computed from a value that grew, is a statistic of the batch. If a
+    statistic is subtracted from, multiplied with, or divided into a value that grew, then the
+    result of one row depends on other rows: `fn` is in training mode. A single number for all
+    channels does not count, because it may be the scale of a quantizer.
     """
     leaves = jax.tree.leaves(args)
     size = next((leaf.shape[0] for leaf in leaves if leaf.ndim), None)
@@ -275,7 +279,7 @@ def batch_statistics(fn: Callable, args: Sequence[Any]) -> str | None:
     once = trace(fn, args, lambda eqn: True)
     try:
         twice = trace(fn, jax.tree.unflatten(jax.tree.structure(args), longer), lambda eqn: True)
-    except Exception:  # axis 0 is no batch axis, whatever fn may say about it
+    except Exception:  # fn does not accept a longer axis 0, so axis 0 is not a batch axis
         return None
     if [op.name for op in once.ops] != [op.name for op in twice.ops]:
         return None
@@ -284,7 +288,7 @@ def batch_statistics(fn: Callable, args: Sequence[Any]) -> str | None:
         for i, short, long in zip(once.inputs, leaves, longer, strict=True)
         if short.shape != long.shape
     }
-    statistic: dict[int, int] = {}  # numbers in it, before it is broadcast
+    statistic: dict[int, int] = {}  # value → how many numbers it holds before broadcasting
     for op, long in zip(once.ops, twice.ops, strict=True):
         from_statistic = max((statistic.get(i, 0) for i in op.inputs), default=0)
         from_rows = any(i in grows and i not in statistic for i in op.inputs)

@@ -1,8 +1,9 @@
 """The batch norm layers of a model or a checkpoint: where they stand and what they hold."""
 
+import copyreg
 import functools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,13 @@ from jaxbn.state import Params, State
 
 
 class Layer(NamedTuple):
-    """What one batch norm layer holds; leaves may be stacked [layers, C] where it was scanned."""
+    """What one batch norm layer holds; leaves may be stacked [layers, C] where it was scanned.
+
+    >>> import jaxbn
+    >>> from jaxbn import layers
+    >>> layers.Layer(*jaxbn.init(3)).state.mean.shape
+    (3,)
+    """
 
     params: Params  # scale and bias; either None where the layer has none
     state: State  # mean, var; count None where updates are not counted
@@ -26,7 +33,7 @@ def find(tree: Any) -> dict[str, Layer]:
       tree: linen's variables (`params` and `batch_stats`, or batch_stats alone), an nnx module or
         its state, or a tree of dicts with `Params` and `State` or mappings that hold "mean" and
         "var" in it; or what was found. Shapes in place of arrays do as well, and gradients under
-        `params`.
+        `params`; boxes around arrays (`nn.with_partitioning`) are looked through.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> from jaxbn import layers
@@ -74,7 +81,7 @@ def replace(tree: Any, states: Mapping[str, State]) -> Any:
         return tree
 
     def walk(node: Any, path: str) -> Any:
-        if isinstance(node, State) or (isinstance(node, Mapping) and _holds_statistics(node)):
+        if holds_statistics(node):
             return _renewed(node, states[path]) if path in states else node
         if isinstance(node, Mapping):
             return _like(node, {k: walk(v, f"{path}/{k}".lstrip("/")) for k, v in node.items()})
@@ -88,19 +95,97 @@ def replace(tree: Any, states: Mapping[str, State]) -> Any:
     return walk(tree, "")
 
 
+def holds_statistics(node: Any) -> bool:
+    """Whether the node of a tree is what one layer holds: a `State`, or arrays "mean" and "var".
+
+    Modules may be called mean and var as well, as the heads of a VAE are.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxbn import layers
+    >>> stats = {"mean": jnp.zeros(2), "var": jnp.ones(2)}
+    >>> layers.holds_statistics(stats), layers.holds_statistics({"mean": stats, "var": stats})
+    (True, False)
+    """
+    if isinstance(node, State):
+        return True
+    if not isinstance(node, Mapping) or not {"mean", "var"} <= set(node):
+        return False
+    return jax.tree_util.all_leaves([unboxed(node["mean"]), unboxed(node["var"])])
+
+
+def unboxed(value: Any) -> Any:
+    """The array in a box of Flax's (`nn.Partitioned`, an nnx variable); what is no box, as it is.
+
+    >>> import flax.linen as nn
+    >>> from jaxbn import layers
+    >>> layers.unboxed(nn.Partitioned(1.0, names=("model",)))
+    1.0
+    """
+    # Neither is at hand where it was never imported.
+    meta, nnx = sys.modules.get("flax.core.meta"), sys.modules.get("flax.nnx")
+    if meta is not None and isinstance(value, meta.AxisMetadata):
+        (value,) = jax.tree.leaves(value)  # `unbox` would constrain its sharding
+    elif nnx is not None and isinstance(value, nnx.Variable):
+        value = value.get_value()
+    return value
+
+
 def is_nnx(tree: Any) -> bool:
-    """Whether it is an nnx module; flax is not imported for the question."""
+    """Whether it is an nnx module; flax is not imported for the question.
+
+    >>> from flax import nnx
+    >>> from jaxbn import layers
+    >>> layers.is_nnx(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    True
+    """
     nnx = sys.modules.get("flax.nnx")  # no module of nnx is at hand where it was never imported
     return nnx is not None and isinstance(tree, nnx.Module)
 
 
 def nnx_layers(model: Any) -> Iterator[tuple[str, Any]]:
-    """Path and module of every batch norm layer of an nnx model."""
+    """Path and module of every batch norm layer of an nnx model.
+
+    >>> from flax import nnx
+    >>> from jaxbn import layers
+    >>> model = nnx.Sequential(nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
+    >>> [path for path, _ in layers.nnx_layers(model)]
+    ['layers/0']
+    """
     from flax import nnx
 
     for path, module in nnx.iter_modules(model):
         if isinstance(module, nnx.BatchNorm):
             yield "/".join(map(str, path)), module
+
+
+def derived(
+    cls: Any, name: str, body: Mapping[str, Any], make: Callable[..., Any], *args: Any
+) -> Any:
+    """A subclass of an nnx module's class that pickles as the call `make(*args)` that makes it.
+
+    Others made at run time do not: Python looks a class up in the module that it names.
+
+    >>> import pickle
+    >>> from flax import nnx
+    >>> from jaxbn.freeze import frozen_class
+    >>> frozen = frozen_class(nnx.BatchNorm)
+    >>> pickle.loads(pickle.dumps(frozen)) is frozen
+    True
+    """
+    meta: Any = type(cls)
+    body = {**body, "__module__": cls.__module__, MADE_BY: (make, args)}
+    return _picklable(meta)(name, (cls,), body)
+
+
+MADE_BY = "jaxbn_made_by"
+
+
+@functools.cache
+def _picklable(meta: Any) -> Any:
+    """The metaclass, for classes that `derived` makes; a subclass of one is none of these."""
+    new = type(meta.__name__, (meta,), {})
+    copyreg.pickle(new, lambda cls: vars(cls).get(MADE_BY, cls.__qualname__))
+    return new
 
 
 def _plain(tree: Any) -> Any:
@@ -113,12 +198,8 @@ def _plain(tree: Any) -> Any:
     return nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
 
 
-def _holds_statistics(node: Mapping[str, Any]) -> bool:
-    return {"mean", "var"} <= set(node) and not isinstance(node["mean"], Mapping)
-
-
 def _nodes(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, State) or (isinstance(tree, Mapping) and _holds_statistics(tree)):
+    if holds_statistics(tree):
         yield path, tree
     elif isinstance(tree, Mapping):
         for key, node in tree.items():
@@ -140,11 +221,11 @@ def _at(tree: Any, path: str) -> Any:
 
 
 def _layer(stats: Any, weights: Any) -> Layer:
-    state = stats if isinstance(stats, State) else State(*map(stats.get, State._fields))
-    if isinstance(weights, Params):
-        return Layer(weights, state)
-    has = isinstance(weights, Mapping)
-    return Layer(Params(*(weights.get(k) if has else None for k in Params._fields)), state)
+    state = stats if isinstance(stats, State) else map(stats.get, State._fields)
+    if not isinstance(weights, Params):
+        has = isinstance(weights, Mapping)
+        weights = [weights.get(name) if has else None for name in Params._fields]
+    return Layer(Params(*map(unboxed, weights)), State(*map(unboxed, state)))
 
 
 def _renewed(node: Any, state: State) -> Any:

@@ -1,8 +1,9 @@
-"""How other libraries name and lay out the arrays of a layer, and the form of each in Flax.
+"""How other libraries name and lay out the arrays of a layer, and how Flax lays them out.
 
-A Flax kernel has its features last: [in, out] (IO) of a dense layer, [spatial…, in, out] (HWIO) of
-a convolution. That of a transposed convolution is [spatial…, in, out] and stands as it is applied,
-or with `transpose_kernel` is [spatial…, out, in] and is flipped when it is applied.
+Flax keeps features last. The kernel of a dense layer is [in, out] (IO). The kernel of a convolution
+is [spatial…, in, out] (HWIO). The kernel of a transposed convolution is [spatial…, in, out], in the
+order in which it is applied; with `transpose_kernel` the kernel is [spatial…, out, in], and Flax
+flips the kernel before applying it.
 """
 
 import numpy as np
@@ -16,7 +17,7 @@ TORCH_NAMES = {flax: torch for torch, flax in FLAX_NAMES.items()}
 
 
 def from_torch(leaf: str, v: np.ndarray, role: Role) -> Form | None:
-    """The array `leaf` of a PyTorch layer as this role of a Flax layer; None if it is not that."""
+    """The array `leaf` of a PyTorch layer in this role of a Flax layer; None if another."""
     if leaf != "weight":
         return ("", v) if FLAX_NAMES.get(leaf, leaf) == role.leaf else None
     if role.leaf != "kernel" or v.ndim < 2:
@@ -33,7 +34,7 @@ def from_torch(leaf: str, v: np.ndarray, role: Role) -> Form | None:
 
 
 def to_torch(role: Role, w: np.ndarray) -> tuple[str, str, np.ndarray]:
-    """Name in PyTorch, what was done, and the array, of a role in Flax: `from_torch` undone."""
+    """The inverse of `from_torch`: the name in PyTorch, what was done, and the array."""
     if role.leaf in ("scale", "embedding"):
         return "weight", "", w
     if role.leaf != "kernel" or w.ndim < 2:
@@ -50,7 +51,7 @@ def to_torch(role: Role, w: np.ndarray) -> tuple[str, str, np.ndarray]:
 
 
 def from_haiku(leaf: str, v: np.ndarray, role: Role) -> Form | None:
-    """The array `leaf` of a Haiku module as this role; per-channel ones are [1, …, C] there."""
+    """The array `leaf` of a Haiku module in this role. Haiku's per-channel arrays are [1, …, C]."""
     names = {"w": "kernel", "b": "bias", "offset": "bias", "embeddings": "embedding"}
     if names.get(leaf, leaf) != role.leaf:
         return None
@@ -61,7 +62,7 @@ def from_haiku(leaf: str, v: np.ndarray, role: Role) -> Form | None:
         and v.ndim > 1
     ):
         return "", v.reshape(-1)
-    if leaf == "w" and role.transpose_kernel is not None:  # [spatial…, out, in], as it is applied
+    if leaf == "w" and role.transpose_kernel is not None:  # [spatial…, out, in], not flipped
         s = _spatial(v)
         if role.transpose_kernel:
             return f"{s}OI, flipped", np.flip(v, tuple(range(v.ndim - 2)))
@@ -70,7 +71,7 @@ def from_haiku(leaf: str, v: np.ndarray, role: Role) -> Form | None:
 
 
 def from_keras(kind: str, leaf: str, v: np.ndarray, role: Role) -> Form | None:
-    """The variable `leaf` of a Keras layer of the class `kind` as this role."""
+    """The variable `leaf` of a Keras layer of class `kind` in this role."""
     names = {"gamma": "scale", "beta": "bias", "embeddings": "embedding"}
     names |= {"moving_mean": "mean", "moving_variance": "var"}
     names |= {"depthwise_kernel": "kernel", "pointwise_kernel": "kernel"}
@@ -78,16 +79,16 @@ def from_keras(kind: str, leaf: str, v: np.ndarray, role: Role) -> Form | None:
     if names.get(leaf, leaf) != role.leaf or transposed != (role.transpose_kernel is not None):
         return None
     s = _spatial(v)
-    if transposed:  # [spatial…, out, in], flipped when it is applied
+    if transposed:  # [spatial…, out, in]; Keras flips the kernel before applying it
         return ("", v) if role.transpose_kernel else (f"{s}OI → {s}IO, flipped", flip(v))
     if leaf == "depthwise_kernel" or (kind.startswith("Depthwise") and leaf == "kernel"):
-        # [spatial…, C, multiplier]: output c * multiplier + m is of input c.
+        # [spatial…, C, multiplier]: output c * multiplier + m reads input c.
         return f"{s}IM → {s}1(IM)", v.reshape(*v.shape[:-2], 1, -1)
     return "", v
 
 
 def flip(w: np.ndarray) -> np.ndarray:
-    """Equals w with its spatial axes reversed and its two feature axes exchanged."""
+    """`w` with spatial axes reversed and the two feature axes exchanged."""
     return np.flip(w, tuple(range(w.ndim - 2))).swapaxes(-1, -2)
 
 

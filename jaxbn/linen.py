@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax.linen import dtypes
 
 from jaxbn.axes import array, resolve, wide
-from jaxbn.functional import batch_norm
+from jaxbn.one_value import train_anyway
 from jaxbn.state import Params, State
 
 
@@ -22,13 +22,28 @@ class BatchNorm(nn.BatchNorm):
     `force_float32_reductions=False` only gives the statistics `param_dtype` as their dtype, where
     that is float64: they are float32 or wider.
 
-    Attributes (new here):
-      momentum: may be None for the cumulative average; then `batch_stats/count` is stored.
-      virtual_batch_size: normalize by statistics of groups of this many rows.
-      unbiased: the running var takes n / (n - 1) times the batch's, as PyTorch's does.
+    Attributes:
+      use_running_average: normalize by batch_stats, which stay; here or in the call.
+      axis: feature axis.
+      momentum: fraction of the old statistics kept. New here: None for the cumulative average;
+        then `batch_stats/count` is stored.
+      epsilon: added to var.
+      dtype: of y; by default what x, scale and bias promote to.
+      param_dtype: of scale and bias.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: initializer of bias.
+      scale_init: initializer of scale.
+      axis_name: mapped axis to pool statistics over; it need not be bound in `init`.
+      axis_index_groups: pool within these subgroups of the axis.
+      use_fast_variance: accepted; nothing to choose here.
+      force_float32_reductions: of the dtype of the statistics, see above.
+      virtual_batch_size: new here: normalize by statistics of groups of this many rows.
+      unbiased: new here: the running var takes n / (n - 1) times the batch's, as PyTorch's does.
 
     Raises:
-      TypeError, ValueError: as `jaxbn.batch_norm`; not for one value per channel in `init`.
+      TypeError, ValueError: as `jaxbn.batch_norm`; but for one value per channel in training,
+        where y is bias, as Flax's, and `jaxbn.OneValueWarning` comes, though not in `init`.
 
     >>> import jax, jax.numpy as jnp, jaxbn
     >>> layer = jaxbn.linen.BatchNorm(use_running_average=False)
@@ -85,7 +100,8 @@ class BatchNorm(nn.BatchNorm):
             mask = jnp.ones((1,) * x.ndim, bool)
         with jax.numpy_dtype_promotion("standard"):
             dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
-        y, state = batch_norm(
+        y, state = train_anyway(
+            "/".join(self.path),
             x,
             Params(scale, bias),
             State(mean.value, var.value, count),

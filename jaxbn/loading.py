@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxbn import convert
-from jaxbn.checkpoints import nested
+from jaxbn.extras import need
 from jaxbn.layers import is_nnx
 from jaxbn.tensors import Report
+from jaxbn.text import first_line, printable, short
 
 COLLECTIONS = ("params", "batch_stats")
 
@@ -40,10 +41,10 @@ def network(name: str) -> Network:
         raise ValueError(f"network: {name!r} names no function, expected module:function")
     try:
         made = getattr(importlib.import_module(module), function)()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # `sys.exit()` of a script that runs when imported
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise ValueError(
-            f"network: {name} fails: {type(error).__name__}: {error} ({frame.filename}, line "
+            f"network: {name} fails: {_called(error)} ({printable(frame.filename)}, line "
             f"{frame.lineno}); expected a function of an importable module, called as {function}()."
         ) from error
     if not isinstance(made, tuple) or len(made) != 3 or not callable(made[0]):
@@ -76,13 +77,12 @@ def part_of(tree: Mapping[str, Any], part: str | None = None) -> Mapping[str, An
             node = node.get(key) if isinstance(node, Mapping) else None
         if not isinstance(node, Mapping):
             raise ValueError(
-                f"part_of: the checkpoint has no part {part!r}; at its top are "
-                f"{', '.join(map(str, tree))}."
+                f"part_of: the checkpoint has no part {part!r}; at its top are {short(tree)}."
             )
         return node
     places = list(_places(tree, ""))
     if len(places) > 1:
-        names = ", ".join(repr(path) for path, _ in places)
+        names = short(repr(path) for path, _ in places)
         raise ValueError(
             f"part_of: the checkpoint holds several models, {names}; name one: --part."
         )
@@ -154,8 +154,7 @@ def variables(tree: Mapping[str, Any]) -> dict[str, Any]:
     """
     if has_collections(tree):
         return {name: tree[name] for name in COLLECTIONS if name in tree}
-    unboxed = {keys[:-1] if keys[-1] == "value" else keys: v for keys, v in _leaves(tree)}
-    return {"params": nested(unboxed)}
+    return {"params": {name: _unboxed(node) for name, node in tree.items() if node is not None}}
 
 
 def has_collections(tree: Mapping[str, Any]) -> bool:
@@ -177,9 +176,23 @@ def arrays(model: Any) -> Mapping[str, Any]:
     """
     if not is_nnx(model):
         return model
-    from flax import nnx
-
+    nnx = need("arrays", "flax.nnx")
     return nnx.to_pure_dict(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
+
+
+def _called(error: BaseException) -> str:
+    """The kind of an error and what it says, on one line."""
+    kind, line = type(error).__name__, first_line(error)
+    return line if line.startswith(kind) else f"{kind}: {line}"
+
+
+def _unboxed(node: Any) -> Any:
+    """The tree with the arrays themselves in place of the boxes of an nnx state."""
+    if not isinstance(node, Mapping):
+        return np.asarray(node)
+    if set(node) == {"value"} and not isinstance(node["value"], Mapping):
+        return _unboxed(node["value"])
+    return {name: _unboxed(inner) for name, inner in node.items() if inner is not None}
 
 
 def _places(tree: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

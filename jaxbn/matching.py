@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn.tensors import Move, Role, Slot, Tensor
+from jaxbn.text import printable
 
 Rename = Mapping[str, str | None] | Callable[[str], str | None]
 COUNTS = ("count", "num_batches_tracked")  # where the target keeps none, the source's is dropped
@@ -75,12 +76,16 @@ def match(
     return found
 
 
+class MisfitError(ValueError):
+    """The arrays of one model do not fit another; the message has a line for each problem."""
+
+
 def refuse(call: str, problems: Iterable[str]) -> None:
     """An error with every problem, if there are any."""
     if problems := list(problems):
-        raise ValueError(
+        raise MisfitError(
             f"{call}: the source does not fit the target; nothing was converted.\n  "
-            + "\n  ".join(problems)
+            + "\n  ".join(map(printable, problems))
             + "\nLayers of other names: rename={source: target}, or a function; None for the "
             "target drops one. Layers of the target to leave as they are: keep=[...]."
         )
@@ -207,7 +212,8 @@ def _order(names: list[str]) -> list[str] | None:
         return sorted(names, key=place)
 
     def split(name: str) -> list[tuple[str, str]]:
-        return [re.fullmatch(r"(.*?)_?(\d*)", part).groups() for part in re.split(r"[./]", name)]  # type: ignore
+        number = re.compile(r"(.*?)_?(\d*)", re.DOTALL)  # a name may hold anything
+        return [number.fullmatch(part).groups() for part in re.split(r"[./]", name)]  # type: ignore
 
     if len({tuple(stem for stem, _ in split(name)) for name in names}) != 1:
         return None

@@ -2,10 +2,12 @@
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jaxbn
+from jaxbn.text import printable
 
 MODEL = """\
 --model MODULE:FUNCTION names a function of your own, in a module that Python can import from
@@ -26,7 +28,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
       argv: the words; None for those of this process.
 
     Raises:
-      SystemExit: 2 after one line about what is wrong; 0 after help.
+      SystemExit: 2 after one line about what is wrong; 0 after help, for which no word is enough.
 
     >>> from jaxbn import options
     >>> options.parse(["doctor", "net.msgpack", "--momentum", "0.9"]).momentum
@@ -111,7 +113,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "fold",
         "which norms go into the kernels beside them",
         "Prints what export folds, what it does not and why, and the error of each.",
-        MODEL,
+        f"{MODEL}\n"
+        f"exit status: 0 folded, 1 nothing folded or the error too large, 2 could not be read",
     )
     _add_source(sub, "source")
     _add_model(sub)
@@ -129,12 +132,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sub.add_argument("--int8", action="store_true", help="ONNX in int8, calibrated on the batches")
     sub.add_argument("--no-fold", dest="fold", action="store_false", help="leave the norms")
     sub.add_argument("--tolerance", type=_positive, metavar="T", help="largest relative error")
-    return parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    return parser.parse_args(words or ["--help"])
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
 
 
 def _add_source(sub: Any, name: str) -> None:

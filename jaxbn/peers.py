@@ -1,6 +1,7 @@
-"""The arrays of PyTorch, Keras, Haiku and Equinox models, each with its forms in Flax.
+"""The arrays of PyTorch, Keras, Haiku and Equinox models, each with its form in Flax.
 
-Beside them the arguments with which a Flax batch norm goes on as each of theirs, by layer.
+Each source also returns, by layer, the arguments that make a Flax batch norm continue as the
+source's batch norm: momentum, epsilon, unbiased.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ Norms = dict[str, dict[str, Any]]  # layer → momentum, epsilon, unbiased
 
 
 def torch(arrays: Mapping[str, np.ndarray]) -> list[Tensor]:
-    """Those of a state_dict."""
+    """The arrays of a state_dict."""
     tensors = []
     for key, v in arrays.items():
         layer, _, leaf = key.rpartition(".")
@@ -26,7 +27,7 @@ def torch(arrays: Mapping[str, np.ndarray]) -> list[Tensor]:
 
 
 def keras(model: Any) -> tuple[list[Tensor], Norms]:
-    """Those of a Keras layer and all within; a separable convolution is two layers."""
+    """The arrays of a Keras layer and the layers inside. A separable convolution is two layers."""
     tensors: list[Tensor] = []
     norms: Norms = {}
     for path, layer, variables in _keras_layers(model):
@@ -45,7 +46,7 @@ def keras(model: Any) -> tuple[list[Tensor], Norms]:
 
 
 def _keras_layers(model: Any) -> Iterator[tuple[str, Any, list[Any]]]:
-    """Path, layer, and the variables that are its own; a layer that occurs twice comes once."""
+    """Path, layer, and the layer's own variables. A shared layer comes once."""
     seen: set[int] = set()
 
     def walk(layer: Any, path: str) -> Iterator[tuple[str, Any, list[Any]]]:
@@ -62,7 +63,7 @@ def _keras_layers(model: Any) -> Iterator[tuple[str, Any, list[Any]]]:
 def haiku(
     params: Mapping[str, Mapping[str, Any]], state: Mapping[str, Mapping[str, Any]]
 ) -> tuple[list[Tensor], dict[str, int]]:
-    """Those of both; and the number of updates of each batch norm. Its averages are debiased."""
+    """The arrays of params and state, and each norm's number of updates. Averages are debiased."""
     tensors: list[Tensor] = []
     updates: dict[str, int] = {}
 
@@ -79,7 +80,7 @@ def haiku(
             continue
         leaf, count, average = last.removesuffix("_ema"), arrays["counter"], arrays["average"]
         if not count:
-            average = np.full_like(average, leaf == "var")  # 0 and 1 before any update
+            average = np.full_like(average, leaf == "var")  # mean 0, var 1 before any update
         add(f"{module}/average", layer, leaf, average)
         if leaf == "mean":
             add(f"{module}/counter", layer, "count", count)
@@ -88,7 +89,7 @@ def haiku(
 
 
 def equinox(model: Any, state: Any) -> tuple[list[Tensor], Norms]:
-    """Those of the model, which has PyTorch's names and layouts but for what is changed here."""
+    """The arrays of an Equinox model, in PyTorch's names and layouts."""
     import equinox as eqx
 
     arrays: dict[str, np.ndarray] = {}
@@ -109,16 +110,16 @@ def equinox(model: Any, state: Any) -> tuple[list[Tensor], Norms]:
                 continue
             v = np.asarray(value)
             if name.endswith("bias") and v.ndim > 1:
-                v = v.reshape(-1)  # [C, 1, 1] of a convolution
+                v = v.reshape(-1)  # a convolution's bias is [C, 1, 1]
             if isinstance(node, eqx.nn.ConvTranspose) and name.endswith("weight"):
-                # [out, in, spatial…] as it is applied; PyTorch's is [in, out, spatial…], flipped.
+                # Equinox: [out, in, spatial…]. PyTorch: [in, out, spatial…], flipped.
                 v = np.flip(v.swapaxes(0, 1), tuple(range(2, v.ndim)))
             arrays[name] = v
     return torch(arrays), norms
 
 
 def _equinox_statistics(layer: Any, state: Any) -> dict[str, np.ndarray]:
-    """Those of the layer's inference; 0 and 1 before any update."""
+    """The statistics that the layer uses in inference; mean 0 and var 1 before any update."""
     new = {}
     if layer.mode == "ema":
         mean, var = state.get(layer.ema_state_index)

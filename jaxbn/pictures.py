@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxbn.extras import need
 from jaxbn.files import replacing
 from jaxbn.findings import ERROR, Finding
 from jaxbn.layers import Layer
+from jaxbn.text import printable
 
 HEALTHY, SICK = "#3b6ea5", "#c8102e"
 SHADES = {"error": "#f7c6c6", "warning": "#fbe7b5"}
@@ -46,20 +48,18 @@ def plot(
     """
     path = Path(path)
     if path.suffix != ".png":
-        raise ValueError(f"plot: {path} ends in {path.suffix or 'nothing'}, expected .png")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"plot: no folder {path.absolute().parent} to write {path.name} in")
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "plot: needs the package matplotlib, which is not installed; write "
-            "pip install 'jaxbn[doctor]'."
-        ) from None
+        raise ValueError(
+            f"plot: {printable(path)} ends in {printable(path.suffix) or 'nothing'}, expected .png"
+        )
+    if not (folder := path.absolute().parent).is_dir():
+        raise FileNotFoundError(
+            f"plot: no folder {printable(folder)} to write {printable(path.name)} in"
+        )
+    figure_of = need("plot", "matplotlib.figure").Figure
     findings = list(findings)
     names = list(layers)
     width = float(np.clip(0.3 * len(names) + 2, 8, 40))
-    figure = Figure((width, 9), layout="constrained")
+    figure = figure_of((width, 9), layout="constrained")
     figure.suptitle(_tail(title, 100), fontsize=10, parse_math=False)
     axes: Any = figure.subplots(3, sharex=True)
     sick = {name: _channels(name, findings) for name in names}
@@ -81,6 +81,7 @@ def plot(
 
 
 def _tail(text: str, most: int) -> str:
+    text = printable(text)
     return text if len(text) <= most else f"…{text[1 - most :]}"
 
 

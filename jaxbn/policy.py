@@ -1,4 +1,4 @@
-"""What `jax.checkpoint` keeps of a network with batch norms: convolutions and statistics."""
+"""What `jax.checkpoint` keeps of a network with batch norms: convolutions and batch statistics."""
 
 from typing import Any
 
@@ -7,34 +7,35 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn.state import Moments
 
-# The name that `jax.checkpoint_policies` know the statistics by.
+# The checkpoint name of the statistics, which policies refer to.
 MOMENTS = "batch_norm_moments"
 
 _named = jax.checkpoint_policies.save_only_these_names(MOMENTS)
 
 
 def named(m: Moments) -> Moments:
-    """The moments, as a policy is to see them: pooled, with no collective left to repeat."""
+    """Names the pooled moments for checkpoint policies. No collective is left to repeat."""
     return Moments(*(checkpoint_name(leaf, MOMENTS) for leaf in m))
 
 
 def checkpoint_policy(prim: Any, *avals: Any, **params: Any) -> bool:
     """Equals True for the outputs of convolutions and dots, and for batch statistics.
 
-    For `jax.checkpoint(block, policy=jaxbn.checkpoint_policy)`, and `policy=` of
-    `flax.linen.remat` and `flax.nnx.remat`. All else of the block (normalize, activation,
-    residual sum) is computed again in its backward pass, from the convolution's output and O(C)
-    numbers; statistics and their collectives are not. Wrap each block of a network and not the
-    network: what is computed again lives as long as the backward pass of what is wrapped.
+    Use the policy to train with less memory, as `policy=` of `jax.checkpoint`, `flax.linen.remat`
+    and `flax.nnx.remat`: `jax.checkpoint(block, policy=jaxbn.checkpoint_policy)`. The backward pass
+    of the block computes normalization, activation and residual sum again, from the convolution's
+    output and O(C) numbers. Statistics and their collectives are kept, not repeated. Wrap each
+    block, not the whole network: recomputed arrays live until the wrapped function's backward pass
+    ends.
 
-    To keep more or less, combine it: the statistics have the checkpoint name
-    "batch_norm_moments", `jax.checkpoint_policies.save_only_these_names` alone keeps no
-    convolution. Chen et al. 2016 (arXiv:1604.06174) drop the same layers' outputs.
+    The statistics have the checkpoint name "batch_norm_moments" and combine with other policies.
+    `jax.checkpoint_policies.save_only_these_names("batch_norm_moments")` keeps no convolution. Chen
+    et al. 2016 (arXiv:1604.06174) drop the same outputs.
 
     Args:
-      prim: the primitive of one equation; JAX calls a policy for each.
-      *avals: shapes and dtypes of its inputs.
-      **params: its parameters.
+      prim: the primitive of one equation. JAX calls the policy for each equation.
+      *avals: shapes and dtypes of the equation's inputs.
+      **params: parameters of the equation.
 
     >>> import jax, jax.numpy as jnp, jaxbn
     >>> params, _ = jaxbn.init(3)

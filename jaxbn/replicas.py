@@ -1,7 +1,7 @@
 """Running statistics that devices, or microbatches, hold apart: check them, bring them together."""
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxbn import collectives
 from jaxbn.axes import wide
+from jaxbn.layers import holds_statistics
 from jaxbn.moments import across
 from jaxbn.state import Moments, State
 
@@ -204,11 +205,8 @@ Layer = tuple[jax.Array, jax.Array, jax.Array | None]  # mean, var, and count wh
 def _by_layer(call: str, f: Callable[..., Layer], tree: Any) -> Any:
     """The tree with `f(mean, var, count or None)` in place of every layer's statistics."""
 
-    def is_layer(v: Any) -> bool:
-        return isinstance(v, State) or (isinstance(v, Mapping) and {"mean", "var"} <= set(v))
-
     def update(v: Any) -> Any:
-        if not is_layer(v):
+        if not holds_statistics(v):
             return v
         old = v._asdict() if isinstance(v, State) else v
         boxes = [old.get(name) for name in State._fields]  # arrays, or nnx variables around them
@@ -220,10 +218,10 @@ def _by_layer(call: str, f: Callable[..., Layer], tree: Any) -> Any:
         }
         return v._replace(**new) if isinstance(v, State) else type(v)({**old, **new})
 
-    leaves = jax.tree.leaves(tree, is_leaf=is_layer)
-    if leaves and not any(map(is_layer, leaves)):
+    leaves = jax.tree.leaves(tree, is_leaf=holds_statistics)
+    if leaves and not any(map(holds_statistics, leaves)):
         raise ValueError(
             f"{call}: no running statistics in a tree with {len(leaves)} leaves; expected a State, "
             f'or a mapping with "mean" and "var", for each layer; write {call}(batch_stats, ...).'
         )
-    return jax.tree.map(update, tree, is_leaf=is_layer)
+    return jax.tree.map(update, tree, is_leaf=holds_statistics)

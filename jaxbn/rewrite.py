@@ -1,4 +1,4 @@
-"""One run of a program with its affines folded into the convolutions and dots beside them."""
+"""Runs a program with its affines folded into the convolutions and dots beside them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,23 +13,23 @@ from jaxbn.jaxprs import CUSTOM, Known, Op, Program, bodies, compute, known, run
 
 
 class Row(NamedTuple):
-    """What became of a site; and if it was folded, how to run it alone."""
+    """What became of one site, and a function that runs a folded site alone."""
 
     name: str
-    folded: bool | None  # None where there is nothing to fold
+    folded: bool | None  # None if there is nothing to fold
     note: str
-    reads: int  # the value that it computes from
-    gives: int  # the value that it computes
+    reads: int  # the value that the site computes from
+    gives: int  # the value that the site computes
     alone: Callable[[Any], Any] | None
 
 
 class Rewrite:
-    """One run of a program with its affines folded. `rows` says what became of each site."""
+    """One run of a program with its affines folded. `rows` records what became of each site."""
 
     def __init__(self, program: Program, kept: dict[Any, jax.Array]):
         self.program = program
         self.kept = kept
-        self.rows: dict[int, Row] = {}  # by the value that the site begins with
+        self.rows: dict[int, Row] = {}  # by the number of the site's first result
         self.origin = dict.fromkeys(program.inputs, "the input")
         self.readers: dict[int, list[str]] = {i: ["the caller"] for i in program.outputs}
         for op in program.ops:
@@ -37,7 +37,7 @@ class Rewrite:
                 self.readers.setdefault(i, []).append(_name(op))
 
     def run(self, leaves: Sequence[Any]) -> list[Any]:
-        """The program's results."""
+        """Runs the program on `leaves` and returns its results."""
         self.values: dict[int, Any] = dict(zip(self.program.inputs, leaves, strict=True))
         for i, value in self.program.consts.items():
             constant = known(value)
@@ -59,7 +59,7 @@ class Rewrite:
         return [self.array(i) for i in self.program.outputs]
 
     def array(self, i: int, why: str = "") -> Any:
-        """Value i as an array; a chain ends here, at its reader or because of it."""
+        """Value i as an array. A chain ends here, because of its reader, or because of `why`."""
         value = self.values[i]
         if isinstance(value, Known):
             if value.source is not None:
@@ -73,7 +73,7 @@ class Rewrite:
         return value
 
     def _keep(self, key: Any, value: np.ndarray) -> jax.Array:
-        """The array of these numbers; the same one for every shape that the program runs on."""
+        """The numbers as an array. All shapes that the program runs on share one array."""
         old = self.kept.get(key)
         if old is None or old.dtype != value.dtype or np.asarray(old).tobytes() != value.tobytes():
             with jax.ensure_compile_time_eval():
@@ -117,7 +117,7 @@ class Rewrite:
         return None if longer is None else [longer]
 
     def _finish(self, end: int, chain: Chain, why: str) -> Any:
-        """The chain's result, folded or as it was written."""
+        """The result of a chain: folded, or computed as it was written."""
         readers = " and ".join(self.readers[end])
         site, ops = chain.site, chain.ops
         if site is None:
@@ -153,7 +153,7 @@ class Rewrite:
         self.rows[op.outputs[0]] = Row(name, folded, note, reads, gives, alone)
 
     def _emit(self, chain: Chain) -> Callable[[Any], Any]:
-        """A site with its chain in its kernel and bias, as a function of what it reads."""
+        """The site with its chain in kernel and bias, as a function of the site's input."""
         site = chain.site
         assert site is not None
         op, key = site.op, site.op.outputs[0]
@@ -182,19 +182,19 @@ class Rewrite:
 
 
 def _moves(op: Op) -> bool:
-    """Whether op changes where values stand. Casts are left out: there is one, at the end."""
+    """Whether op moves values to other positions. Casts do not count: one at the end is enough."""
     return op.name in LAYOUT and op.name not in ("convert_element_type", "copy")
 
 
 def _name(op: Op) -> str:
-    """The operation's, for people; of a function with a derivative of its own, that function's."""
+    """The operation's name for people; for a call with its own derivative, its function's."""
     if op.name in CUSTOM:
         return next(bodies(op.eqn))[0].debug_info.func_name
     return {"conv_general_dilated": "conv", "dot_general": "dot"}.get(op.name, op.name)
 
 
 def _what(chain: Chain) -> str:
-    """The operations that went into the kernel, and the scopes that they were written in."""
+    """The operations that the kernel absorbed, and the scopes that wrote the operations."""
     assert chain.site is not None
     texts = []
     for ops, where in ((chain.site.before, " before"), (chain.arithmetic, "")):

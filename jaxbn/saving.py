@@ -1,14 +1,18 @@
 """Trees of arrays into checkpoints that `jaxbn.checkpoints.read` and others read."""
 
 import os
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxbn.checkpoints import nested
+from jaxbn.extras import need
 from jaxbn.files import replacing
+from jaxbn.text import first_line, printable
 
 
 def save(path: str | os.PathLike[str], tree: Mapping[str, Any]) -> None:
@@ -20,9 +24,10 @@ def save(path: str | os.PathLike[str], tree: Mapping[str, Any]) -> None:
       tree: string keys; leaves without a value (None) and empty dicts are left out.
 
     Raises:
-      ValueError: another suffix, or a leaf that is no array of numbers.
+      ValueError: another suffix, or a leaf that is no array of numbers, or two of one name.
       FileExistsError: the orbax folder is there.
       OSError: it cannot be written.
+      ModuleNotFoundError: the package that writes such files is missing.
 
     >>> import tempfile, numpy as np
     >>> from jaxbn import checkpoints, saving
@@ -33,19 +38,37 @@ def save(path: str | os.PathLike[str], tree: Mapping[str, Any]) -> None:
     """
     path = Path(path)
     checked(path)
-    arrays = dict(_arrays(tree))
-    if path.suffix == "":
-        _orbax(path, nested(arrays))
-        return
-    with replacing(path) as file:
+    arrays: dict[tuple[str, ...], np.ndarray] = {}
+    names = set()
+    for keys, v in _arrays(tree):
+        # One name may not be another's in any format: two arrays would be one.
+        if (name := ".".join(keys)) in names:
+            raise ValueError(
+                f"save: two arrays are called {printable(name)!r}, expected one; rename a layer."
+            )
+        if path.suffix == "" and not v.size:
+            raise ValueError(
+                f"save: {printable(name)!r} has shape {v.shape}, and orbax writes no array without "
+                f"values; name a .safetensors or a .msgpack file."
+            )
+        names.add(name)
+        arrays[keys] = v
+    with replacing(path) as place:
         if path.suffix == ".safetensors":
-            from safetensors.numpy import save_file
-
-            save_file({".".join(keys): v for keys, v in arrays.items()}, file)
+            save_file = need("save", "safetensors.numpy").save_file
+            save_file({".".join(keys): v for keys, v in arrays.items()}, place)
+        elif path.suffix == ".msgpack":
+            serialize = need("save", "flax.serialization").msgpack_serialize
+            place.write_bytes(serialize(nested(arrays)))
         else:
-            from flax import serialization
-
-            file.write_bytes(serialization.msgpack_serialize(nested(arrays)))
+            orbax = need("save", "orbax.checkpoint")
+            try:
+                with _silent_threads(), orbax.StandardCheckpointer() as checkpointer:
+                    checkpointer.save(place.absolute(), nested(arrays))
+            except Exception as error:
+                raise OSError(
+                    f"save: orbax cannot write {printable(path)}: {first_line(error)}"
+                ) from error
 
 
 def checked(path: Path) -> None:
@@ -54,15 +77,35 @@ def checked(path: Path) -> None:
     Raises:
       ValueError, OSError: as in `save`.
     """
+    name = printable(path)
     if path.suffix not in (".safetensors", ".msgpack", ""):
         raise ValueError(
-            f"save: {path} ends in {path.suffix}, expected .safetensors, .msgpack, or a name "
-            f"without a suffix, which is an orbax folder."
+            f"save: {name} ends in {printable(path.suffix)}, expected .safetensors, .msgpack, or a "
+            f"name without a suffix, which is an orbax folder."
         )
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"save: no folder {path.absolute().parent} to write {path.name} in")
+    if not (folder := path.absolute().parent).is_dir():
+        raise FileNotFoundError(
+            f"save: no folder {printable(folder)} to write {printable(path.name)} in"
+        )
     if path.suffix == "" and path.exists():
-        raise FileExistsError(f"save: {path} is there already; name a new orbax folder")
+        raise FileExistsError(f"save: {name} is there already; name a new orbax folder")
+    if path.suffix != "" and path.is_dir():
+        raise IsADirectoryError(f"save: {name} is a folder; name a file")
+
+
+@contextmanager
+def _silent_threads() -> Iterator[None]:
+    """Where a call fails, the threads that it started end first and print nothing of their own."""
+    before, hook = set(threading.enumerate()), threading.excepthook
+    threading.excepthook = lambda _: None
+    try:
+        yield
+    except BaseException:
+        for thread in set(threading.enumerate()) - before:
+            thread.join(1)
+        raise
+    finally:
+        threading.excepthook = hook
 
 
 def _arrays(tree: Mapping[str, Any], keys: tuple[str, ...] = ()) -> Iterator[Any]:
@@ -74,14 +117,9 @@ def _arrays(tree: Mapping[str, Any], keys: tuple[str, ...] = ()) -> Iterator[Any
             v = np.array(node, order="C")
             if v.dtype.kind in "OSUM":
                 raise ValueError(
-                    f"save: {'/'.join(here)} is a {type(node).__name__}, expected an array of "
-                    f"numbers; save the part of the tree that holds them."
+                    f"save: {printable('/'.join(here))} is a {type(node).__name__}, expected an "
+                    f"array of numbers; save the part of the tree that holds them."
                 )
+            if v.dtype == bool:  # a file may hold other bytes than 0 and 1, which no reader takes
+                v = v.view(np.uint8) != 0
             yield here, v
-
-
-def _orbax(path: Path, tree: dict[str, Any]) -> None:
-    import orbax.checkpoint as ocp  # type: ignore[import-untyped]
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), tree)

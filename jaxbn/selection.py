@@ -1,4 +1,4 @@
-"""Which of a model's batch norm layers a tool is asked to work on."""
+"""The batch norm layers of a model that a tool is asked to work on."""
 
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -10,9 +10,9 @@ Where = str | Sequence[str] | Callable[[str], bool]
 
 
 def match(where: Where, path: str) -> bool:
-    """Whether `where` means the layer at path: a glob, several of them, or a predicate.
+    """Whether `where` (a glob, several globs, or a predicate) selects the layer at `path`.
 
-    `*` is any text, slashes too, so "stage1/*" is all within stage1.
+    `*` matches any text, slashes included: "stage1/*" selects everything inside stage1.
 
     >>> from jaxbn import selection
     >>> [selection.match("*/bn", p) for p in ("a/bn", "a/b/bn", "bn")]
@@ -25,10 +25,10 @@ def match(where: Where, path: str) -> bool:
 
 
 def select(call: str, tree: Any, where: Where) -> dict[str, Layer]:
-    """The layers of the tree (as in `layers.find`) that `where` means: at least one.
+    """The layers of the tree (as in `layers.find`) that `where` selects, at least one.
 
     Raises:
-      ValueError: the tree has no batch norm layer, or none that `where` means.
+      ValueError: the tree has no batch norm layer, or `where` selects none.
 
     >>> import jaxbn
     >>> from jaxbn import selection
@@ -53,7 +53,7 @@ def select(call: str, tree: Any, where: Where) -> dict[str, Layer]:
 
 
 def listed(paths: Iterable[str], most: int = 12) -> str:
-    """Paths for an error: the first so many, and how many there are besides.
+    """Paths for an error message: the first `most`, then how many follow.
 
     >>> from jaxbn import selection
     >>> selection.listed("abc", most=2)

@@ -8,6 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn.extras import need
+from jaxbn.text import first_line, short
+
 TORCH = (".pt", ".pth", ".bin")
 
 
@@ -55,15 +58,15 @@ def checked(call: str, tensors: Any, source: str = "the source") -> dict[str, np
             f"{call}: {source} is a {type(tensors).__name__}, expected a mapping of names to "
             f"arrays, or a path; write model.state_dict()."
         )
-    others = [str(name) for name, value in tensors.items() if not hasattr(value, "shape")]
+    others = [name for name, value in tensors.items() if not hasattr(value, "shape")]
     if others or not tensors:
         nested = [str(name) for name, value in tensors.items() if isinstance(value, Mapping)]
         hint = (
             f"the state_dict alone: checkpoint[{nested[0]!r}]" if nested else "model.state_dict()"
         )
         raise ValueError(
-            f"{call}: {source} holds {', '.join(map(repr, others)) or 'nothing'}, expected arrays "
-            f"by name; write {hint}."
+            f"{call}: {source} holds {short(map(repr, map(str, others))) or 'nothing'}, expected "
+            f"arrays by name; write {hint}."
         )
     return {str(name): _array(value) for name, value in tensors.items()}
 
@@ -79,20 +82,13 @@ def _array(value: Any) -> np.ndarray:
 
 
 def _read_safetensors(call: str, path: pathlib.Path) -> dict[str, np.ndarray]:
+    safetensors = need(call, "safetensors.numpy")
     try:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-    except ImportError as error:
-        raise ImportError(
-            f"{call}: reading {str(path)!r} needs the package safetensors; "
-            f"pip install 'jaxbn[convert]'."
-        ) from error
-    try:
-        return load_file(path)
-    except SafetensorError as error:
+        return safetensors.load_file(path)
+    except Exception as error:  # SafetensorError, OSError, …
         raise ValueError(
-            f"{call}: {str(path)!r} is no whole safetensors file ({error}); expected one that "
-            f"safetensors wrote to the end; copy or save it again."
+            f"{call}: {str(path)!r} is no whole safetensors file ({first_line(error)}); expected "
+            f"one that safetensors wrote to the end; copy or save it again."
         ) from error
 
 

@@ -93,7 +93,9 @@ def swap(
     }
     if not nnx_model:
         kept = {**variables, "batch_stats": _without(variables["batch_stats"], chosen)}
-        return Swapped(_linen(model, to, grouped), type(variables)(kept), report)
+        # No closure: this pickles where apply does.
+        swapped = functools.partial(_apply_swapped, model, to, grouped)
+        return Swapped(swapped, type(variables)(kept), report)
     found = {path: layer for path, layer in layers.nnx_layers(model) if path in chosen}
     _check_last(to, {path: layer.axis for path, layer in found.items()})
     for path, layer in found.items():
@@ -143,9 +145,17 @@ def _options(layer: Any, to: str, groups: int | None) -> dict[str, Any]:
     return options | ({"num_groups": groups} if to == "group" else {})
 
 
-def _linen(
-    apply: Callable[..., Any], to: str, groups: Mapping[str, int | None]
-) -> Callable[..., Any]:
+def _apply_swapped(
+    apply: Callable[..., Any],
+    to: str,
+    groups: Mapping[str, int | None],
+    /,
+    variables: Any,
+    *args: Any,
+    mutable: Any = False,
+    **kwargs: Any,
+) -> Any:
+    """What a linen model's apply returns, with the other norm at the paths of groups."""
     import flax.linen as nn
     from flax.core.scope import in_filter
 
@@ -161,17 +171,11 @@ def _linen(
         )
         return norm(call.x, mask=_full(call.mask, call.x)), None
 
-    hooked = hooked_apply(apply, other_norm)
-
-    @functools.wraps(apply)
-    def swapped(variables: Any, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
-        out, _ = hooked(variables, *args, mutable=mutable, **kwargs)
-        if mutable is False or not in_filter(mutable, "batch_stats"):
-            return out
-        # A training step that asks for the new batch_stats gets them, with nothing in them.
-        return out[0], {"batch_stats": {}, **out[1]}
-
-    return swapped
+    out, _ = hooked_apply(apply, other_norm)(variables, *args, mutable=mutable, **kwargs)
+    if mutable is False or not in_filter(mutable, "batch_stats"):
+        return out
+    # A training step that asks for the new batch_stats gets them, with nothing in them.
+    return out[0], {"batch_stats": {}, **out[1]}
 
 
 def _nnx(layer: Any, to: str, groups: int | None) -> Any:
@@ -179,13 +183,13 @@ def _nnx(layer: Any, to: str, groups: int | None) -> Any:
     from flax import nnx
 
     options = _options(layer, to, groups) | {"promote_dtype": layer.promote_dtype}
-    new = _nnx_class(NORMS[to])(layer.num_features, **options, rngs=nnx.Rngs(0))
+    new = nnx_class(NORMS[to])(layer.num_features, **options, rngs=nnx.Rngs(0))
     new.scale, new.bias = layer.scale, layer.bias
     return new
 
 
 @functools.lru_cache(maxsize=8)
-def _nnx_class(name: str) -> Any:
+def nnx_class(name: str) -> Any:
     """Flax's own class, called as a batch norm is."""
     from flax import nnx
 
@@ -197,7 +201,7 @@ def _nnx_class(name: str) -> Any:
         _check_last(name.removesuffix("Norm").lower(), {}, x)
         return cls.__call__(self, x, mask=_full(mask, x))
 
-    return type(name, (cls,), {"__call__": __call__, "__module__": cls.__module__})
+    return layers.derived(cls, name, {"__call__": __call__}, nnx_class, name)
 
 
 def _check_last(to: str, axes: Mapping[str, Any], x: jax.Array | None = None) -> None:

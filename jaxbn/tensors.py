@@ -1,19 +1,19 @@
-"""The arrays of two models: what comes, where it goes, and the report of what was done."""
+"""The arrays of two models: a source, a target, and a report of what was moved."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxbn.text import aligned, short
+from jaxbn.text import aligned, printable, short
 
 
 class Role(NamedTuple):
-    """What an array is to its layer."""
+    """The role of an array in its layer."""
 
-    leaf: str  # kernel, bias, scale, mean, var, …: the last part of its path
-    transpose_kernel: bool | None = None  # that of a transposed convolution; None: it is no such
-    flattened: tuple[int, ...] | None = None  # (H, W, C) that a dense layer sees as H * W * C
+    leaf: str  # kernel, bias, scale, mean, var, …: the last part of the path in Flax
+    transpose_kernel: bool | None = None  # set for transposed convolutions only
+    flattened: tuple[int, ...] | None = None  # (H, W, C) behind the inputs of a dense layer
 
 
 class Tensor(NamedTuple):
@@ -21,7 +21,7 @@ class Tensor(NamedTuple):
 
     key: str
     layer: str
-    form: Callable[[Role], tuple[str, np.ndarray] | None]  # role → how, value; None: it has no such
+    form: Callable[[Role], tuple[str, np.ndarray] | None]  # role → what was done, and the array
     array: np.ndarray
 
 
@@ -38,14 +38,14 @@ class Slot(NamedTuple):
 class Move(NamedTuple):
     """One array that was converted."""
 
-    source: str  # its key there
-    target: str  # its path here
-    shape: tuple[int, ...]  # here
-    how: str  # what was done to it
+    source: str  # key in the source
+    target: str  # path in the target
+    shape: tuple[int, ...]  # in the target
+    how: str  # what was done to the array
 
 
 class Report(NamedTuple):
-    """What a conversion did; `print(report)` is a table.
+    """What a conversion did. `print(report)` prints a table.
 
     >>> from jaxbn.tensors import Move, Report
     >>> how = "OI → IO"
@@ -59,9 +59,9 @@ class Report(NamedTuple):
 
     moves: tuple[Move, ...]
     matched_by: str  # "names", "order" (numbers in the names, or shapes), "rename"
-    dropped: tuple[str, ...]  # keys of the source without a place in the target
+    dropped: tuple[str, ...]  # keys of the source that have no place in the target
     kept: tuple[str, ...]  # paths of the target that stay as they were
-    batch_norm: Mapping[str, Mapping[str, Any]]  # layer → arguments with which it goes on as there
+    batch_norm: Mapping[str, Mapping[str, Any]]  # layer → arguments that continue the source's norm
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -76,7 +76,7 @@ class Report(NamedTuple):
         lines += [f"kept: {short(self.kept)}"] * bool(self.kept)
         for text, names in _grouped(self.batch_norm).items():
             lines.append(f"BatchNorm({text}) for {short(names)}")
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, *map(printable, self.notes)])
 
 
 def _grouped(batch_norm: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -6,24 +6,38 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from jaxbn.extras import need
 from jaxbn.findings import ERROR, KINDS, Finding
 from jaxbn.health import Row
-from jaxbn.text import short
+from jaxbn.text import printable, short
 
 COLORS = {"error": "red", "warning": "yellow"}
 FIGURES = ("mean_max", "var_min", "var_max", "scale_min", "scale_max")
 HEADERS = ("|mean|\n/ sd", "var\nmin", "var\nmax", "scale\nmin", "scale\nmax")  # of |scale|
 
+NARROWEST = 8  # of the layers' names, which are folded
 
-def show(source: str, rows: Sequence[Row], findings: Sequence[Finding]) -> None:
-    """Prints a table, a row a layer, and below it the findings; in colour on a terminal.
 
-    Findings of one kind and remedy are told once, with the figure of the worst.
+def show(
+    source: str,
+    rows: Sequence[Row],
+    findings: Sequence[Finding],
+    *,
+    momentum: float | None = None,
+) -> None:
+    """Prints a table, a row a layer, below it the findings, and what was not judged.
+
+    In colour on a terminal. Findings of one kind and remedy are told once, with the figure of the
+    worst.
 
     Args:
       source: what was examined.
       rows: of `health.summary`, worst first.
       findings: of `health.check`, worst first.
+      momentum: with which `health.check` was called.
+
+    Raises:
+      ModuleNotFoundError: rich is not installed.
 
     >>> from jaxbn import health, terminal
     >>> terminal.show("net", [health.Row("bn", (8,), None, None, 0, {"var_min": 0.5})], [])
@@ -32,24 +46,52 @@ def show(source: str, rows: Sequence[Row], findings: Sequence[Finding]) -> None:
             |mean| var var scale scale
     layer C   / sd min max   min   max finding
     bn    8      - 0.5   -     -     - -
+    <BLANKLINE>
+    not judged without a batch: stale, and hardly_updated in 1 layer
     """
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False)
+    console = need("show", "rich.console").Console(highlight=False, markup=False)
     with console.capture() as text:
         _print(console, source, rows, findings)
+        console.print()
+        console.print(unjudged(rows, momentum), soft_wrap=True)
     print(re.sub(" +$", "", text.get(), flags=re.MULTILINE), end="")
+
+
+def unjudged(rows: Sequence[Row], momentum: float | None = None) -> str:
+    """What the arrays of a checkpoint do not tell, in one line.
+
+    Args:
+      rows: of `health.summary`.
+      momentum: with which `health.check` was called.
+
+    >>> from jaxbn import terminal
+    >>> terminal.unjudged([])
+    'not judged without a batch: stale'
+    """
+    text = "not judged without a batch: stale"
+    counted = [row for row in rows if row.count is not None and momentum is None]
+    if unknown := [*counted, *(row for row in rows if row.count is None)]:
+        text += f", and hardly_updated in {_number_of(len(unknown), 'layer')}"
+    if counted:
+        text += f"; --momentum tells of {len(counted)}"
+    return text
 
 
 def _print(console: Any, source: str, rows: Sequence[Row], findings: Sequence[Finding]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    title = f"{source}: {_number_of(len(rows), 'batch norm layer')}, {verdict(findings)}"
+    title = f"{printable(source)}: {_number_of(len(rows), 'batch norm layer')}, {verdict(findings)}"
     color = COLORS[findings[0].severity] if findings else "green"
     console.print(Text(title, color), soft_wrap=True)
     console.print()
-    console.print(_table(rows, 2 if console.width >= 100 else 1))
+    gap = 2 if console.width >= 100 else 1
+    table = _table(rows, gap)
+    # In a terminal too narrow for all columns lines go on in the next: no column is dropped.
+    given = console.width
+    console.width = max(given, sum(column.min_width + gap for column in table.columns))
+    console.print(table)
+    console.width = given
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.severity, finding.kind, finding.remedy), []).append(finding)
@@ -77,8 +119,14 @@ def verdict(findings: Sequence[Finding]) -> str:
     return ", ".join(_number_of(n, word) for n, word in parts if n) or "healthy"
 
 
-def as_json(source: str, rows: Sequence[Row], findings: Sequence[Finding]) -> str:
-    """One object with `checkpoint`, `healthy`, `layers` and `findings`, in the order of `show`.
+def as_json(
+    source: str,
+    rows: Sequence[Row],
+    findings: Sequence[Finding],
+    *,
+    momentum: float | None = None,
+) -> str:
+    """One object: `checkpoint`, `healthy`, `judged` (the number of layers), and lists as in `show`.
 
     Every layer has all keys; a figure that it lacks, NaN and infinity are null.
 
@@ -87,6 +135,8 @@ def as_json(source: str, rows: Sequence[Row], findings: Sequence[Finding]) -> st
     {
      "checkpoint": "net",
      "healthy": true,
+     "judged": 0,
+     "unjudged": "not judged without a batch: stale",
      "layers": [],
      "findings": []
     }
@@ -104,6 +154,8 @@ def as_json(source: str, rows: Sequence[Row], findings: Sequence[Finding]) -> st
     content = {
         "checkpoint": source,
         "healthy": not findings,
+        "judged": len(rows),
+        "unjudged": unjudged(rows, momentum),
         "layers": list(map(layer, rows)),
         "findings": list(map(told, findings)),
     }
@@ -131,23 +183,28 @@ def _table(rows: Sequence[Row], gap: int) -> Any:
             worst = Text(f"{row.worst.kind}{more}")
             style = COLORS[row.worst.severity]
         size = "x".join(map(str, row.features)) or "1"
-        table.add_row(Text(row.layer or "."), size, *updates, *cells, worst, style=style)
+        table.add_row(Text(printable(row.layer) or "."), size, *updates, *cells, worst, style=style)
+    for column in table.columns:
+        lines = (line for v in (column.header, *column.cells) for line in str(v).split("\n"))
+        longest = max(map(len, lines))
+        column.min_width = longest if column.no_wrap else min(longest, NARROWEST)
     return table
 
 
 def _of(worst: Finding, several: bool) -> str:
     """The figure of a finding, its threshold, and where."""
     text = f"{KINDS[worst.kind]}: {_number(worst.figure)}"
-    if worst.kind != "never_updated":
+    layers_own = worst.kind in ("never_updated", "no_statistics")  # alike in all, and no threshold
+    if not layers_own:
         text += f", threshold {_number(worst.threshold)}"
     if worst.channels:
         word = "channel" if len(worst.channels) == 1 else "channels"
         text += f", {word} {short(map(str, worst.channels), 8)}"
-    return text + (f" (of {_layer(worst)})" if several and worst.kind != "never_updated" else "")
+    return text + (f" (of {_layer(worst)})" if several and not layers_own else "")
 
 
 def _layer(finding: Finding) -> str:
-    return finding.layer or "."
+    return printable(finding.layer) or "."
 
 
 def _number(v: float | None) -> str:

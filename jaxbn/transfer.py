@@ -1,4 +1,4 @@
-"""Tensors of any source into Flax's variables: all of them, or an error with all that is wrong."""
+"""Puts the tensors of any source into Flax's variables: all, or an error that lists all faults."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -19,10 +19,10 @@ def into_flax(
     target: Variables,
     rename: Rename | None,
     keep: Iterable[str],
-    arguments_of: Callable[[str], Mapping[str, Any] | None],  # by layer of the source
+    arguments_of: Callable[[str], Mapping[str, Any] | None],  # of a layer of the source
     notes: Iterable[str],
 ) -> tuple[Any, Report]:
-    """`like` with the tensors in it, and the report."""
+    """`like` with its variables replaced by the tensors, and the report."""
     found = match(tensors, target.slots, rename, keep)
     problems, notes = target.problems + found.problems, list(notes)
     kept = set(found.kept)
@@ -33,7 +33,7 @@ def into_flax(
     counted = {slot.layer for slot in target.slots if slot.role.leaf == "count"}
     modules = dict(nnx_layers(like)) if is_nnx(like) else {}
     batch_norm: dict[str, Mapping[str, Any]] = {}
-    others: dict[str, list[str]] = {}  # arguments of like that differ → layers
+    others: dict[str, list[str]] = {}  # arguments of `like` that differ from the source's → layers
     for layer in (slot.layer for slot in target.slots if slot.role.leaf == "mean"):
         if layer not in source_of or (arguments := arguments_of(source_of[layer])) is None:
             continue
@@ -43,7 +43,7 @@ def into_flax(
                 f"missing, in the target: a count in {layer!r}: BatchNorm(momentum=None)"
             )
         has: dict[str, Any] = {"momentum": None} if layer in counted else {}
-        if layer in modules:  # Flax's own knows no unbiased
+        if layer in modules:  # Flax's own layer has no `unbiased`
             has = {name: getattr(modules[layer], name, False) for name in arguments}
         if has.get("epsilon", arguments["epsilon"]) != arguments["epsilon"]:
             problems.append(
@@ -57,6 +57,6 @@ def into_flax(
 
 
 def report_of(found: Match, batch_norm: Mapping[str, Any], notes: Iterable[str]) -> Report:
-    """The report of a match without problems."""
+    """The report of a match that has no problems."""
     parts = tuple(found.moves), found.by, tuple(found.dropped), tuple(found.kept)
     return Report(*parts, batch_norm, tuple(notes))

@@ -9,7 +9,8 @@ from typing import Any, Self
 
 import jax
 
-from jaxbn.formats import JSONLines, Prometheus, TensorBoard, Writer, reason
+from jaxbn.drift import Drift, LayerDrift
+from jaxbn.formats import DRIFT, JSONLines, Prometheus, TensorBoard, Writer, reason
 from jaxbn.watch import Record, channels, metrics
 
 __all__ = ["NAMES", "JSONLines", "Log", "Prometheus", "TensorBoard", "Writer", "open"]
@@ -45,22 +46,25 @@ class Log:
         """Whether this step is to be watched."""
         return self.every > 0 and step % self.every == 0
 
-    def write(self, step: int, records: Mapping[str, Record]) -> None:
+    def write(self, step: int, records: Mapping[str, Record] | Drift) -> None:
         """Bring the records of a watched step to the host and give their figures to the writers.
 
+        Of a `jaxbn.health.Drift`, the verdict on served data, its layers' figures are written:
+        `drift_alarm` (1 or 0), `drift_figure` and the others, no arrays.
+
         Raises:
+          TypeError: records are something else.
           ValueError: there are none.
         """
-        if not records:
-            raise ValueError(
-                "Log.write: no records, expected those of a watched step; write "
-                "watch.linen(model.apply, on=True), or watch.nnx(model, on=True), in that step."
-            )
-        if not self.writers:
-            return
-        records = jax.device_get(dict(records))
-        figures = metrics(records)
-        arrays = {layer: channels(record) for layer, record in records.items()}
+        if isinstance(records, Drift):
+            figures, arrays = {layer.layer: _verdict(layer) for layer in records.layers}, {}
+        else:
+            _check(records)
+            if not self.writers:
+                return
+            on_host: dict[str, Record] = jax.device_get(dict(records))
+            figures = metrics(on_host)
+            arrays = {layer: channels(record) for layer, record in on_host.items()}
         self._each(f"at step {step}", lambda writer: writer.write(step, figures, arrays))
 
     def rewind(self, step: int) -> None:
@@ -96,6 +100,26 @@ class Log:
                 RuntimeWarning,
                 stacklevel=3,
             )
+
+
+def _verdict(layer: LayerDrift) -> dict[str, float]:
+    return {name: float(getattr(layer, name.removeprefix("drift_"))) for name in DRIFT}
+
+
+def _check(records: Any) -> None:
+    """Whether these are records, and some."""
+    if not isinstance(records, Mapping) or not all(
+        isinstance(record, Record) for record in records.values()
+    ):
+        raise TypeError(
+            f"Log.write: a {type(records).__name__}, expected path → watch.Record, or a "
+            f"health.Drift; write log.write(step, watch.records(seen, variables, grads))."
+        )
+    if not records:
+        raise ValueError(
+            "Log.write: no records, expected those of a watched step; write "
+            "watch.linen(model.apply, on=True), or watch.nnx(model, on=True), in that step."
+        )
 
 
 NAMES = ("jsonl", "prometheus", "tensorboard")

@@ -1,6 +1,9 @@
 """Checkpoints of every kind are read as arrays, and their norm layers are found."""
 
+import os
 import pickle
+import re
+import shutil
 
 import flax.linen as nn
 import jax
@@ -122,6 +125,132 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         f"read: {tmp_path}/number holds no tree of arrays but int; expected the variables of a "
         "model, as a Flax msgpack file (flax.serialization.to_bytes)."
     )
+
+
+LAYOUTS = {
+    "ocdbt": {},
+    "zarr": {"use_ocdbt": False},
+    "zarr3": {"use_ocdbt": False, "use_zarr3": True},
+    "zarr3 in ocdbt": {"use_zarr3": True},
+}
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    """A checkpoint in each of orbax' layouts."""
+    top = tmp_path_factory.mktemp("layouts")
+    tree = {"bn": {"mean": np.zeros(3), "var": np.ones(3, np.float32)}, "a.b/c": np.eye(2)}
+    tree |= {"half": np.ones(2, jax.numpy.bfloat16), "steps": [1, 2.5], "none": None, "no": {}}
+    for layout, options in LAYOUTS.items():
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options)) as checkpointer:
+            checkpointer.save(top / layout, tree)
+    return top
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_of_orbax_is_read(layout, layouts):
+    tree = checkpoints.read(layouts / layout)
+    assert {k: v.tolist() for k, v in tree["bn"].items()} == {"mean": [0] * 3, "var": [1] * 3}
+    assert tree["a"]["b/c"].tolist() == [[1, 0], [0, 1]]
+    assert tree["half"].dtype == jax.numpy.bfloat16
+    assert {k: v.item() for k, v in tree["steps"].items()} == {"0": 1, "1": 2.5}
+    assert set(tree) == {"bn", "a", "half", "steps"}
+
+
+def damaged(layouts, layout, tmp_path):
+    shutil.copytree(layouts / layout, tmp_path / "net")
+    return tmp_path / "net"
+
+
+def reason(path):
+    with pytest.raises(ValueError) as error:
+        checkpoints.read(path)
+    head = f"read: {path} cannot be read as an orbax checkpoint: "
+    assert str(error.value).startswith(head)
+    return str(error.value).removeprefix(head).partition(". Expected an orbax folder")[0]
+
+
+@pytest.mark.parametrize("what", ["shape", "chunks"])
+@pytest.mark.parametrize(
+    ("layout", "file"), [("zarr", ".zarray"), ("zarr3", "zarr.json")], ids=["zarr", "zarr3"]
+)
+def test_what_metadata_declare_is_compared_with_the_bytes_that_are_there(
+    what, layout, file, layouts, tmp_path
+):
+    """Before any of it is taken from memory: 8e8 bytes of a folder of some thousand."""
+    path = damaged(layouts, layout, tmp_path)
+    text = (path / "bn.mean" / file).read_text()
+    assert "[3]" in text
+    if what == "shape":
+        text = text.replace('"shape":[3]', '"shape":[100000000]')
+    else:
+        text = re.sub(r'("chunks"|"chunk_shape"):\[3\]', r"\1:[100000000]", text)
+    (path / "bn.mean" / file).write_text(text)
+    size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    assert reason(path) == (
+        f"it declares arrays of 8e+08 bytes, which its {size} bytes cannot hold"
+    )
+
+
+def test_what_this_machine_cannot_hold_is_refused(layouts, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4, "SC_PHYS_PAGES": 5}[name])
+    declared = "it declares arrays of 88 bytes, and this machine has 20"
+    assert reason(layouts / "ocdbt") == declared
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_link_in_a_folder_leads_out_of_it(layout, layouts, tmp_path, capfd):
+    (tmp_path / "secret").write_text("correct horse")
+    files = [f for f in (layouts / layout).rglob("*") if f.is_file()]
+    for file in files:
+        path = damaged(layouts, layout, tmp_path)
+        link = path / file.relative_to(layouts / layout)
+        link.unlink()
+        link.symlink_to(tmp_path / "secret")
+        assert reason(path) == f"{link.name} is a link that leaves the folder"
+        shutil.rmtree(path)
+    path = damaged(layouts, layout, tmp_path)
+    (path / "more").symlink_to(tmp_path)
+    assert reason(path) == "more is a link that leaves the folder"
+    (path / "more").unlink()
+    os.mkfifo(path / "pipe")
+    assert reason(path) == "pipe is neither a file nor a folder"
+    (path / "pipe").unlink()
+    (path / "within").symlink_to("_METADATA")
+    (tmp_path / "latest").symlink_to(path)  # a link to the folder is its name
+    assert checkpoints.read(tmp_path / "latest")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_names_lead_to_no_file_outside_of_the_folder(layouts, tmp_path):
+    path = damaged(layouts, "zarr", tmp_path)
+    shutil.copytree(path / "bn.mean", tmp_path / "out.mean")
+    text = (path / "_METADATA").read_text()
+    for name in ("../out", str(tmp_path / "out")):
+        (path / "_METADATA").write_text(text.replace('"key": "bn"', f'"key": "{name}"'))
+        assert reason(path)
+
+
+NAMED = {
+    "a dict in place of a list": '{"tree_metadata": {"a": {"key_metadata": {}}}}',
+    "no dict": "[3]",
+    "no JSON": "{",
+    "nothing": "{}",
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_a_list_of_arrays_that_is_none(case, layouts, tmp_path):
+    path = damaged(layouts, "zarr", tmp_path)
+    (path / "_METADATA").write_text(NAMED[case])
+    assert reason(path).startswith("its _METADATA is not as orbax writes it (")
+
+
+def test_names_that_nest_too_deep(tmp_path):
+    save_file({"a." * 5000 + "b": np.ones(1)}, tmp_path / "net.safetensors")
+    with pytest.raises(ValueError) as error:
+        checkpoints.read(tmp_path / "net.safetensors")
+    assert str(error.value) == (f"read: {tmp_path}/net.safetensors nests names more than 100 deep.")
 
 
 def test_a_file_that_would_execute_code_is_only_data(tmp_path):

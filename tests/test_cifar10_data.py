@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import io
+import os
 import sys
 import tarfile
 import threading
@@ -88,6 +89,20 @@ def test_a_missing_file_is_named(six):
     )
 
 
+def test_a_file_that_is_cut_while_its_images_are_read_is_named(six):
+    got = data.cifar10(six)
+    path = six / "data_batch_2.bin"
+    path.write_bytes(path.read_bytes()[: 3 * 3073])
+    assert got.train_x[np.array([N + 2])].shape == (1, 32, 32, 3)
+    assert message(got.train_x.__getitem__, np.arange(N + 2, N + 4)) == (
+        f"{path}: was cut since its labels were read"
+    )
+    path.unlink()
+    assert message(got.train_x.__getitem__, np.array([N])) == (
+        f"{path}: cannot be read: No such file or directory"
+    )
+
+
 def test_data_dir_without_data_never_falls_back_to_the_digits(tmp_path):
     assert message(data.load, "auto", tmp_path) == (
         f"--data-dir {tmp_path}: no test_batch.bin in it, nor in cifar-10-batches-bin/ below it"
@@ -160,6 +175,7 @@ class Server(BaseHTTPRequestHandler):
     body = b""
     stop_after = None  # bytes of a response until the connection breaks
     ranges = True
+    length = "{}"  # Content-Length, of so many bytes; None: it is not told
     asked: list  # the Range header of every request
 
     def do_GET(self):
@@ -169,7 +185,8 @@ class Server(BaseHTTPRequestHandler):
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
         part = self.body[start:]
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(part)))
+        if self.length is not None:
+            self.send_header("Content-Length", self.length.format(len(part)))
         self.end_headers()
         self.wfile.write(part[: self.stop_after])
 
@@ -269,6 +286,88 @@ def test_another_length_is_refused_before_anything_is_written(server, tmp_path):
         f"{download.URL}: 49 bytes were offered, expected {download.SIZE:,}"
     )
     assert cached(tmp_path) == []
+
+
+@pytest.mark.parametrize("length", [None, "", "many", "-1", "1e3", "9" * 5000])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_page_of_no_known_length_is_refused_and_what_is_there_is_kept(
+    server, tmp_path, monkeypatch, length, begun
+):
+    if begun:
+        (tmp_path / "jaxbn").mkdir()
+        (tmp_path / PART).write_bytes(server.body[:500])
+    server.length, server.ranges = length, False
+    said = []
+    monkeypatch.setattr(data, "digits", lambda: "digits")
+    assert data.load("auto", None, said.append) == "digits"  # goes on without it
+    assert said[2].splitlines()[0] == (
+        f"!! {download.URL}: an unknown number of bytes were offered, expected {download.SIZE:,}"
+    )
+    assert cached(tmp_path) == [PART] * begun
+    if begun:
+        assert (tmp_path / PART).read_bytes() == server.body[:500]
+
+
+class Answer(io.BytesIO):
+    """An answer whose bytes come one at a time, a second after each other, and never end."""
+
+    status, clock = 200, 0.0
+
+    def __init__(self, **headers):
+        self.headers = headers
+
+    def read1(self, size):
+        Answer.clock += 1.0
+        return b"x"[:size]
+
+    def read(self, size):
+        return b"".join(self.read1(1) for _ in range(size))
+
+
+@pytest.mark.parametrize(("patience", "kept"), [(5.0, 6), (None, 40)])
+def test_a_slow_answer_is_left_in_time_and_an_endless_one_at_the_length_of_the_archive(
+    tmp_path, monkeypatch, patience, kept
+):
+    monkeypatch.setattr(Answer, "clock", 0.0)
+    monkeypatch.setattr(download.time, "monotonic", lambda: Answer.clock)
+    answer = Answer(**{"Content-Length": "40"})
+    monkeypatch.setattr(download.urllib.request, "urlopen", lambda *_, **__: answer)
+    monkeypatch.setattr(download, "SIZE", 40)
+    part = tmp_path / "part"
+    if patience is None:
+        download.fetch(part, quiet, None)
+    else:
+        assert message(download.fetch, part, quiet, patience) == (
+            f"the download took longer than 5 s: 6 of 40 bytes are kept in {part}, run again to "
+            "resume"
+        )
+    assert part.read_bytes() == b"x" * kept
+
+
+@pytest.mark.parametrize("what", ["link", "dangling", "pipe", "folder"])
+def test_a_part_that_is_no_file_of_ours_is_not_followed(server, tmp_path, what):
+    part, target = tmp_path / PART, tmp_path / "target"
+    part.parent.mkdir()
+    target.write_text("mine")
+    if what == "pipe":
+        os.mkfifo(part)
+    elif what == "folder":
+        part.mkdir()
+    else:
+        part.symlink_to(target if what == "link" else tmp_path / "nowhere")
+    assert message(download.cached_or_downloaded, quiet) == (
+        f"{part}: a link, or no file: not written to, remove it"
+    )
+    assert server.asked == []
+    assert target.read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_what_a_server_says_is_printed_without_its_control_characters(server, monkeypatch):
+    monkeypatch.setattr(server, "do_GET", lambda self: self.send_error(404, "\x1b[31mNo\x07"))
+    assert message(download.cached_or_downloaded, quiet) == (
+        f"{download.URL}: the server answered 404 [31mNo"
+    )
 
 
 def test_no_network_is_one_line_and_writes_nothing(server, tmp_path, monkeypatch):

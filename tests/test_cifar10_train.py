@@ -27,6 +27,7 @@ import model_nnx
 import optimizer
 import report
 import steps
+import stop
 import train
 from download import FOLDER
 
@@ -63,7 +64,7 @@ def bits(result) -> list[bytes]:
 
 
 # A program that trains as `run` does, and dies in the middle of a save, at the event that it is
-# told: (epoch, what, end of the path). Audit hooks hear of every folder made and renamed.
+# told: (steps, what, end of the path). Audit hooks hear of every folder made and renamed.
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
@@ -71,24 +72,24 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 import checkpoint, data, model, train
 
-fatal_epoch, moment, end, save = *sys.argv[2:5], checkpoint.Checkpoints.save
+fatal_steps, moment, end, save = *sys.argv[2:5], checkpoint.Checkpoints.save
 data.RECORDS = int(sys.argv[5])
 model.RESNETS["resnet18"] = {"blocks": (1,), "bottleneck": False}
 
-def save_and_die(self, epoch, state):
+def save_and_die(self, steps, *kept):
     def die(event, args):
         if event == moment and str(args[0]).endswith(end):
             os.kill(os.getpid(), signal.SIGKILL)
-    if epoch == int(fatal_epoch):
+    if steps == int(fatal_steps):
         sys.addaudithook(die)
-    save(self, epoch, state)
+    save(self, steps, *kept)
 
 checkpoint.Checkpoints.save = save_and_die
 train.main(sys.argv[6:])
 """
 MOMENTS = [
-    ("1", "os.mkdir", "array_metadatas"),  # the first, while the arrays are being written
-    ("2", "os.rename", "2.orbax-checkpoint-tmp"),  # the second, complete but for its name
+    ("3", "os.mkdir", "array_metadatas"),  # the first, while the arrays are being written
+    ("6", "os.rename", "6.saving"),  # the second, complete but for its name
 ]
 
 
@@ -111,13 +112,13 @@ def test_killed_in_the_middle_of_a_save_it_resumes_to_the_same_bits(run, tmp_pat
         )
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         left = sorted(path.name for path in (runs / name / "checkpoints").iterdir())
-        assert left == (["1.orbax-checkpoint-tmp"], ["1", "2.orbax-checkpoint-tmp"])[i]
+        assert left == (["3.saving.orbax-checkpoint-tmp"], ["3", "6.saving"])[i]
 
         resumed = run(name, *more, "--resume")
         assert bits(resumed) == bits(undisturbed)
         assert reproducible(resumed["rows"]) == reproducible(undisturbed["rows"])
         kept = sorted(path.name for path in (runs / name / "checkpoints").iterdir())
-        assert kept == ["2", "3"]  # --keep 2, and no temporary folder
+        assert kept == ["6", "9"]  # --keep 2, and no temporary folder
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(run, capsys, tmp_path):
@@ -182,6 +183,7 @@ def one_epoch(api: str, devices: int, scan: bool):
         scan,
         lambda i, loss, accuracy: shown.append(i),
         writers.Log([], every=0),
+        stop.Asked(),
         first=0,
     )
     assert len(losses) == made.count == 3
@@ -269,7 +271,7 @@ def test_watched_it_writes_figures_of_every_norm_layer_and_resumes_where_it_was(
     if api == "nnx":
         return  # nothing below depends on it
     # Epoch 2 again: what was written of it is taken back, and written anew.
-    shutil.rmtree(folder / "checkpoints" / "2")
+    shutil.rmtree(folder / "checkpoints" / "6")
     resumed = run("watched", *options, "--resume")
     assert bits(resumed) == bits(result)
     assert figures() == first
@@ -313,7 +315,7 @@ BAD = [
         "--data-dir /nowhere: no test_batch.bin in it, nor in cifar-10-batches-bin/ below it",
     ),
     (["--runs", "/proc/none"], "/proc/none: No such file or directory"),
-    (["--resume"], "--resume: there is no run in {runs}/bad"),
+    (["--resume"], "--resume: {runs}/bad is no run of train.py: it has no config.json"),
     (["--name", "old"], "{runs}/old is there already: --resume it, or take another --name"),
     (["--name", "old", "--resume"], "--resume: {runs}/old has --batch 32, not 16"),
     (

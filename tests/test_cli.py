@@ -1,9 +1,12 @@
 """`python -m jaxbn`: what is printed, written and returned for healthy, sick and other input."""
 
+import contextlib
 import json
+import os
 import pathlib
 import pickle
 import re
+import resource
 import subprocess
 import sys
 
@@ -16,10 +19,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx, serialization
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import jaxbn
-from jaxbn import checkpoints, cli, export, pictures, saving
+from jaxbn import checkpoints, cli, export, extras, loading, pictures, saving, terminal
 
 ROOT = pathlib.Path(__file__).parent.parent
 RANDOM = np.random.default_rng(0)
@@ -195,6 +198,8 @@ def test_the_table_of_a_sick_checkpoint(tmp_path, capsys, monkeypatch):
         "         updates so far: 0\n"
         '         remedy: train with mutable=["batch_stats"] and keep what apply returns\n'
         "         (nnx: model.train()), or jaxbn.recalibrate(apply, variables, batches)\n"
+        "\n"
+        "not judged without a batch: stale, and hardly_updated in 3 layers; --momentum tells of 1\n"
     )
 
 
@@ -217,6 +222,21 @@ def test_wide_layers_and_long_names_stay_in_the_table(width, tmp_path, capsys, m
     assert "".join(line[:cut].strip() for line in rows) == "".join(names)
     figures = ["4096", "9.5e32", "-1e-30", "-1e-30", "1e-12", "3.7e30", "negative_variance"]
     assert [line.split()[1:] for line in rows if "4096" in line] == [figures] * 3
+
+
+@pytest.mark.parametrize("width", [1, 20, 40, 60])
+def test_a_narrow_terminal_drops_no_column(width, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    tree = tree_of({"encoder/bn": norm()}) | {"c": norm() | {"count": np.array(10**6)}}
+    saving.save(tmp_path / "net.msgpack", tree)
+    status, out, _ = run(capsys, "doctor", tmp_path / "net.msgpack")
+    assert status == 0
+    above, header, *rows = out.split("\n\n")[1].splitlines()
+    assert header.split() == ["layer", "C", "updates", "/", "sd", *["min", "max"] * 2, "finding"]
+    assert above.split() == ["|mean|", "var", "var", "scale", "scale"]
+    cut = header.index("C")
+    assert "".join(row[:cut].strip() for row in rows) == "cencoder/bn"
+    assert [len(row.split()) for row in rows if row[cut:].strip()] == [9, 9]
 
 
 def test_one_finding_in_many_layers_is_told_once(tmp_path, capsys):
@@ -287,6 +307,108 @@ def test_the_picture(tmp_path, capsys):
     assert left == {f"{name}.{suffix}" for name in some for suffix in ("png", "msgpack")}
 
 
+def state(count=None):
+    arrays = norm()
+    return jaxbn.State(arrays["mean"], arrays["var"], count)
+
+
+LISTED = {
+    "a list of layers": lambda: {"blocks": [state(), state()], "head": state()},
+    "tuples in lists": lambda: {"blocks": [(state(),), (state(), norm())]},
+    "a list": lambda: [norm(), norm(), {"bn": norm()}],
+    "a tuple of states": lambda: (state(), state(), state()),
+    "equal names": lambda: {"net": linen({"bn": norm()}) | {"bn": norm()}, "net/bn": norm()},
+    "as equal as names can be printed": lambda: {"\n": norm(), "\\n": norm(), "\\n (2)": norm()},
+}
+
+
+@pytest.mark.parametrize("form", ["orbax", "msgpack"])
+@pytest.mark.parametrize("tree", LISTED)
+def test_the_doctor_sees_every_layer(tree, form, tmp_path, capsys):
+    tree, path = LISTED[tree](), tmp_path / f"net.{form}"
+    if form == "orbax":
+        save_orbax(path, tree)
+    else:
+        path.write_bytes(serialization.to_bytes(tree))
+    status, out, _ = run(capsys, "doctor", path, "--json")
+    told = strict(out)
+    assert (status, told["judged"]) == (0, 3)
+    assert len({layer["layer"] for layer in told["layers"]}) == 3
+    assert f"{path}: 3 batch norm layers, healthy\n" in run(capsys, "doctor", path)[1]
+
+
+def test_lists_as_msgpack_has_them_and_layers_in_a_tree_that_was_never_in_a_file(tmp_path):
+    packed = serialization.msgpack_serialize({"blocks": [norm(), [norm()]]})
+    (tmp_path / "net.msgpack").write_bytes(packed)
+    assert list(checkpoints.find(checkpoints.read(tmp_path / "net.msgpack"))) == [
+        "blocks/0",
+        "blocks/1/0",
+    ]
+    assert list(checkpoints.find({"blocks": [state(), (state(),)]})) == ["blocks/0", "blocks/1/0"]
+
+
+def test_scale_and_bias_without_statistics_are_a_finding(tmp_path, capsys):
+    def affine():
+        return {name: norm()[name] for name in ("scale", "bias")}
+
+    params = {"bn": affine(), "late/bn": affine(), "LayerNorm_0": affine(), "fc": {"bias": ONE}}
+    statistics = {"bn": {name: norm()[name] for name in ("mean", "var")}}
+    copies = [{"mu": params, "nu": params}, {"count": np.array(3)}]
+    for tree, bare in (
+        ({"params": params}, ["bn", "late/bn"]),
+        ({"params": params, "batch_stats": statistics}, ["late/bn"]),
+        ({"params": params, "batch_stats": statistics, "opt_state": copies}, ["late/bn"]),
+        ({"params": params, "ema_params": params}, ["bn", "late/bn"]),
+        (params, ["bn", "late/bn"]),
+    ):
+        (tmp_path / "net.msgpack").write_bytes(serialization.to_bytes(tree))
+        status, out, err = run(capsys, "doctor", tmp_path / "net.msgpack", "--json")
+        told = strict(out)
+        assert (status, err, told["judged"]) == (1, "", 2)
+        assert [(f["layer"], f["kind"]) for f in told["findings"]] == [
+            (name, "no_statistics") for name in bare
+        ]
+    out = run(capsys, "doctor", tmp_path / "net.msgpack", "--plot", tmp_path / "net.png")[1]
+    assert (
+        "error    no_statistics in bn, late/bn\n"
+        "         arrays mean and var that the layer holds: 0\n"
+        "         remedy: save batch_stats (nnx: nnx.state(model)) beside params;" in out
+    )
+
+
+def test_what_needs_a_batch_is_said_to_be_not_judged(tmp_path, capsys):
+    path = tmp_path / "net.msgpack"
+    saving.save(path, {"a": norm() | {"count": np.array(1)}, "b": norm()})
+    both = (
+        "not judged without a batch: stale, and hardly_updated in 2 layers; --momentum tells of 1"
+    )
+    one = "not judged without a batch: stale, and hardly_updated in 1 layer"
+    for options, status, line in (([], 0, both), (["--momentum", "0.99"], 1, one)):
+        got, out, _ = run(capsys, "doctor", path, *options)
+        assert (got, out.splitlines()[-1]) == (status, line)
+        assert strict(run(capsys, "doctor", path, "--json", *options)[1])["unjudged"] == line
+    saving.save(path, {"a": norm() | {"count": np.array(1000)}})
+    out = run(capsys, "doctor", path, "--momentum", "0.99")[1]
+    assert out.splitlines()[-1] == "not judged without a batch: stale"
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+def test_statistics_are_judged_in_the_dtype_of_the_file(dtype, tmp_path, capsys, monkeypatch):
+    layers = {"bn": {name: v.astype(dtype) for name, v in norm().items()}}
+    seen = []
+    check = jaxbn.health.check
+    monkeypatch.setattr(
+        jaxbn.health, "check", lambda found, **how: seen.append(found) or check(found, **how)
+    )
+    for kind, write in WRITERS.items():
+        if not kind.startswith("nnx"):
+            write(tmp_path / kind, layers)
+            run(capsys, "doctor", tmp_path / kind)
+            assert {v.dtype for v in (*seen[-1]["bn"].params, *seen[-1]["bn"].state[:2])} == {
+                np.dtype(dtype)
+            }
+
+
 def test_names_that_are_no_plain_text(tmp_path, capsys):
     layers = {"$\\frac{": norm(), "\x1b[31mred\n": norm(), "[bold]": norm(), "層": norm()}
     saving.save(tmp_path / "net.msgpack", tree_of(layers))
@@ -304,6 +426,82 @@ def test_a_layer_within_a_layer_and_one_at_the_top(tmp_path, capsys):
     assert [layer["layer"] for layer in strict(out)["layers"]] == ["", "inner"]
 
 
+ONE = np.ones(1, np.float32)
+ODD = {  # a character → how it is printed
+    "\x1b[31m": "\\x1b[31m",
+    "\n": "\\n",
+    "\r": "\\r",
+    "\x9b": "\\x9b",
+    "\x7f": "\\x7f",
+    "\u202e": "\\u202e",
+    "\u2028": "\\u2028",
+    "\ud800": "\\ud800",
+}
+
+
+def error_of(call, *args, **kwargs):
+    with pytest.raises(ValueError) as error:
+        call(*args, **kwargs)
+    return str(error.value)
+
+
+def doctored(*options):
+    def printed(name):
+        layer = {"mean": np.zeros(2), "var": np.ones(2)}
+        checkpoints_read = {f"{name}bn": layer}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoints, "read", lambda path: checkpoints_read)
+            cli.main(["doctor", f"{name}bn", *options])
+
+    return printed
+
+
+PRINTERS = {
+    "doctor": doctored(),
+    "doctor --json": doctored("--json"),
+    "a report": lambda name: str(
+        jaxbn.convert.to_torch({"params": {f"{name}bn": {"bias": ONE}}})[1]
+    ),
+    "a report's notes": lambda name: str(
+        jaxbn.convert.Report((), "names", (f"{name}bn",), (), {f"{name}bn": {}}, (f"{name}bn",))
+    ),
+    "what does not fit": lambda name: error_of(
+        jaxbn.convert.to_torch, {"params": {f"{name}bn": {"bias": ONE}}}, {"fc.weight": ONE}
+    ),
+    "what is folded": lambda name: str(
+        jaxbn.FoldReport(
+            (jaxbn.fold.__globals__["FoldSite"](f"{name}bn", True, "", 0, 0),), 0, 0, 1
+        )
+    ),
+    "no array": lambda name: error_of(saving.save, "net.msgpack", {f"{name}bn": "text"}),
+    "no such part": lambda name: error_of(loading.part_of, {f"{name}bn": {}}, "x"),
+    "several parts": lambda name: error_of(
+        loading.part_of, {n: {"params": {}, "batch_stats": {}} for n in (f"{name}bn", "b")}
+    ),
+    "two of one name": lambda name: error_of(
+        saving.save, "net.msgpack", {f"{name}bn.a": ONE, f"{name}bn": {"a": ONE}}
+    ),
+    "no suffix": lambda name: error_of(saving.save, f"net.{name}bn", {}),
+    "an option": lambda name: cli_error("doctor", "a", f"--{name}bn"),
+    "no file": lambda name: cli_error("doctor", f"{name}bn"),
+}
+
+
+def cli_error(*words):
+    with contextlib.suppress(SystemExit):
+        cli.main(list(words))
+
+
+@pytest.mark.parametrize("printer", PRINTERS)
+def test_nothing_that_a_terminal_obeys_is_printed_raw(printer, capsys):
+    for name, printed in ODD.items():
+        text = PRINTERS[printer](name)
+        out, err = capsys.readouterr()
+        text = out + err if text is None else text
+        assert [c for c in text if not (c.isprintable() or c == "\n")] == []
+        assert f"{printed}bn" in text or json.dumps(f"{printed}bn")[1:-1] in text, text
+
+
 MSGPACK = "a Flax msgpack file (flax.serialization.to_bytes)"
 EXPECTED = "Expected an orbax folder, a .safetensors file, or a file of flax.serialization.to_bytes"
 UNREADABLE = {
@@ -314,6 +512,15 @@ UNREADABLE = {
     "PyTorch's running_mean and running_var, beside each other.",
     "shapes.msgpack": "var of layer 'bn' has shape (4,) and dtype float32, expected numbers of the "
     "mean's shape (3,).",
+    "empty.msgpack": "mean of layer 'bn' has shape (0,): it holds no number.",
+    "nan.msgpack": "count of layer 'bn' is nan, expected the number of its updates.",
+    "negative.msgpack": "count of layer 'bn' is -1, expected the number of its updates.",
+    "none.msgpack": "count of layer 'bn' has shape (0,) and dtype int64, expected the number of "
+    "its updates.",
+    "complex.msgpack": "var of layer 'bn' has shape (3,) and dtype complex64, expected numbers of "
+    "the mean's shape (3,).",
+    "mixed.msgpack": "layer 'bn' holds mean beside running_var, expected mean and var, or "
+    "PyTorch's running_mean and running_var.",
     "dates.msgpack": "mean of layer 'bn' has shape (3,) and dtype bool, expected numbers of the "
     "mean's shape (3,).",
 }
@@ -332,6 +539,13 @@ def test_what_cannot_be_read(name, tmp_path, capsys, monkeypatch):
     saving.save("dense.msgpack", {"fc": {"kernel": three}})
     saving.save("shapes.msgpack", {"bn": {"mean": three, "var": four}})
     saving.save("dates.msgpack", {"bn": {"mean": three > 0, "var": three}})
+    saving.save("empty.msgpack", {"bn": {"mean": three[:0], "var": three[:0]}})
+    both = {"mean": three, "var": three}
+    saving.save("nan.msgpack", {"bn": {**both, "count": np.array(np.nan)}})
+    saving.save("negative.msgpack", {"bn": {**both, "count": np.array([3, -1])}})
+    saving.save("none.msgpack", {"bn": {**both, "count": np.array([], int)}})
+    saving.save("complex.msgpack", {"bn": {"mean": three, "var": three.astype(np.complex64)}})
+    saving.save("mixed.msgpack", {"bn": {"mean": three, "running_var": three}})
     for options in ([], ["--json"], ["--plot", "a.png"]):
         assert run(capsys, "doctor", name, *options) == (2, "", f"doctor: {UNREADABLE[name]}\n")
     assert not pathlib.Path("executed").exists()
@@ -349,7 +563,6 @@ def test_a_picture_that_cannot_be_written(folder, tmp_path, capsys, monkeypatch)
 
 
 OPTIONS = {
-    "": "python -m jaxbn: the following arguments are required: COMMAND",
     "doctor": "python -m jaxbn doctor: the following arguments are required: CHECKPOINT",
     "doctor a --jsn": "python -m jaxbn: unrecognized arguments: --jsn",
     "doctor a --momentum 1.5": "python -m jaxbn doctor: argument --momentum: '1.5', expected a "
@@ -399,6 +612,66 @@ def test_as_a_program(folder):
         pipe.stdout.close()
         assert pipe.stderr.read() == b""
     assert pipe.returncode == 2
+
+
+def test_no_command_is_a_call_for_help(capsys):
+    ends = []
+    for words in ([], ["--help"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main(words)
+        ends.append((end.value.code, *capsys.readouterr()))
+    assert ends[0] == ends[1]
+    assert ends[0][0] == 0
+    assert ends[0][1].startswith("usage: python -m jaxbn ")
+
+
+# Package → what needs it, and the rest of the line.
+MISSING = {
+    "safetensors": [
+        (lambda: checkpoints.read("a.safetensors"), "read", "'jaxbn[convert]'"),
+        (lambda: saving.save("b.safetensors", {"a": ONE}), "save", "'jaxbn[convert]'"),
+        (
+            lambda: jaxbn.convert.from_torch("a.safetensors", {"params": {}}),
+            "from_torch",
+            "'jaxbn[convert]'",
+        ),
+    ],
+    "flax": [
+        (lambda: checkpoints.read("a.msgpack"), "read", "flax"),
+        (lambda: saving.save("b.msgpack", {"a": ONE}), "save", "flax"),
+    ],
+    "tensorstore": [(lambda: checkpoints.read("a"), "read", "orbax-checkpoint")],
+    "orbax": [(lambda: saving.save("b", {"a": ONE}), "save", "orbax-checkpoint")],
+    "rich": [(lambda: terminal.show("net", [], []), "show", "'jaxbn[doctor]'")],
+    "matplotlib": [(lambda: pictures.plot("a.png", "", {}), "plot", "'jaxbn[doctor]'")],
+    "prometheus_client": [(lambda: jaxbn.writers.Prometheus(0), "Prometheus", "'jaxbn[watch]'")],
+    "tensorboardX": [(lambda: jaxbn.writers.TensorBoard("b"), "TensorBoard", "'jaxbn[watch]'")],
+    "flatbuffers": [
+        (lambda: export.stablehlo(jnp.sin, np.ones((1, 2)), "b"), "stablehlo", "'jaxbn[export]'")
+    ],
+    "jax2onnx": [(lambda: export.onnx(jnp.sin, np.ones((1, 2)), "b"), "onnx", "'jaxbn[export]'")],
+    "onnx": [(lambda: export.onnx(jnp.sin, np.ones((1, 2)), "b"), "onnx", "'jaxbn[export]'")],
+    "onnxruntime": [(lambda: export.session("a.msgpack"), "session", "'jaxbn[export]'")],
+}
+
+
+@pytest.mark.parametrize("package", MISSING)
+def test_a_missing_package_ends_in_the_line_that_installs_it(package, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.safetensors", "a.msgpack"):
+        pathlib.Path(name).touch()
+    pathlib.Path("a").mkdir()
+    pathlib.Path("a/_METADATA").touch()
+    monkeypatch.setitem(sys.modules, package, None)
+    for call, name, line in MISSING[package]:
+        with pytest.raises(ModuleNotFoundError) as error:
+            call()
+        assert str(error.value) == (
+            f"{name}: needs the package {package}, which is not installed; write pip install "
+            f"{line}."
+        )
+    assert set(MISSING) == set(extras.EXTRAS)
+    assert sorted(os.listdir()) == ["a", "a.msgpack", "a.safetensors"]
 
 
 def test_help_imports_no_more_than_the_package_does():
@@ -477,6 +750,62 @@ def test_convert_to_pytorch_and_back(net, capsys):
     assert set(checkpoints.read(again)) == {"stem", "bn"}
 
 
+def test_names_that_continue_others_are_converted_whole(tmp_path, capsys, monkeypatch):
+    """Both orders, and through every format."""
+    monkeypatch.chdir(tmp_path)
+    tensors = {"fc.weight": np.ones((2, 3)), "fc.weight.absmax": ONE, "fc.weight.a.b": 2 * ONE}
+    for n, names in enumerate((list(tensors), list(tensors)[::-1])):
+        packed = serialization.msgpack_serialize({name: tensors[name] for name in names})
+        pathlib.Path("a.msgpack").write_bytes(packed)
+        for a, b in (("a.msgpack", "b.safetensors"), ("b.safetensors", f"c{n}")):
+            assert run(capsys, "convert", a, b) == (0, f"wrote {b}\n", "")
+        assert run(capsys, "convert", f"c{n}", "d.safetensors")[0] == 0
+        equal(load_file("d.safetensors"), tensors)
+
+
+def test_no_array_takes_another_ones_name(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    twice = {"fc.weight": ONE, "fc": {"weight": 2 * ONE}}
+    pathlib.Path("a.msgpack").write_bytes(serialization.msgpack_serialize(twice))
+    assert run(capsys, "convert", "a.msgpack", "b.msgpack") == (
+        2,
+        "",
+        "convert: a.msgpack holds two arrays 'fc.weight'.\n",
+    )
+    assert error_of(saving.save, "b.safetensors", twice) == (
+        "save: two arrays are called 'fc.weight', expected one; rename a layer."
+    )
+    two = {"params": {"a/b": {"bias": ONE}, "a": {"b": {"bias": ONE}}}}
+    assert error_of(jaxbn.convert.to_torch, two).splitlines()[1] == (
+        "  two arrays of the source become a.b.bias"
+    )
+    assert os.listdir() == ["a.msgpack"]
+
+
+@pytest.mark.parametrize("dest", ["b", "b.msgpack", "b.safetensors"])
+def test_a_destination_that_fails_leaves_nothing(dest, tmp_path, capsys, monkeypatch):
+    """A full disk, as far as a limit on the size of files is one; nor does a thread speak."""
+    monkeypatch.chdir(tmp_path)
+    saving.save("a.msgpack", {"bn": {"mean": RANDOM.normal(size=20_000)}})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        status, out, err = run(capsys, "convert", "a.msgpack", dest)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "File too large" in err
+    assert os.listdir() == ["a.msgpack"]
+
+
+def test_orbax_writes_no_array_without_values(tmp_path):
+    assert error_of(saving.save, tmp_path / "b", {"bn": {"mean": ONE[:0]}}) == (
+        "save: 'bn.mean' has shape (0,), and orbax writes no array without values; name a "
+        ".safetensors or a .msgpack file."
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_convert_into_nnx(net, capsys, tmp_path):
     (tmp_path / "nnx_net.py").write_text(
         "from flax import nnx\n"
@@ -552,6 +881,58 @@ def test_fold_and_export(net, capsys):
     served = export.session("net.onnx")(x)
     error = np.abs(served - y).max() / np.abs(y).max()
     assert 0 < error < 0.1
+
+
+ENDS = {
+    "at import": "import sys\nsys.exit(0)\n",
+    "in the function": "import sys\ndef network():\n    sys.exit()\n",
+    "in a batch": "from net import *\nimport sys\nN = network\n"
+    "def network():\n    def some():\n        sys.exit(0)\n        yield\n"
+    "    return *N()[:2], some()\n",
+    "in the model": "from net import *\nimport sys\nN = network\n"
+    "def network():\n    return lambda *_, **how: sys.exit('bye'), *N()[1:]\n",
+}
+
+
+@pytest.mark.parametrize("where", ENDS)
+def test_a_model_that_ends_the_program_has_failed(where, net, capsys, tmp_path):
+    (tmp_path / f"ends{len(where)}.py").write_text(ENDS[where])
+    model = f"--model=ends{len(where)}:network"
+    for command in (["fold", "net.msgpack"], ["recalibrate", "net.msgpack", "new"]):
+        status, out, err = run(capsys, *command, model)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert "SystemExit" in err
+    assert not pathlib.Path("new").exists()
+
+
+def test_a_model_of_many_lines_fails_in_one(net, capsys, tmp_path):
+    (tmp_path / "lines.py").write_text(
+        "from net import *\nN = network\n"
+        "def model(*_, **how):\n    raise ValueError('a\\nb: c')\n"
+        "def network():\n    return model, *N()[1:]\n"
+        "def fails():\n    raise ValueError('a\\nb: c')\n"
+    )
+    for function in ("network", "fails"):
+        status, out, err = run(capsys, "fold", "net.msgpack", f"--model=lines:{function}")
+        assert (status, out, err.count("\n")) == (2, "", 1)
+
+
+def test_fold_ends_with_1_where_nothing_is_folded_or_not_well_enough(net, capsys, tmp_path):
+    (tmp_path / "folds.py").write_text(
+        "from net import *\nimport jax.numpy as jnp\nN, W = network, jnp.ones((3, 3))\n"
+        "def dense():\n    return lambda v, x: x @ W, *N()[1:]\n"
+        "def scaled(v, y):\n    return y * v['batch_stats']['bn']['var'][None, None, None, :3]\n"
+        "def stays():\n    return lambda v, x: scaled(v, jnp.tanh(x @ W)), *N()[1:]\n"
+    )
+    for function, last in (("dense", "fn has no norm to fold: "), ("stays", "result ")):
+        status, out, err = run(capsys, "fold", "net.msgpack", f"--model=folds:{function}")
+        assert (status, err) == (1, "")
+        assert out.splitlines()[-1].startswith(last)
+    tight = ["--model=net:network", "--tolerance", "1e-30"]
+    status, out, err = run(capsys, "fold", "net.msgpack", *tight)
+    assert (status, err) == (1, "")
+    assert out.splitlines()[1].startswith("0 conv 3x3, 3 -> 8 Net/conv  yes")
+    assert out.splitlines()[-1].startswith("folding changes fn's result by ")
 
 
 def test_errors_of_the_commands_that_write(net, capsys, tmp_path):

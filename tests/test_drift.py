@@ -95,6 +95,8 @@ def test_drift_is_the_stream_merged():
     at_once, stream = health.drift(STATE, iter(batches)), health.decide(total)
     assert at_once.layers == stream.layers
     assert at_once.findings == ()
+    one = health.drift(STATE, batches[0])  # of one batch, without a list around it
+    assert one.layers == health.drift(STATE, batches[:1]).layers
 
 
 def test_values_of_one_image_are_worth_few():

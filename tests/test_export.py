@@ -145,7 +145,8 @@ def test_a_missing_package_is_named(call, package, monkeypatch):
     with pytest.raises(ModuleNotFoundError) as error:
         call(jnp.sin, X, "file")
     assert str(error.value) == (
-        f"{call.__name__}: {package} is not installed; write pip install 'jaxbn[export]'."
+        f"{call.__name__}: needs the package {package}, which is not installed; write "
+        f"pip install 'jaxbn[export]'."
     )
 
 

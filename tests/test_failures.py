@@ -85,14 +85,14 @@ def test_page_has_a_section_a_script():
     assert [title.lower() for title, _ in sections] == [title.lower() for title, _ in linked]
 
 
-def test_the_library_refuses_what_flax_lets_pass():
+def test_the_library_says_what_flax_passes_over():
     batch_of_one, frozen = import_module("batch_of_one"), import_module("frozen_at_start")
-    assert batch_of_one.refused() == (
-        "batch_norm: x with shape (1, 32) has one value per channel over all devices, and its "
-        "variance is 0, so y would be bias whatever x is; expected at least 2 in training. Use a "
-        "larger batch, pool devices with axis_name=, or normalize by the running statistics with "
-        "train=False."
-    )
+    assert batch_of_one.warned() == [
+        "BatchNorm 'norm0': x with shape (1, 32) has one value per channel over all devices, so y "
+        "is bias whatever x is; expected at least 2 in training. Use a larger batch, pool devices "
+        "with axis_name=, or normalize by the running statistics with use_running_average=True "
+        "(nnx: model.eval())."
+    ]
     assert frozen.refused().startswith("freeze: the statistics of ['norm0'] were never updated")
 
 

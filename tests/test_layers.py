@@ -12,12 +12,13 @@ import jaxbn
 
 ROOT = pathlib.Path(jaxbn.__file__).parent
 FLOORS = (
-    ("axes", "collectives", "files", "jaxprs", "state_dicts", "text"),
+    ("extras", "text"),
+    ("axes", "collectives", "files", "jaxprs", "state_dicts"),
     ("state", "affine", "sums", "tensors"),
     ("moments", "normalize", "kernels", "policy", "rewrite", "layouts", "matching", "variables"),
     ("derivative", "peers"),
     ("functional", "layers"),
-    ("calls", "checkpoints", "findings", "transfer", "selection"),
+    ("calls", "checkpoints", "findings", "one_value", "transfer", "selection"),
     ("diagnose", "incoming"),
     ("gap", "drift", "observe", "watch"),
     # No tool imports another.

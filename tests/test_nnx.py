@@ -36,6 +36,17 @@ def pure(module, *filters):
     return nnx.to_pure_dict(nnx.state(module, *filters))
 
 
+def test_the_signature_is_flaxs_and_two_arguments_more():
+    """Also an argument that a later Flax has."""
+    theirs, ours = (
+        {name: (p.kind, p.default) for name, p in signature.parameters.items()}
+        for signature in map(inspect.signature, (nnx.BatchNorm.__init__, NORMS["jaxbn"].__init__))
+    )
+    assert set(ours) - set(theirs) == {"virtual_batch_size", "unbiased"}
+    assert {name: ours.get(name) for name in theirs} == theirs
+    assert [name for name in ours if f" {name}: " not in NORMS["jaxbn"].__doc__] == ["self"]
+
+
 def test_every_argument_of_flax_is_accepted_with_its_default():
     theirs = inspect.signature(nnx.BatchNorm.__init__).parameters
     layer, reference = jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0))

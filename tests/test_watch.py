@@ -22,7 +22,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from jaxbn import watch, writers
+from jaxbn import formats, watch, writers
 from tests import hlo
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -407,6 +407,61 @@ def test_prometheus_serves_the_latest_figures_on_loopback(tmp_path):
     by_default.close()
 
 
+def test_names_that_no_encoding_has_are_shown_as_escapes(tmp_path):
+    """And two layers that are shown alike are two."""
+    with writers.open(["prometheus", "tensorboard"], tmp_path, port=0) as log:
+        log.write(0, {name: record_of(3) for name in ("\ud800\x1b", "\\ud800\\x1b", "")})
+        text = scrape(log.writers[0].url)
+    escaped = "\\ud800\\x1b"
+    in_prometheus = escaped.replace("\\", "\\\\")  # the format escapes a backslash once more
+    layers = re.findall(r'^jaxbn_layer_batch_count\{layer="(.*)"\}', text, re.MULTILINE)
+    assert set(layers) == {in_prometheus, f"{in_prometheus} (2)", "."}
+    tags = {value.tag for event in events(tmp_path) for value in event.summary.value}
+    assert {f"batch_count/{name}" for name in (escaped, f"{escaped} (2)", ".")} <= tags
+
+
+def test_a_scrape_that_never_ends_is_ended(monkeypatch):
+    """Neither one that sends nothing nor one that stops within its first line holds a thread."""
+    monkeypatch.setattr(formats, "PATIENCE", 0.0)
+    writer = writers.Prometheus(port=0)
+    for begin in (b"", b"GET /metr"):
+        with socket.create_connection(writer._server.server_address, timeout=30) as half:
+            half.sendall(begin)
+            assert half.recv(1) == b""
+    writer.close()
+
+
+def test_prometheus_at_an_address_of_ipv6():
+    with pytest.raises(OSError) as error:
+        writers.Prometheus(0, "2001:db8::1")  # for documentation: nobody's
+    assert str(error.value).startswith("Prometheus: cannot listen at [2001:db8::1]:0 (")
+    writer = writers.Prometheus(0, "::ffff:127.0.0.1")
+    assert re.fullmatch(r"http://\[::ffff:127\.0\.0\.1\]:\d+/metrics", writer.url)
+    writer.write(0, {"bn": {"scale_abs_min": 0.5}}, {})
+    assert 'jaxbn_layer_scale_abs_min{layer="bn"} 0.5\n' in scrape(writer.url)
+    writer.close()
+
+
+def test_a_verdict_on_served_data_is_written(tmp_path):
+    state = {"bn": jaxbn.State(jnp.zeros(4), jnp.ones(4), None)}
+    x = 0.5 + rng.normal(size=(256, 4)).astype(np.float32)
+    rows = jax.vmap(jaxbn.moments, out_axes=-1)(jnp.asarray(x))
+    drift = jaxbn.health.drift(state, [{"bn": rows}])
+    assert drift.alarm
+    with writers.open(["jsonl", "prometheus", "tensorboard"], tmp_path, port=0) as log:
+        log.write(3, drift)
+        text = scrape(log.writers[0].url)
+    (layer,) = drift.layers
+    expected = {f"drift_{name}": float(v) for name, v in layer._asdict().items() if name != "layer"}
+    (line,) = (tmp_path / "watch.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": 3, "layers": {"bn": expected}}
+    samples = {(name, of): float(v) for name, of, v in SAMPLE.findall(text)}
+    shown = {(f"jaxbn_layer_{k}", "bn"): v for k, v in expected.items()}
+    assert samples == {("jaxbn_step", ""): 3.0, **shown}
+    tags = {value.tag for event in events(tmp_path) for value in event.summary.value}
+    assert tags == {f"{name}/bn" for name in expected}
+
+
 def test_the_dashboard_reads_what_is_exported_all_of_it():
     dashboard = json.loads((ROOT / "examples" / "watch" / "grafana.json").read_text())
     with writers.open(["prometheus"], ".", port=0) as log:
@@ -629,3 +684,8 @@ def test_records_of_other_variables_and_records_of_nothing():
         "Log.write: no records, expected those of a watched step; write watch.linen(model.apply, "
         "on=True), or watch.nnx(model, on=True), in that step."
     )
+    for wrong, what in (({"bn": 0.5}, "a dict"), ([], "a list"), (jaxbn.health.Gap, "a type")):
+        assert message(TypeError, writers.Log([]).write, 0, wrong) == (
+            f"Log.write: {what}, expected path → watch.Record, or a health.Drift; write "
+            f"log.write(step, watch.records(seen, variables, grads))."
+        )

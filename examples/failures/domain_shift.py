@@ -13,12 +13,12 @@ def main():
     served = 12 + 0.2 * test_x
     cured = jaxbn.recalibrate(net.apply, variables, [served])
     watched = health.incoming(net.apply)
-    before, after = (health.drift(v, [watched(v, served)[1]]) for v in (variables, cured))
+    before, after = (health.drift(v, watched(v, served)[1]) for v in (variables, cured))
     return Result(
         "domain shift",
         evaluate(net, variables, served, test_y),
         list(before.findings),
-        "health.drift(variables, moments)",
+        "health.drift(variables, rows)",
         "jaxbn.recalibrate on served images, without labels",
         evaluate(net, cured, served, test_y),
         list(after.findings),
