@@ -46,6 +46,34 @@ BUGS = (
         "test_moments.py::test_no_outlier_spoils_the_variance[a saturated pixel first]",
     ),
     Bug(
+        "a sample of time that devices cannot share",
+        "moments.py",
+        "        return axis, next(fits, 1) if x.size else 1",
+        "        return axis, STRIDE if x.size else 1",
+        "test_devices_roads.py::test_a_road_over_a_mesh_equals_one_device[Explicit-height-jit-linen-replicated]",
+    ),
+    Bug(
+        "sharded features in one row with a count",
+        "moments.py",
+        "    if any(jax.typeof(m.mean).sharding.spec):",
+        "    if False:",
+        "test_devices_roads.py::test_a_road_over_a_mesh_equals_one_device[Explicit-features-shard_map, one axis-functional-as features]",
+    ),
+    Bug(
+        "a mask that is not sharded as x",
+        "collectives.py",
+        "    return sharded_as(jnp.broadcast_to(mask, x.shape), x, range(x.ndim))",
+        "    return jnp.broadcast_to(mask, x.shape)",
+        "test_devices_roads.py::test_a_road_over_a_mesh_equals_one_device[Explicit-features-jit-mask-as features]",
+    ),
+    Bug(
+        "under vmap a sum over sharded features",
+        "collectives.py",
+        "    of_devices = tuple(name for name in names if name in manual)",
+        "    of_devices, manual = names, names",
+        "test_devices_roads.py::test_a_road_over_a_mesh_equals_one_device[Explicit-features-vmap-functional-as features]",
+    ),
+    Bug(
         "statistics in bfloat16",
         "moments.py",
         "    d = x.astype(pivot.dtype) - axes.expand(pivot)",
@@ -180,6 +208,14 @@ BUGS = (
         "    y = x.astype(kind) * axes.expand(a)\n"
         "    bias = (0 if bias is None else bias.astype(kind)) - mean.astype(kind) * a",
         "test_moments.py::test_a_constant_channel_is_exact[shape4]",
+    ),
+    Bug(
+        "replicated statistics beside sharded features",
+        "state.py",
+        "(sharded_as(v.astype(wide(v.dtype)), x, axes.features) for",
+        "(v.astype(wide(v.dtype)) for",
+        "test_devices_roads.py::test_a_road_over_a_mesh_equals_one_device["
+        "Explicit-features-jit-functional-replicated]",
     ),
     Bug(
         "running var biased where unbiased was asked, and the reverse",
@@ -436,6 +472,20 @@ BUGS = (
         "round(1 - momentum, 12)",
         "momentum",
         "test_convert.py::test_training_goes_on_as_in_pytorch[0.1-True]",
+    ),
+    Bug(
+        "recalibrated beside replicated statistics",
+        "recalibrate.py",
+        "collectives.cells(before.astype(new.dtype), new)",
+        "before.astype(new.dtype)",
+        "test_devices_roads.py::test_a_road_over_a_mesh_equals_one_device[Explicit-features-jit-recalibrate-replicated]",
+    ),
+    Bug(
+        "the last cell of a sharded batch",
+        "gap.py",
+        "    last = sharded_as(x, x, [a if a in axes.features else None for a in range(x.ndim)])",
+        "    last = x",
+        "test_devices_roads.py::test_a_road_over_a_mesh_equals_one_device[Explicit-several-eager-gap-as features]",
     ),
     Bug(
         "batches of a recalibration weigh alike",
