@@ -23,6 +23,8 @@ class Bug(NamedTuple):
     test: str  # in tests/
 
 
+ROAD = "test_devices_roads.py::test_a_road_over_a_mesh_equals_one_device"
+
 BUGS = (
     Bug(
         "mean of means, not weighted by count",
@@ -50,28 +52,28 @@ BUGS = (
         "moments.py",
         "        return axis, next(fits, 1) if x.size else 1",
         "        return axis, STRIDE if x.size else 1",
-        "test_devices_roads.py::test_a_road_over_a_mesh_equals_one_device[Explicit-height-jit-linen-replicated]",
+        f"{ROAD}[Explicit-height-jit-linen-replicated]",
     ),
     Bug(
         "sharded features in one row with a count",
         "moments.py",
         "    if any(jax.typeof(m.mean).sharding.spec):",
         "    if False:",
-        "test_devices_roads.py::test_a_road_over_a_mesh_equals_one_device[Explicit-features-shard_map, one axis-functional-as features]",
+        f"{ROAD}[Explicit-features-shard_map, one axis-functional-as features]",
     ),
     Bug(
         "a mask that is not sharded as x",
         "collectives.py",
         "    return sharded_as(jnp.broadcast_to(mask, x.shape), x, range(x.ndim))",
         "    return jnp.broadcast_to(mask, x.shape)",
-        "test_devices_roads.py::test_a_road_over_a_mesh_equals_one_device[Explicit-features-jit-mask-as features]",
+        f"{ROAD}[Explicit-features-jit-mask-as features]",
     ),
     Bug(
         "under vmap a sum over sharded features",
         "collectives.py",
         "    of_devices = tuple(name for name in names if name in manual)",
         "    of_devices, manual = names, names",
-        "test_devices_roads.py::test_a_road_over_a_mesh_equals_one_device[Explicit-features-vmap-functional-as features]",
+        f"{ROAD}[Explicit-features-vmap-functional-as features]",
     ),
     Bug(
         "statistics in bfloat16",
@@ -214,8 +216,7 @@ BUGS = (
         "state.py",
         "(sharded_as(v.astype(wide(v.dtype)), x, axes.features) for",
         "(v.astype(wide(v.dtype)) for",
-        "test_devices_roads.py::test_a_road_over_a_mesh_equals_one_device["
-        "Explicit-features-jit-functional-replicated]",
+        f"{ROAD}[Explicit-features-jit-functional-replicated]",
     ),
     Bug(
         "running var biased where unbiased was asked, and the reverse",
@@ -333,15 +334,15 @@ BUGS = (
     Bug(
         "second sum of backward not pooled",
         "derivative.py",
-        "s1, s2 = collectives.total(jnp.stack([s1, s2]), spec.pool)",
+        "s1, s2 = collectives.totals((s1, s2), spec.pool)",
         "s1 = collectives.total(s1, spec.pool)",
         "test_devices.py::test_devices_equal_one_device_on_the_pooled_batch[pmap-even]",
     ),
     Bug(
         "mask ignored in backward",
         "derivative.py",
-        "d, t = jnp.where(mask, d, 0), jnp.where(mask, t, 0)",
-        "d, t = jnp.where(mask, d, d), t",
+        "d, t = jnp.where(valid, d, 0), jnp.where(valid, t, 0)",
+        "d, t = jnp.where(valid, d, d), t",
         "test_derivative.py::test_gradients_equal_the_oracle[padded batch]",
     ),
     Bug(
@@ -478,14 +479,14 @@ BUGS = (
         "recalibrate.py",
         "collectives.cells(before.astype(new.dtype), new)",
         "before.astype(new.dtype)",
-        "test_devices_roads.py::test_a_road_over_a_mesh_equals_one_device[Explicit-features-jit-recalibrate-replicated]",
+        f"{ROAD}[Explicit-features-jit-recalibrate-replicated]",
     ),
     Bug(
         "the last cell of a sharded batch",
         "gap.py",
         "    last = sharded_as(x, x, [a if a in axes.features else None for a in range(x.ndim)])",
         "    last = x",
-        "test_devices_roads.py::test_a_road_over_a_mesh_equals_one_device[Explicit-several-eager-gap-as features]",
+        f"{ROAD}[Explicit-several-eager-gap-as features]",
     ),
     Bug(
         "batches of a recalibration weigh alike",
@@ -717,7 +718,7 @@ def fails(bug, seed=True):
     """Whether the bug's test fails on a copy of the package, seeded or as it is."""
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
-        for name in ("jaxbn", "tests", "examples", "docs"):
+        for name in ("jaxbn", "tests", "benchmarks", "examples", "docs"):
             ignore = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / name, copy / name, ignore=ignore)
         shutil.copy(ROOT / "pyproject.toml", copy)
