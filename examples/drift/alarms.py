@@ -55,6 +55,8 @@ def main(argv=None):
 
 def measured(args):
     """The table's lines: images, severity, accuracy, alarms, alarms with a reference."""
+    if args.figure and not args.figure.resolve().parent.is_dir():
+        raise DataError(f"--figure {args.figure}: there is no folder for it")
     data = load("cifar10" if args.data_dir else "digits", args.data_dir)
     tested = len(data.test_y)
     if args.window > (most := min(args.images, tested - tested // 2)):
@@ -62,10 +64,9 @@ def measured(args):
     scale = partial(normalize, mean=data.mean, std=data.std)
     net = ResNet9(width=args.width)
     steps = Linen(net, sgd(lambda _: 0.05, 5e-4), partial(smooth_cross_entropy, smoothing=0.1))
-    state = jax.jit(steps.init)(jax.random.key(0))
-    if args.run:
-        state = last_state(args.run, state)
-    else:
+    init = partial(jax.jit(steps.init), jax.random.key(0))
+    state = last_state(args.run, init) if args.run else init()
+    if not args.run:
         train = jax.jit(steps.train)
         for _ in range(args.steps):
             rows = RNG.choice(len(data.train_y), 64, replace=False)
