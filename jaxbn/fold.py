@@ -132,7 +132,7 @@ def fold(
 
     Returns:
       `(folded, report)`: a function for any batch size, under `jit`, `vmap` and `grad`, and for
-      `jax.export`; and what became of each site.
+      `jax.export`, which pickles where fn does; and what became of each site.
 
     Raises:
       TypeError: fn is no function, or an argument is no array.
