@@ -156,17 +156,14 @@ def fold(
         of bfloat16 or float16.
 
     Returns:
-      `(folded, report)`. `folded` takes any batch size and works under `jit`, `vmap`, `grad` and
-      `jax.export`. `report` says what became of each site.
+      `(folded, report)`. `folded` takes any batch size, works under `jit`, `vmap`, `grad` and
+      `jax.export`, and pickles if fn does. `report` says what became of each site.
 
     Raises:
       TypeError: fn is not a function, or an argument is not an array.
-      ValueError: fn is in training mode, there is nothing to fold, or an error is above
-        tolerance. The message names the place.
-      TypeError: fn is no function, or an argument is no array.
       ValueError: fn is in training mode.
-      FoldError: there is nothing to fold, or an error is above tolerance; the message names the
-        place. It is a ValueError, and has the report.
+      FoldError: there is nothing to fold, or an error is above tolerance. FoldError is a
+        ValueError. The message names the place, and the error has the report.
 
     >>> import jax, jax.numpy as jnp, jaxbn
     >>> params, state = jaxbn.init(2)

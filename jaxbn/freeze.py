@@ -29,7 +29,8 @@ def freeze(
       allow_untrained: do not refuse layers whose statistics no batch has ever updated.
 
     Returns:
-      A function to use wherever `net.apply` was; or the nnx model. `unfreeze` undoes the latter.
+      A function to use wherever `net.apply` was, which pickles where that does; or the nnx model.
+      `unfreeze` undoes the latter.
 
     Raises:
       TypeError: linen's apply without variables.
