@@ -186,7 +186,7 @@ def _fields(path: tuple[str, ...], node: Mapping[str, Any]) -> Mapping[str, str]
     for mean, var in (("mean", "running_var"), ("running_mean", "var")):
         if None not in [_shape(_array(node.get(name))) for name in (mean, var)]:
             raise ValueError(
-                f"find: layer {printable('/'.join(path))!r} holds {mean} beside {var}, expected "
+                f"find: layer {'/'.join(path)!r} holds {mean} beside {var}, expected "
                 f"mean and var, or PyTorch's running_mean and running_var."
             )
     return None
@@ -208,7 +208,7 @@ def _nested(tree: Any, source: str) -> dict[str, Any]:
     flat: dict[tuple[str, ...], Any] = {}
     for keys, v in _leaves(tree, (), source):
         if keys in flat and not (flat[keys] == {} == v):
-            raise ValueError(f"read: {source} holds two arrays {printable('.'.join(keys))!r}.")
+            raise ValueError(f"read: {source} holds two arrays {'.'.join(keys)!r}.")
         flat[keys] = v
     arrays = {keys for keys, v in flat.items() if not isinstance(v, dict)}
     placed: dict[tuple[str, ...], Any] = {}

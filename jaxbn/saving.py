@@ -43,12 +43,10 @@ def save(path: str | os.PathLike[str], tree: Mapping[str, Any]) -> None:
     for keys, v in _arrays(tree):
         # One name may not be another's in any format: two arrays would be one.
         if (name := ".".join(keys)) in names:
-            raise ValueError(
-                f"save: two arrays are called {printable(name)!r}, expected one; rename a layer."
-            )
+            raise ValueError(f"save: two arrays are called {name!r}, expected one; rename a layer.")
         if path.suffix == "" and not v.size:
             raise ValueError(
-                f"save: {printable(name)!r} has shape {v.shape}, and orbax writes no array without "
+                f"save: {name!r} has shape {v.shape}, and orbax writes no array without "
                 f"values; name a .safetensors or a .msgpack file."
             )
         names.add(name)

@@ -611,7 +611,7 @@ BUGS = (
         "checkpoints.py",
         "    if isinstance(tree, (list, tuple)):",
         "    if isinstance(tree, str):",
-        "test_cli.py::test_the_doctor_sees_every_layer[a list of layers-orbax]",
+        "test_cli.py::test_lists_as_msgpack_has_them_and_layers_in_a_tree_that_was_never_in_a_file",
     ),
     Bug(
         "an optimizer's scales are norms without statistics",
