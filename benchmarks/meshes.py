@@ -72,6 +72,11 @@ def masked(x, params, state, mask, axis_name):
     return of_rows + of_cells, ((rows[:2], cells[:2]), (rows.count, cells.count))
 
 
+def evaluated(x, params, state, mask, axis_name):
+    y, new = jaxbn.batch_norm(x, params, state, train=False, mask=mask)
+    return y, (new[:2], new.count)
+
+
 def linen(x, params, state, mask, axis_name, on=False):
     layer = jaxbn.linen.BatchNorm(use_running_average=False, axis_name=axis_name)
     (y, new), seen = watch.linen(layer.apply, on)(variables(params, state), x, mutable=["batch_stats"])
@@ -125,6 +130,7 @@ def with_moments(statistics, seen):
 CALLERS = {
     "functional": functional,
     "mask": masked,
+    "eval": evaluated,
     "linen": linen,
     "nnx": nnx_,
     "watch": watched,

@@ -153,9 +153,9 @@ def sharded_as(v: jax.Array, like: jax.Array, axes: Iterable[int | None] = ()) -
     """v, its axes sharded by type as these of `like`, None: as no axis is; v on Auto meshes.
 
     What stands in one select or one row must be; a product takes the sharding of either factor.
-    What lies on no mesh fits any.
+    An array on no mesh fits any, and only a trace can move it there.
     """
-    if not (typed(v) and typed(like)):
+    if not typed(like) or not (typed(v) or isinstance(v, jax.core.Tracer)):
         return v
     sharding = jax.typeof(like).sharding
     spec = P(*(None if a is None else sharding.spec[a] for a in axes))

@@ -184,10 +184,9 @@ def _fold(
     def learn(old: Record | None, new: Record) -> tuple[Record, jax.Array]:
         count, mean, var = new.moments
         flag = new.unbiased if unbiased is None else jnp.full_like(new.unbiased, unbiased)
-        # [] or, of stacked layers, [layers], beside [C] or [layers, C]. A sum and no broadcast, which
-        # lies as mean does.
+        # [] or, of stacked layers, [layers], beside [C] or [layers, C].
         count, flag = (
-            v.reshape(v.shape + (1,) * (mean.ndim - v.ndim)) + jnp.zeros_like(mean, v.dtype)
+            collectives.cells(v.reshape(v.shape + (1,) * (mean.ndim - v.ndim)), mean)
             for v in (count, flag)
         )
         finite = jnp.all(jnp.isfinite(mean) & jnp.isfinite(var))
