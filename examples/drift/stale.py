@@ -1,7 +1,7 @@
 # How often health.check calls statistics stale that are right: batches of independent rows, held
 # against the true mean and variance of what they are drawn from.
 #
-#   nice python examples/drift/stale.py
+#   python examples/drift/stale.py
 
 import argparse
 
