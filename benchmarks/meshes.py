@@ -10,7 +10,6 @@ import itertools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
@@ -79,7 +78,9 @@ def evaluated(x, params, state, mask, axis_name):
 
 def linen(x, params, state, mask, axis_name, on=False):
     layer = jaxbn.linen.BatchNorm(use_running_average=False, axis_name=axis_name)
-    (y, new), seen = watch.linen(layer.apply, on)(variables(params, state), x, mutable=["batch_stats"])
+    (y, new), seen = watch.linen(layer.apply, on)(
+        variables(params, state), x, mutable=["batch_stats"]
+    )
     return y, with_moments(new["batch_stats"], seen)
 
 

@@ -8,6 +8,7 @@ first use, so the functional core needs jax alone.
 """
 
 import importlib
+import sys
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -68,7 +69,9 @@ else:
     def __getattr__(name: str) -> ModuleType:
         if name in _LAZY:
             return importlib.import_module(f"jaxbn.{name}")
-        raise AttributeError(f"module 'jaxbn' has no attribute {name!r}")
+        from jaxbn.elsewhere import attribute
+
+        raise AttributeError(attribute(name), name=name, obj=sys.modules[__name__])
 
 
 def __dir__() -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxbn.layers import nnx_layers
+from jaxbn.layers import is_nnx, nnx_layers
 from jaxbn.moments import merge, moments
 from jaxbn.state import Moments
 
@@ -61,6 +61,15 @@ def pooled(call: Call, mask: jax.Array | None) -> Moments:
     layer = call.layer
     groups = layer.axis_index_groups
     return moments(call.x, layer.axis, mask, axis_name=layer.axis_name, axis_index_groups=groups)
+
+
+def check_apply(call: str, apply: Any, write: str) -> None:
+    """A linen model's `apply` may be any function, but no module and no variables."""
+    if not callable(apply) or is_nnx(apply) or hasattr(apply, "apply"):
+        raise TypeError(
+            f"{call}: called with {type(apply).__name__}, expected a linen model's apply; write "
+            f"{write}."
+        )
 
 
 def hooked_apply(

@@ -168,7 +168,7 @@ def cells(mask: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def split_over(v: jax.Array, axis: int) -> int:
-    """Devices over which this axis of v is split by type; 1 on Auto meshes, whose types are none."""
+    """Devices over which the type of v splits this axis; 1 on Auto meshes, which type nothing."""
     sharding = jax.typeof(v).sharding
     names = sharding.spec[axis]
     names = names if isinstance(names, tuple) else (names,)

@@ -169,7 +169,7 @@ def _batch(moments: Moments, setting: Setting, limits: Limits, found: Found) -> 
     n = values_of(moments)
     if not 0 < n < limits.values:
         return []
-    remedy = "a larger batch, axis_name= to pool over devices, or jaxbn.merge_updates"
+    remedy = "a larger batch, axis_name= to pool over devices, or jaxbn.swap: GroupNorm needs none"
     return [found("few_values", WARNING, n, limits.values, remedy)]
 
 

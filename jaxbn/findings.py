@@ -55,7 +55,7 @@ class Limits(NamedTuple):
 
     divergence: float = 0.25  # a shift by sd / 2, or variances apart by a factor 2
     # · (1 + 5 / channels) / rows, added: 4 times chi²_2's upper quartile, and more where few
-    # channels share in it. Of batches of 16 rows with Laplace's tails 3 in 10,000 pass it.
+    # channels share in it. Of batches of 16 rows with Laplace's tails 4 in 10,000 pass it.
     divergence_noise: float = 11.0
     initial_share: float = 0.05  # momentum**count: three time constants, 3 / (1 - momentum) updates
     values: int = 16  # below, the batch's sd is off by more than 18 %: 1 / sqrt(2 (n - 1))

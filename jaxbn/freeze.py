@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxbn import layers
-from jaxbn.calls import Call, hooked_apply
+from jaxbn.calls import Call, check_apply, hooked_apply
 from jaxbn.selection import Where, listed, match, select
 from jaxbn.state import State
 
@@ -33,7 +33,7 @@ def freeze(
       `unfreeze` undoes the latter.
 
     Raises:
-      TypeError: linen's apply without variables.
+      TypeError: linen's apply without variables, or a linen model or its variables as model.
       ValueError: no such layer; or some were never updated (count 0 or, where updates are not
         counted, mean 0 and var 1), which would freeze the network at an arbitrary function.
 
@@ -52,6 +52,8 @@ def freeze(
             f"freeze: {type(model).__name__} without variables, expected an nnx model, or linen's "
             f"apply and the variables whose statistics freeze: freeze(net.apply, variables)."
         )
+    if not nnx_model:
+        check_apply("freeze", model, "freeze(net.apply, variables)")
     chosen = select("freeze", model if nnx_model else variables, where)
     if not allow_untrained:
         _check_updated(chosen)

@@ -71,7 +71,7 @@ def gap(model: Any, *args: Any, limits: Limits = Limits(), **kwargs: Any) -> Gap
       **kwargs: go to the model as well: `gap(model.apply, variables, x, train=False)`.
 
     Raises:
-      TypeError: model is neither.
+      TypeError: model is neither, or its variables or the batch are missing.
       ValueError: the model has no batch norm layer, or the batch no rows.
 
     >>> import jax, jax.numpy as jnp, flax.linen as nn, jaxbn
@@ -81,6 +81,7 @@ def gap(model: Any, *args: Any, limits: Limits = Limits(), **kwargs: Any) -> Gap
     >>> gap.first.layer, gap.first.cause.kind
     ('layers_1', 'never_updated')
     """
+    _check_model(model, args, kwargs)
     run, held = _runner(model, args, kwargs)
     # Path → how the layer is used, in the order of the calls, which the records do not keep.
     used: dict[str, tuple[Setting, bool]] = {}
@@ -129,6 +130,20 @@ def gap(model: Any, *args: Any, limits: Limits = Limits(), **kwargs: Any) -> Gap
     return Gap(tuple(reports), opens, (*causes, *worst_first(others)), outputs)
 
 
+def _check_model(model: Any, args: Any, kwargs: Any) -> None:
+    if layers.is_nnx(model):
+        fits = bool(args or kwargs)
+    else:
+        fits = callable(model) and not hasattr(model, "apply")
+        fits = fits and len(args) + len(kwargs) > 1 and isinstance((*args, None)[0], Mapping)
+    if not fits:
+        came = ", ".join(type(v).__name__ for v in (model, *args))
+        raise TypeError(
+            f"gap: called with ({came}), expected linen's apply, its variables and a batch, or an "
+            f"nnx model and a batch; write gap(model.apply, variables, x) or gap(model, x)."
+        )
+
+
 def _runner(model: Any, args: Any, kwargs: Any) -> tuple[Callable[[calls.Hook], Any], Any]:
     """`run(hook)` → what the hook recorded; and what the layers hold."""
     if layers.is_nnx(model):
@@ -141,16 +156,6 @@ def _runner(model: Any, args: Any, kwargs: Any) -> tuple[Callable[[calls.Hook], 
             return seen
 
         return run_nnx, layers.find(model)
-    if (
-        not callable(model)
-        or hasattr(model, "apply")
-        or not (args and isinstance(args[0], Mapping))
-    ):
-        came = ", ".join(type(v).__name__ for v in (model, *args))
-        raise TypeError(
-            f"gap: called with ({came}), expected linen's apply, its variables and a batch, or an "
-            f"nnx model and a batch; write gap(model.apply, variables, x) or gap(model, x)."
-        )
 
     def run_linen(hook: calls.Hook) -> dict[str, Any]:
         return calls.hooked_apply(model, hook, operator.add)(*args, **kwargs)[1]

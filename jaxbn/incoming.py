@@ -59,6 +59,9 @@ def incoming(model: Any) -> Callable[..., tuple[Any, dict[str, Moments]]]:
     Args:
       model: linen's `model.apply`, or an nnx model.
 
+    Raises:
+      TypeError: model is neither.
+
     >>> import jax, jax.numpy as jnp, flax.linen as nn, jaxbn
     >>> model = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=True)])
     >>> variables = model.init(jax.random.key(0), jnp.ones((1, 3)))
@@ -67,6 +70,7 @@ def incoming(model: Any) -> Callable[..., tuple[Any, dict[str, Moments]]]:
     (4, 8)
     """
     if not layers.is_nnx(model):
+        calls.check_apply("incoming", model, "health.incoming(model.apply)")
         return calls.hooked_apply(model, row_moments, _more_rows)
 
     def call(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, Moments]]:

@@ -234,7 +234,8 @@ def _pivot(x: jax.Array, axes: Axes, mask: jax.Array | None, n: jax.Array) -> ja
     """
     kind = wide(x.dtype)
     if mask is not None:
-        return total(jnp.where(collectives.cells(mask, x), x.astype(kind), 0), axes) / n.astype(kind)
+        valid = jnp.where(collectives.cells(mask, x), x.astype(kind), 0)
+        return total(valid, axes) / n.astype(kind)
     axis, stride = _sample(x, axes)
     if stride > 1:
         x = lax.slice_in_dim(x, 0, None, stride, axis=axis)

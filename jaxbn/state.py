@@ -107,9 +107,7 @@ def settle(call: str, state: State, x: jax.Array, axes: Axes) -> State:
                 f"{call}: state.{name} has dtype {v.dtype}, in which no average can move; write "
                 f"state._replace({name}=state.{name}.astype(jnp.float32))."
             )
-    mean, var = (
-        sharded_as(v.astype(wide(v.dtype)), x, axes.features) for v in leaves.values()
-    )
+    mean, var = (sharded_as(v.astype(wide(v.dtype)), x, axes.features) for v in leaves.values())
     kind = promote(mean.dtype, x.dtype) if jnp.iscomplexobj(x) else mean.dtype
     return State(mean.astype(kind), var, None if state.count is None else _int32(state.count))
 

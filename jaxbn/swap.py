@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn import layers
-from jaxbn.calls import Call, hooked_apply
+from jaxbn.calls import Call, check_apply, hooked_apply
 from jaxbn.layers import Layer
 from jaxbn.selection import Where, listed, select
 
@@ -61,7 +61,7 @@ def swap(
       `Swapped(model, variables, report)`.
 
     Raises:
-      TypeError: linen's apply without variables.
+      TypeError: linen's apply without variables, or a linen model or its variables as model.
       ValueError: no such layer, an unknown norm, or groups that do not divide the features;
         features that are not on the last axis, when linen's apply is called.
 
@@ -80,6 +80,8 @@ def swap(
         )
     if to not in NORMS:
         raise ValueError(f"swap: to={to!r}, expected one of {list(NORMS)}.")
+    if not nnx_model:
+        check_apply("swap", model, "swap(net.apply, variables)")
     chosen = select("swap", model if nnx_model else variables, where)
     grouped = _groups(to, chosen, groups)
     report = {

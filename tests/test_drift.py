@@ -302,6 +302,26 @@ def test_the_table_of_alarms(example, tmp_path, monkeypatch):
     assert (tmp_path / "alarms.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_clean_images_alarm_as_rarely_as_asked(example):
+    """Of 64 rows windows of 32 are drawn, and none of 128."""
+    rows = {"bn": rows_of(images(64))}
+    reference = health.drift(STATE, [rows])
+    rates = example("alarms").false_alarms(STATE, rows, np.arange(64), reference, 3)
+    assert list(rates) == [32]
+    np.testing.assert_array_equal(rates[32], 0)  # the asked rates are 0.1 and less
+
+
+def test_how_many_sound_statistics_are_called_stale(example):
+    """Counted over many batches at once as `health.divergence` says of each."""
+    stale = example("stale")
+    mean, var, draw = stale.DRAWS["relu"]
+    x = draw(np.random.default_rng([16, 1]), (2000, 16, 1))
+    state = jaxbn.State(np.full(1, mean), np.full(1, var), None)
+    each = [health.divergence(state, jaxbn.Moments(16, v.mean(0), v.var(0))) for v in x]
+    table = stale.main(["--batches", "2000", "--rows", "16", "--channels", "1"])
+    assert table["relu", 16, 1] == sum(figure > limit for figure, limit, _ in each) > 0
+
+
 def test_the_rates_of_false_alarms(example, monkeypatch):
     false_alarms = example("false_alarms")
     monkeypatch.setattr(false_alarms, "DRAWS", {"gaussian": jax.random.normal})

@@ -11,18 +11,17 @@ from tests.test_devices_page import as_pasted, compiled_quickly
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "examples" / "failures"
-# Script → accuracy at most before and at least after the cure, and what is found before.
-EXPECTED = {
-    "batch_of_one": (0.2, 0.93, {"few_values"}),  # 0.2: chance is 0.1, its sd on 517 images 0.013
-    "never_updated": (0.85, 0.9, {"never_updated"}),
-    "tiny_local_batches": (0.88, 0.92, {"few_values"}),
-    "high_learning_rate": (0.85, 0.8, {"stale"}),
-    "domain_shift": (0.4, 0.93, {"drift"}),
-    "frozen_at_start": (0.85, 0.87, {"never_updated"}),
-    "torch_momentum": (0.87, 0.88, {"stale"}),
-    "large_means": (0.45, 0.9, {"large_mean", "not_finite"}),
-    "padding": (0.85, 0.9, {"padding", "stale"}),
-}
+PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
+SPREAD = re.compile(r"(\d\.\d\d) \((\d\.\d\d) to (\d\.\d\d)\)")
+NAMES = re.findall(r"^`examples/failures/(\w+)\.py`", PAGE, re.MULTILINE)
+
+
+def rows():
+    """Failure → its line on the page: the words, and mean, least and largest of both accuracies."""
+    lines = (line for line in PAGE.splitlines() if SPREAD.search(line))
+    return {
+        SPREAD.sub("", line): [tuple(map(float, v)) for v in SPREAD.findall(line)] for line in lines
+    }
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,43 +44,59 @@ def results(_scripts):
     return result
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", NAMES)
 def test_symptom_finding_and_cure(name, results):
-    at_most, at_least, kinds = EXPECTED[name]
+    """Words are the page's; accuracies in its ranges, widened by half of themselves and 0.03.
+
+    The digits are the same everywhere, but not the rounding, and where steps are large or
+    statistics noisy it does what another seed does. Of values that scatter like Gaussians ten span
+    3.1 sd, so that a range widened by half on both sides leaves out 1 in 500. 0.03 for ranges
+    that are narrow: 16 of 517 images.
+    """
     result = results(name)
-    assert result.before <= at_most
-    assert {finding.kind for finding in result.findings} == kinds
-    assert result.after >= max(at_least, result.before + 0.05)
+    row = import_module("all").row([result])
+    spreads = rows()[SPREAD.sub("", row)]  # KeyError: the page has other words, or findings
+    for figure, (_, least, most) in zip((result.before, result.after), spreads, strict=True):
+        slack = (most - least) / 2 + 0.03
+        assert least - slack <= figure <= most + slack
+    assert result.after > result.before
     assert result.left == []
 
 
+def test_on_the_page_every_cure_is_better_than_any_seed_without_it():
+    assert len(rows()) == len(NAMES)
+    for words, (before, after) in rows().items():
+        for mean, least, most in (before, after):
+            assert least <= mean <= most, words
+        assert after[0] > before[2], words
+
+
 def test_every_script_is_tested():
-    assert tuple(EXPECTED) == import_module("all").FAILURES
+    assert tuple(NAMES) == import_module("all").FAILURES
     scripts = {path.stem for path in SCRIPTS.glob("*.py")} - {"all", "failure"}
-    assert scripts == set(EXPECTED)
+    assert scripts == set(NAMES)
 
 
-@pytest.mark.parametrize("name", EXPECTED)
-def test_page_has_the_scripts_row(name, results):
-    """Accuracies within 0.1: the digits are the same everywhere, but not the rounding.
+def test_several_seeds_are_several_runs(capsys, monkeypatch):
+    failure = import_module("failure")
+    found = failure.Finding("norm", "stale", "error", 1.0, 0.25, (), "jaxbn.recalibrate")
+    figures = [(0.5, 0.875), (0.25, 1.0), (0.75, 0.75)]
 
-    With large steps, or statistics of two rows, it decides where the last step ends.
-    """
-    within = {"high_learning_rate": 0.2, "tiny_local_batches": 0.35}.get(name, 0.1)
-    page = (ROOT / "docs" / "troubleshooting.md").read_text()
-    figure = re.compile(r"\b\d\.\d\d\b")
-    row = import_module("all").row(results(name))
-    words = {figure.sub("", line): line for line in page.splitlines()}
-    assert figure.sub("", row) in words
-    shown, seen = (list(map(float, figure.findall(v))) for v in (words[figure.sub("", row)], row))
-    assert shown == pytest.approx(seen, abs=within)
+    def main(seed=0):
+        before, after = figures[seed]
+        return failure.Result("a failure", before, [found], "health.check", "a cure", after, [])
+
+    monkeypatch.setattr(sys, "argv", ["script.py", "--seeds", "3"])
+    failure.show(main)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "a failure: test accuracy 0.50 (0.25 to 0.75)"
+    assert out[-1] == "cure, a cure: test accuracy 0.88 (0.75 to 1.00), findings 0"
 
 
 def test_page_has_a_section_a_script():
-    page = (ROOT / "docs" / "troubleshooting.md").read_text()
-    sections = re.findall(r"^## (.+)\n+`examples/failures/(\w+)\.py`", page, re.MULTILINE)
-    linked = re.findall(r"^\| \[(.+?)\]\(#(.+?)\) \|", page, re.MULTILINE)
-    assert [name for _, name in sections] == list(EXPECTED)
+    sections = re.findall(r"^## (.+)\n+`examples/failures/(\w+)\.py`", PAGE, re.MULTILINE)
+    linked = re.findall(r"^\| \[(.+?)\]\(#(.+?)\) \|", PAGE, re.MULTILINE)
+    assert [name for _, name in sections] == NAMES
     assert [title.lower() for title, _ in sections] == [title.lower() for title, _ in linked]
 
 
