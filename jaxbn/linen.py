@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import errors
 from flax.linen import dtypes
 
-from jaxbn import elsewhere
-from jaxbn.axes import array, resolve, wide
-from jaxbn.one_value import train_anyway
-from jaxbn.state import Params, State
+from jaxbn import _elsewhere
+from jaxbn._op.axes import array, resolve, wide
+from jaxbn._op.one_value import train_anyway
+from jaxbn._op.state import Params, State
 
 
 class BatchNorm(nn.BatchNorm):
@@ -134,7 +134,7 @@ class BatchNorm(nn.BatchNorm):
 
 
 # Not in the class: of its fields a dataclass makes an `__init__` of its own.
-BatchNorm.__init__ = elsewhere.takes_flax_arguments(BatchNorm.__init__)  # type: ignore[method-assign]
+BatchNorm.__init__ = _elsewhere.takes_flax_arguments(BatchNorm.__init__)  # type: ignore[method-assign]
 
 
 def _immutable(path: str) -> errors.ModifyScopeVariableError:

@@ -10,11 +10,11 @@ from flax import nnx
 from flax.nnx.nn import dtypes, initializers
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
-from jaxbn import elsewhere
-from jaxbn.axes import array, resolve
-from jaxbn.calls import PATH
-from jaxbn.one_value import train_anyway
-from jaxbn.state import Params, State
+from jaxbn import _elsewhere
+from jaxbn._inspection.hooks import PATH
+from jaxbn._op.axes import array, resolve
+from jaxbn._op.one_value import train_anyway
+from jaxbn._op.state import Params, State
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -62,7 +62,7 @@ class BatchNorm(nnx.BatchNorm):
     [0.005 0.005 0.   ]
     """
 
-    @elsewhere.takes_flax_arguments
+    @_elsewhere.takes_flax_arguments
     def __init__(
         self,
         num_features: int,

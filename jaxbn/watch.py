@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxbn import calls
-from jaxbn.findings import distance
-from jaxbn.layers import find, is_nnx, nnx_layers
-from jaxbn.state import Moments, Params, State
+from jaxbn._inspection import hooks
+from jaxbn._inspection.layers import find, is_nnx, nnx_layers
+from jaxbn._op.state import Moments, Params, State
+from jaxbn.health._findings import distance
 
 EPSILON = 1e-5  # Flax's
 
@@ -53,10 +53,10 @@ def linen(apply: Callable[..., Any], on: bool = True) -> Callable[..., tuple[Any
     >>> seen[""].mean.tolist()
     [0.5, 0.5]
     """
-    calls.check_apply("watch.linen", apply, "watch.linen(model.apply), or watch.nnx(model) of nnx")
+    hooks.check_apply("watch.linen", apply, "watch.linen(model.apply), or watch.nnx(model) of nnx")
     if not on:
         return lambda *args, **kwargs: (apply(*args, **kwargs), {})
-    hooked = calls.hooked_apply(apply)
+    hooked = hooks.hooked_apply(apply)
 
     def watched(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         out, seen = hooked(*args, **kwargs)
@@ -104,7 +104,7 @@ def nnx(model: Any, on: bool = True) -> Iterator[dict[str, Any]]:
             f"BatchNorm or jaxbn.nnx.BatchNorm in the model; write watch.nnx(model, on=False) for "
             f"a model without them."
         )
-    with calls.hooked_nnx(model) as seen:
+    with hooks.hooked_nnx(model) as seen:
         yield seen
     if not seen:
         raise ValueError(

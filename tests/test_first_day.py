@@ -9,8 +9,8 @@ import pytest
 from flax import errors, nnx
 
 import jaxbn
-from jaxbn import elsewhere, health, watch
-from tests.test_devices_page import as_pasted
+from jaxbn import _elsewhere, health, watch
+from tests.docs.test_devices_page import as_pasted
 
 X = jnp.ones((8, 3))
 HERE = (
@@ -72,7 +72,7 @@ def test_a_typing_error_is_told_its_neighbour():
 @pytest.mark.parametrize(
     "module", [jaxbn.linen.BatchNorm, jaxbn.nnx.BatchNorm], ids=["linen", "nnx"]
 )
-@pytest.mark.parametrize("name", elsewhere.ARGUMENTS)
+@pytest.mark.parametrize("name", _elsewhere.ARGUMENTS)
 def test_arguments_of_other_libraries(module, name):
     write = {
         "eps": "epsilon=1",
