@@ -12,7 +12,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from jaxbn._adapt.freeze import decay_mask, freeze, labels, unfreeze
+from jaxbn._adapt.freeze import freeze, unfreeze
+from jaxbn._adapt.parameter_labels import decay_mask, labels
 from jaxbn._adapt.recalibrate import recalibrate, reset
 from jaxbn._adapt.replicas import assert_replicated, merge_updates, sync_state
 from jaxbn._adapt.swap import swap
@@ -21,8 +22,9 @@ from jaxbn._inspection import hooks as calls
 from jaxbn._inspection import layers
 from jaxbn._op.batch_norm import batch_norm
 from jaxbn._op.checkpoint_policy import checkpoint_policy
-from jaxbn._op.moments import merge, moments
+from jaxbn._op.moments import moments
 from jaxbn._op.one_value import OneValueWarning
+from jaxbn._op.pooling import merge
 from jaxbn._op.state import Moments, Params, State, init
 
 __version__ = "0.1.0"

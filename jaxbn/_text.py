@@ -77,3 +77,15 @@ def short(names: Iterable[object], most: int = 4) -> str:
     """
     all_ = list(map(printable, names))
     return ", ".join(all_[:most]) + (f" and {len(all_) - most} more" if len(all_) > most else "")
+
+
+def listed(paths: Iterable[str], most: int = 12) -> str:
+    """Paths for an error message: the first `most`, then how many follow.
+
+    >>> from jaxbn import _text
+    >>> _text.listed("abc", most=2)
+    "['a', 'b'] and 1 more"
+    """
+    paths = list(paths)
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return f"{paths[:most]}{more}"

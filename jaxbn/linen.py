@@ -9,7 +9,8 @@ from flax import errors
 from flax.linen import dtypes
 
 from jaxbn import _elsewhere
-from jaxbn._op.axes import array, resolve, wide
+from jaxbn._op.arguments import array
+from jaxbn._op.axes import resolve, wide
 from jaxbn._op.one_value import train_anyway
 from jaxbn._op.state import Params, State
 

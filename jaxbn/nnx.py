@@ -12,7 +12,8 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
 from jaxbn import _elsewhere
 from jaxbn._inspection.hooks import PATH
-from jaxbn._op.axes import array, resolve
+from jaxbn._op.arguments import array
+from jaxbn._op.axes import resolve
 from jaxbn._op.one_value import train_anyway
 from jaxbn._op.state import Params, State
 

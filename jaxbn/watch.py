@@ -14,7 +14,7 @@ import numpy as np
 from jaxbn._inspection import hooks
 from jaxbn._inspection.layers import find, is_nnx, nnx_layers
 from jaxbn._op.state import Moments, Params, State
-from jaxbn.health._findings import distance
+from jaxbn.health._distances import distance
 
 EPSILON = 1e-5  # Flax's
 

@@ -29,7 +29,8 @@ import orbax.checkpoint as ocp
 from flax import serialization
 from safetensors.numpy import save_file
 
-from jaxbn._checkpoints import read
+from jaxbn._checkpoints import nesting, norm_layers
+from jaxbn._checkpoints.read import read
 from jaxbn._cli import commands
 
 SECRET = "correct horse battery staple"
@@ -85,7 +86,7 @@ def linen():
 
 def flat(tree):
     """Names with dots → arrays."""
-    pairs = read._leaves(tree, (), "")
+    pairs = nesting._leaves(tree, (), "")
     return {".".join(keys): np.asarray(v) for keys, v in pairs}
 
 
@@ -93,7 +94,7 @@ def make_sound(folder):
     """A sound checkpoint of every kind, by name."""
     folder.mkdir()
     tree = linen()
-    torch = {f"bn.{read.NAMES[name]}": v for name, v in layer().items()}
+    torch = {f"bn.{norm_layers.NAMES[name]}": v for name, v in layer().items()}
     save_file(flat(tree), folder / "linen.safetensors")
     save_file(torch | {"fc.weight": np.ones((2, 3))}, folder / "torch.safetensors")
     (folder / "linen.msgpack").write_bytes(serialization.to_bytes(tree))
@@ -378,7 +379,7 @@ def faults(words, dest, before, status, out, err):
         yield f"left behind: {sorted(map(ascii, new))}"
     elif new and dest.suffix != ".png":
         try:
-            read.read(dest)
+            read(dest)
         except ValueError as error:
             yield f"what was written cannot be read: {error}"
 

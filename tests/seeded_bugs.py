@@ -26,7 +26,7 @@ class Bug(NamedTuple):
 BUGS = (
     Bug(
         "mean of means, not weighted by count",
-        "_op/moments.py",
+        "_op/pooling.py",
         "    kind = m.mean.dtype\n    weight",
         "    kind, m = m.mean.dtype, m._replace(count=jnp.ones_like(m.count))\n    weight",
         "op/test_devices.py::test_devices_equal_one_device_on_the_pooled_batch[shard_map-uneven]",
@@ -89,7 +89,7 @@ BUGS = (
     ),
     Bug(
         "var clamped with its derivative",
-        "_op/moments.py",
+        "_op/pooling.py",
         "return var - lax.stop_gradient(jnp.minimum(var, 0))",
         "return jnp.maximum(var, 0)",
         "op/test_moments.py::test_moments_are_differentiable_to_second_order[of-True]",
@@ -125,7 +125,7 @@ BUGS = (
     ),
     Bug(
         "merge forgets the distance of the means",
-        "_op/moments.py",
+        "_op/pooling.py",
         " + real_product(delta, delta) * (share * (1 - share))",
         "",
         "op/test_moments.py::test_merge_equals_the_moments_of_both_sets[0]",
@@ -168,7 +168,7 @@ BUGS = (
     ),
     Bug(
         "sample weights taken for a mask",
-        "_op/axes.py",
+        "_op/arguments.py",
         "if seen := _other_than_0_and_1(given):",
         "if seen := []:",
         "op/test_errors.py::test_the_message_says_all[mask of 0.5 in batch_norm]",
@@ -359,7 +359,7 @@ BUGS = (
     ),
     Bug(
         "groups contiguous whatever was asked",
-        "_op/devices.py",
+        "_op/arguments.py",
         "    groups = tuple(tuple(int(i) for i in group) for group in axis_index_groups)\n",
         "    groups = tuple(tuple(int(i) for i in group) for group in axis_index_groups)\n"
         "    k = len(groups[0]) if groups else 1\n"
@@ -418,21 +418,21 @@ BUGS = (
     ),
     Bug(
         "one value per channel let through",
-        "_op/axes.py",
+        "_op/arguments.py",
         "    if count == 1 and x.size:",
         "    if count < 0:",
         "op/test_errors.py::test_the_message_says_all[one value per channel]",
     ),
     Bug(
         "no value taken for one",
-        "_op/axes.py",
+        "_op/arguments.py",
         "    if count == 1 and x.size:",
         "    if count == 1:",
         "op/test_errors.py::test_one_row_is_no_error_where_it_may_be_right[options4]",
     ),
     Bug(
         "another layer's state taken for a wrong axis",
-        "_op/axes.py",
+        "_op/arguments.py",
         "if shapes[other] and wrong.keys() == shapes[own].keys():",
         "if False:",
         "op/test_errors.py::test_the_message_says_all[state of another layer]",
@@ -460,7 +460,7 @@ BUGS = (
     ),
     Bug(
         "training mode is folded",
-        "_folding/program.py",
+        "_folding/training_mode.py",
         "elif from_rows and not longer_now:",
         "elif False:",
         "folding/test_fold.py::test_what_cannot_be_folded_is_refused[training mode]",
@@ -474,7 +474,7 @@ BUGS = (
     ),
     Bug(
         "PyTorch's momentum as it is written",
-        "convert/_into_flax.py",
+        "convert/_norm_arguments.py",
         "round(1 - momentum, 12)",
         "momentum",
         "convert/test_convert.py::test_training_goes_on_as_in_pytorch[0.1-True]",
@@ -566,7 +566,7 @@ BUGS = (
     ),
     Bug(
         "a few values are called stale",
-        "health/_findings.py",
+        "health/_distances.py",
         "rows > 1 and values_of(batch) >= limits.values",
         "rows > 1",
         "health/test_health.py::test_few_values_are_no_staleness[2]",
@@ -587,7 +587,7 @@ BUGS = (
     ),
     Bug(
         "half of a divergence",
-        "health/_findings.py",
+        "health/_distances.py",
         "+ d**2 / v + d**2 / w) / 2",
         "+ d**2 / v) / 2",
         "health/test_health.py::test_distance_is_the_divergence_of_the_gaussians",
@@ -608,7 +608,7 @@ BUGS = (
     ),
     Bug(
         "a scrape may last for ever",
-        "writers/_writer.py",
+        "writers/_prometheus.py",
         "if time.monotonic() - start > PATIENCE:",
         "if time.monotonic() < start:",
         "watch/test_watch.py::test_a_scrape_that_never_ends_is_ended",
@@ -622,7 +622,7 @@ BUGS = (
     ),
     Bug(
         "a URL of IPv6 without brackets",
-        "writers/_writer.py",
+        "writers/_prometheus.py",
         'host = f"[{address}]" if ":" in address else address',
         "host = address",
         "watch/test_watch.py::test_prometheus_at_an_address_of_ipv6",
@@ -650,21 +650,21 @@ BUGS = (
     ),
     Bug(
         "lists are not looked into",
-        "_checkpoints/read.py",
+        "_checkpoints/nesting.py",
         "    if isinstance(tree, (list, tuple)):",
         "    if isinstance(tree, str):",
         "cli/test_cli.py::test_lists_as_msgpack_has_them_and_layers_in_a_tree_that_was_never_in_a_file",
     ),
     Bug(
         "an optimizer's scales are norms without statistics",
-        "_checkpoints/read.py",
+        "_checkpoints/norm_layers.py",
         "            and not any(map(COPIES.fullmatch, path))\n",
         "",
         "cli/test_cli.py::test_scale_and_bias_without_statistics_are_a_finding",
     ),
     Bug(
         "a name that continues another",
-        "_checkpoints/read.py",
+        "_checkpoints/nesting.py",
         "if keys[:n] in arrays), len(keys))",
         "if keys[:n] in ()), len(keys))",
         "cli/test_cli.py::test_names_that_continue_others_are_converted_whole",
@@ -706,7 +706,7 @@ BUGS = (
     ),
     Bug(
         "two arrays become one of PyTorch's",
-        "convert/_into_flax.py",
+        "convert/_into_torch.py",
         "    refuse(call, twice)\n",
         "",
         "cli/test_cli.py::test_no_array_takes_another_ones_name",

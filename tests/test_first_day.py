@@ -10,7 +10,7 @@ from flax import errors, nnx
 
 import jaxbn
 from jaxbn import _elsewhere, health, watch
-from tests.docs.test_devices_page import as_pasted
+from tests.support.compiling import as_pasted
 
 X = jnp.ones((8, 3))
 HERE = (

@@ -12,7 +12,7 @@ import math
 from typing import NamedTuple
 
 from benchmarks.reporting.report import Table, show
-from jaxbn._op.moments import GATHERED
+from jaxbn._op.pooling import GATHERED
 
 BLOCKS = {64: 3, 128: 4, 256: 6, 512: 3}  # width of a stage → its blocks
 # The stem, then each block's three norms; the first block of a stage has a fourth, of its shortcut.

@@ -14,11 +14,12 @@ from jax import lax
 
 from jaxbn._inspection import layers
 from jaxbn._inspection.observer import Observe, Record, observer
-from jaxbn._inspection.selection import Where, listed, select
-from jaxbn._op import devices
+from jaxbn._inspection.selection import Where, select
+from jaxbn._op import arguments, devices
 from jaxbn._op.devices import Pool
-from jaxbn._op.moments import across, merge
+from jaxbn._op.pooling import across, merge
 from jaxbn._op.state import Moments, State
+from jaxbn._text import listed
 
 
 def recalibrate(
@@ -86,7 +87,7 @@ def recalibrate(
     if limit is not None and limit < 1:
         raise ValueError(f"{call}: limit={limit}, expected at least 1 batch, or None for all.")
     chosen = select(call, model, where)
-    pool = devices.resolve(call, axis_name, None)
+    pool = arguments.resolve(call, axis_name, None)
     observe, arrays = observer(call, apply, model, tuple(chosen))
     fold = functools.partial(_fold, variance == "pooled", unbiased)
     if isinstance(batches, jax.core.Tracer):

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._inspection.layers import holds_statistics
+from jaxbn._op import arguments
 from jaxbn._op import devices as devices_
 from jaxbn._op.axes import wide
-from jaxbn._op.moments import across
+from jaxbn._op.pooling import across
 from jaxbn._op.state import Moments, State
 
 
@@ -130,7 +131,7 @@ def sync_state(
     >>> pooled.mean[0].tolist(), pooled.var[0].tolist(), pooled.count[0].tolist()
     ([1.0], [2.0], 5)
     """
-    pool = devices_.resolve("sync_state", axis_name, axis_index_groups)
+    pool = arguments.resolve("sync_state", axis_name, axis_index_groups)
     if pool is None:
         raise ValueError(
             "sync_state: axis_name=None, expected the mapped axis over which devices hold "

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxbn._inspection import layers
 from jaxbn._inspection.hooks import Call, check_apply, hooked_apply
 from jaxbn._inspection.layers import Layer
-from jaxbn._inspection.selection import Where, listed, select
+from jaxbn._inspection.selection import Where, select
+from jaxbn._text import listed
 
 NORMS = {"group": "GroupNorm", "layer": "LayerNorm", "instance": "InstanceNorm"}
 

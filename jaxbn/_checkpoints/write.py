@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn._checkpoints.read import nested
+from jaxbn._checkpoints.nesting import nested
 from jaxbn._extras import need
 from jaxbn._files import replacing
 from jaxbn._text import first_line, printable

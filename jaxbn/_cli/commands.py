@@ -62,11 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def doctor(args: Namespace) -> int:
     """Examines a checkpoint; 1 where there are findings."""
     from jaxbn import health
-    from jaxbn._checkpoints import read
+    from jaxbn._checkpoints import norm_layers
+    from jaxbn._checkpoints.read import read
     from jaxbn._cli import picture, terminal
 
     _on_the_cpu()
-    found = read.find(read.read(args.checkpoint))
+    found = norm_layers.find(read(args.checkpoint))
     if not found:
         raise ValueError(
             f"{printable(args.checkpoint)} holds no batch norm layer, expected arrays mean and "
@@ -91,29 +92,29 @@ def doctor(args: Namespace) -> int:
 def convert(args: Namespace) -> int:
     """Writes a checkpoint in another format, or with the names and layouts of another library."""
     from jaxbn import convert as tool
-    from jaxbn._checkpoints import write
+    from jaxbn._checkpoints import contents, write
     from jaxbn._checkpoints.read import read
     from jaxbn._cli import users_model
 
     write.checked(Path(args.dest))
     if not args.model:
         _on_the_cpu()
-    tree = users_model.part_of(read(args.source), args.part)
+    tree = contents.part_of(read(args.source), args.part)
     report: Any = None
     new: Mapping[str, Any]
     if args.model:
         model, report = _loaded(tree, users_model.network(args.model).model, args)
-        new = users_model.arrays(model)
+        new = contents.arrays(model)
     elif args.torch:
-        new, report = tool.to_torch(users_model.variables(tree), rename=args.rename)
+        new, report = tool.to_torch(contents.variables(tree), rename=args.rename)
     elif args.like:
-        like = users_model.part_of(read(args.like))
-        if users_model.is_torch(like):
-            names = users_model.state_dict(like)
-            new, report = tool.to_torch(users_model.variables(tree), names, rename=args.rename)
+        like = contents.part_of(read(args.like))
+        if contents.is_torch(like):
+            names = contents.state_dict(like)
+            new, report = tool.to_torch(contents.variables(tree), names, rename=args.rename)
         else:
-            new, report = _loaded(tree, users_model.variables(like), args)
-            new = new if users_model.has_collections(like) else new["params"]
+            new, report = _loaded(tree, contents.variables(like), args)
+            new = new if contents.has_collections(like) else new["params"]
     else:
         new = tree
     write.save(args.dest, new)
@@ -124,14 +125,13 @@ def convert(args: Namespace) -> int:
 def recalibrate(args: Namespace) -> int:
     """Running statistics computed again over data, by the user's model."""
     import jaxbn
-    from jaxbn._checkpoints import write
-    from jaxbn._cli import users_model
+    from jaxbn._checkpoints import contents, write
 
     write.checked(Path(args.dest))
     apply, model, batches = _network(args)
     where = args.where or "*"
     model = jaxbn.recalibrate(apply, model, batches, where=where, limit=args.batches)
-    write.save(args.dest, users_model.arrays(model))
+    write.save(args.dest, contents.arrays(model))
     print(f"wrote {printable(args.dest)}")
     return 0
 
@@ -232,10 +232,11 @@ def _check_arrays(found: Mapping[str, Any]) -> None:
 
 def _network(args: Namespace) -> tuple[Any, Any, Any]:
     """The user's, with the checkpoint's arrays in its model."""
+    from jaxbn._checkpoints import contents
     from jaxbn._checkpoints.read import read
     from jaxbn._cli import users_model
 
-    tree = users_model.part_of(read(args.source), args.part)
+    tree = contents.part_of(read(args.source), args.part)
     apply, model, batches = users_model.network(args.model)
     return apply, _loaded(tree, model, args)[0], batches
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxbn._folding.program import Known, Op, bodies, floating, relayout, shape_of
+from jaxbn._folding.constants import Known, floating, relayout
+from jaxbn._folding.program import Op, bodies, shape_of
 
 if TYPE_CHECKING:
     from jax.extend.core import JaxprEqn

@@ -8,16 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._folding.chains import CONTRACTIONS, transparent
-from jaxbn._folding.program import (
-    ARITHMETIC,
-    Program,
-    batch_statistics,
-    evaluate,
-    floating,
-    known,
-    trace,
-)
+from jaxbn._folding.constants import ARITHMETIC, floating, known
+from jaxbn._folding.program import Program, evaluate, trace
 from jaxbn._folding.rewrite import Rewrite, Row
+from jaxbn._folding.training_mode import batch_statistics
 from jaxbn._op.axes import promote
 from jaxbn._text import aligned
 

@@ -9,7 +9,8 @@ import numpy as np
 from jax import lax
 
 from jaxbn._folding.chains import AFFINE, LAYOUT, Chain, holds_contraction, into, site_of, start
-from jaxbn._folding.program import CUSTOM, Known, Op, Program, bodies, compute, known, run, shape_of
+from jaxbn._folding.constants import Known, compute, known
+from jaxbn._folding.program import CUSTOM, Op, Program, bodies, run, shape_of
 
 
 class Row(NamedTuple):

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxbn._inspection.layers import is_nnx, nnx_layers
-from jaxbn._op.moments import merge, moments
+from jaxbn._op.moments import moments
+from jaxbn._op.pooling import merge
 from jaxbn._op.state import Moments
 
 OBSERVED = "jaxbn_observed"  # the variable beside a layer's mean and var, while it is observed

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxbn._inspection import layers
 from jaxbn._inspection.hooks import Call, batch_moments, hooked_apply, hooked_nnx
 from jaxbn._op.axes import wide
-from jaxbn._op.moments import merge
+from jaxbn._op.pooling import merge
 from jaxbn._op.state import Moments, State
 
 

@@ -1,10 +1,11 @@
 """The batch norm layers of a model that a tool is asked to work on."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from jaxbn._inspection.layers import Layer, find
+from jaxbn._text import listed
 
 Where = str | Sequence[str] | Callable[[str], bool]
 
@@ -50,15 +51,3 @@ def select(call: str, tree: Any, where: Where) -> dict[str, Layer]:
             f"path."
         )
     return chosen
-
-
-def listed(paths: Iterable[str], most: int = 12) -> str:
-    """Paths for an error message: the first `most`, then how many follow.
-
-    >>> from jaxbn._inspection import selection
-    >>> selection.listed("abc", most=2)
-    "['a', 'b'] and 1 more"
-    """
-    paths = list(paths)
-    more = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return f"{paths[:most]}{more}"

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxbn._op import arguments
 from jaxbn._op import axes as axes_
-from jaxbn._op import devices
-from jaxbn._op.moments import across, merge, merge_all
 from jaxbn._op.normalize import normalize_lean, rstd
+from jaxbn._op.pooling import across, merge, merge_all
 from jaxbn._op.state import Moments, Params, State, blend, check_kind, settle
 from jaxbn._op.training import Spec, normalize_by_batch
 
@@ -116,9 +116,9 @@ def batch_norm(
     [[-1.0, -1.0], [1.0, 1.0]] [0.02, 0.2]
     """
     call = "batch_norm"
-    x = axes_.array(call, "x", x)
+    x = arguments.array(call, "x", x)
     axes = axes_.resolve(call, x, axis)
-    momentum, epsilon = axes_.check_numbers(call, momentum, epsilon)
+    momentum, epsilon = arguments.check_numbers(call, momentum, epsilon)
     if not isinstance(train, bool | np.bool_):
         raise TypeError(
             f"{call}: train={train!r}, expected True or False, known when tracing. Both return "
@@ -128,7 +128,7 @@ def batch_norm(
     weights = Params(None, None) if params is None else check_kind(call, Params, params)
     gathers = isinstance(state, Moments)
     old: Any = state if state is None or gathers else check_kind(call, State, state)
-    axes_.check_features(call, weights, old, x, axes)
+    arguments.check_features(call, weights, old, x, axes)
     weights = Params(*(None if leaf is None else jnp.asarray(leaf) for leaf in weights))
     if isinstance(old, State):
         if old.count is None and momentum is None:
@@ -138,10 +138,10 @@ def batch_norm(
             )
         old = settle(call, old, x, axes)
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
-    axes_.check_dtype(call, "values of y", dtype, "leave dtype out for that of x")
+    arguments.check_dtype(call, "values of y", dtype, "leave dtype out for that of x")
 
     if mask is not None:
-        mask = axes_.check_mask(call, mask, x)
+        mask = arguments.check_mask(call, mask, x)
     if not train:
         if old is None:
             raise ValueError(
@@ -157,17 +157,17 @@ def batch_norm(
         y = normalize_lean(x, old.mean, rstd(old.var, epsilon), weights, axes, dtype, mask)
         return y, old
 
-    pool = devices.resolve(call, axis_name, axis_index_groups)
+    pool = arguments.resolve(call, axis_name, axis_index_groups)
     known, traced = (epsilon, None) if isinstance(epsilon, float) else (0.0, epsilon)
     if virtual_batch_size is None or x.size == 0:
         if mask is None:
-            axes_.check_count(call, x, axes.count(x) * (pool.devices if pool else 1), None)
+            arguments.check_count(call, x, axes.count(x) * (pool.devices if pool else 1), None)
         spec = Spec(axes, known, pool, dtype)
         y, moments = normalize_by_batch(spec, x, weights, mask, traced)
     else:
-        batch_axis, ghosts = axes_.check_ghosts(call, x, axes, virtual_batch_size)
+        batch_axis, ghosts = arguments.check_ghosts(call, x, axes, virtual_batch_size)
         if mask is None:
-            axes_.check_count(call, x, axes.count(x) // ghosts, virtual_batch_size)
+            arguments.check_count(call, x, axes.count(x) // ghosts, virtual_batch_size)
         spec = Spec(axes, known, None, dtype, mapped=True)
         y, moments = _by_ghosts(spec, x, weights, mask, traced, batch_axis, ghosts)
         moments = across(moments, pool)

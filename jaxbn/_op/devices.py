@@ -20,61 +20,6 @@ class Pool(NamedTuple):
     devices: int  # that pool together, parts of a vmap among them
 
 
-def resolve(
-    call: str,
-    axis_name: str | Sequence[str] | None,
-    axis_index_groups: Sequence[Sequence[int]] | None,
-) -> Pool | None:
-    """The pool that these two keywords ask for; None for this device alone.
-
-    Raises:
-      ValueError: the axis is not bound, or the groups are no partition of it into equal parts.
-    """
-    if axis_name is None:
-        if axis_index_groups is not None:
-            raise ValueError(
-                f"{call}: axis_index_groups={axis_index_groups!r} without axis_name; groups are "
-                f"indices along a mapped axis, write axis_name= too, or virtual_batch_size= "
-                f"for groups of rows under jit."
-            )
-        return None
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    try:
-        size = lax.axis_size(names)
-    except NameError:
-        raise ValueError(
-            f"{call}: axis_name={axis_name!r} is not bound here; bound axes: {_bound()}. Call it "
-            f"under shard_map, pmap or vmap with that axis name; under plain jit statistics are "
-            f"global already, write axis_name=None."
-        ) from None
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    of_devices = tuple(name for name in names if name in manual)
-    mapped = tuple(name for name in names if name not in manual)
-    if axis_index_groups is None:
-        return Pool(of_devices, mapped, None, size)
-    groups = tuple(tuple(int(i) for i in group) for group in axis_index_groups)
-    members = sorted(i for group in groups for i in group)
-    if members != list(range(size)) or len({len(group) for group in groups}) != 1:
-        raise ValueError(
-            f"{call}: axis_index_groups={axis_index_groups!r} must name each index of axis "
-            f"{axis_name!r} with size {size} once, in groups of one size; for pairs write "
-            f"{[[i, i + 1] for i in range(0, size - size % 2, 2)]}."
-        )
-    if not isinstance(axis_name, str):
-        raise ValueError(
-            f"{call}: axis_index_groups with axis_name={axis_name!r}: groups index one axis; "
-            f"write one name, or pool over one axis of a mesh that has more."
-        )
-    return Pool(of_devices, mapped, groups, len(groups[0]))
-
-
-def _bound() -> list[str]:
-    """Names of the mapped axes in scope."""
-    from jax._src import core  # JAX has no public list of bound axes; only an error reads it
-
-    return [str(name) for name in core.get_axis_env().axis_sizes]
-
-
 def total(v: jax.Array, pool: Pool) -> jax.Array:
     """Sum of v over the pool. Linear: JAX transposes it."""
     if pool.groups is not None:

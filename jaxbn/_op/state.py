@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn._op.axes import Axes, check_dtype, is_integer, promote, wide
+from jaxbn._op.arguments import check_dtype
+from jaxbn._op.axes import Axes, is_integer, promote, wide
 from jaxbn._op.devices import sharded_as, varying_axes
 
 

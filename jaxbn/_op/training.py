@@ -40,8 +40,9 @@ from jaxbn._op import devices
 from jaxbn._op.axes import Axes, wide
 from jaxbn._op.checkpoint_policy import named
 from jaxbn._op.devices import Pool
-from jaxbn._op.moments import across, divisor, of
+from jaxbn._op.moments import divisor, of
 from jaxbn._op.normalize import normalize, rstd
+from jaxbn._op.pooling import across
 from jaxbn._op.state import Moments, Params
 from jaxbn._op.sums import affine, real_product
 

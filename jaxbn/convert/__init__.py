@@ -20,9 +20,9 @@ from jaxbn.convert._into_flax import (
     from_torch,
     linen_to_nnx,
     nnx_to_linen,
-    norm_arguments,
-    to_torch,
 )
+from jaxbn.convert._into_torch import to_torch
+from jaxbn.convert._norm_arguments import norm_arguments
 from jaxbn.convert._report import Report
 
 __all__ = [

@@ -1,38 +1,19 @@
 """Weights and statistics of PyTorch, Keras, Haiku and Equinox, into Flax; linen to nnx and back."""
 
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import numpy as np
+import jax
 
 from jaxbn._inspection.layers import is_nnx, nnx_layers
-from jaxbn.convert import _layouts, _sources
-from jaxbn.convert._matching import Rename, match, refuse, renamed
-from jaxbn.convert._report import Report, Role, Slot, Tensor
+from jaxbn._text import short
+from jaxbn.convert import _sources
+from jaxbn.convert._arrays import Tensor
+from jaxbn.convert._matching import Rename, match, refuse, report_of
+from jaxbn.convert._norm_arguments import torch_arguments
+from jaxbn.convert._report import Report
 from jaxbn.convert._state_dicts import Source, read
 from jaxbn.convert._targets import Variables, flatten
-from jaxbn.convert._transfer import into_flax, report_of
-
-
-def norm_arguments(momentum: float | None = 0.1, eps: float = 1e-5) -> dict[str, Any]:
-    """The arguments of `jaxbn.linen.BatchNorm` and `jaxbn.nnx.BatchNorm` that equal PyTorch's.
-
-    PyTorch's momentum is the weight of the new value, here it is that of the old; PyTorch's running
-    variance takes n / (n - 1).
-
-    Args:
-      momentum: PyTorch's; None is the cumulative average in both.
-      eps: PyTorch's.
-
-    Raises:
-      ValueError: momentum is not in [0, 1], or eps is negative.
-
-    >>> from jaxbn import convert
-    >>> convert.norm_arguments()
-    {'momentum': 0.9, 'epsilon': 1e-05, 'unbiased': True}
-    """
-    return _arguments("norm_arguments", momentum, eps)
 
 
 def from_torch(
@@ -79,7 +60,7 @@ def from_torch(
     [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
     """
     call = "from_torch"
-    arguments = _arguments(call, momentum, eps)
+    arguments = torch_arguments(call, momentum, eps)
     tensors = _sources.torch(read(call, source))
     target = flatten(call, like, transposed, flattened)
     notes = [
@@ -248,119 +229,53 @@ def nnx_to_linen(
     return _between("nnx_to_linen", model, like, rename, keep)
 
 
-def to_torch(
-    variables: Any,
-    like: Source | None = None,
-    *,
-    rename: Rename | None = None,
-    transposed: Mapping[str, bool] | None = None,
-    flattened: Mapping[str, tuple[int, ...]] | None = None,
-    momentum: float | None = 0.99,
-    epsilon: float = 1e-5,
-) -> tuple[dict[str, np.ndarray], Report]:
-    """The state_dict, as NumPy arrays, of a PyTorch model with the values of Flax's variables.
-
-    Load it with `model.load_state_dict({k: torch.from_numpy(v) for k, v in new.items()})`, or write
-    it with `safetensors.numpy.save_file(new, path)`.
-
-    Args:
-      variables: linen's variables, an nnx module or its state.
-      like: the state_dict, or the file, whose names and shapes are wanted; None names layers by
-        `rename`, or as in Flax with dots.
-      rename: Flax layer, or a beginning of its path → PyTorch layer.
-      transposed: as in `from_torch`, by Flax's layers.
-      flattened: likewise.
-      momentum: that of linen's batch norm layers; nnx modules tell theirs. The report has
-        PyTorch's.
-      epsilon: likewise.
-
-    Returns:
-      `(new, report)`. `num_batches_tracked` is `count`, or where Flax counts no updates that of
-      like, or 0.
-
-    Raises:
-      ValueError, TypeError: as in `from_torch`.
-
-    >>> import numpy as np
-    >>> from jaxbn import convert
-    >>> variables = {"params": {"fc": {"kernel": np.zeros((3, 2)), "bias": np.zeros(2)}}}
-    >>> new, report = convert.to_torch(variables)
-    >>> {name: v.shape for name, v in new.items()}
-    {'fc.bias': (2,), 'fc.weight': (2, 3)}
-    """
-    call = "to_torch"
-    source = flatten(call, variables, transposed, flattened)
-    tensors = []
-    for slot, v in zip(source.slots, map(np.asarray, source.leaves), strict=True):
-        name, how, value = _layouts.to_torch(slot.role, v)
-        tensors.append(Tensor(slot.path, slot.layer, partial(_if_called, name, (how, value)), v))
-    given = _named(call, source, rename) if like is None else read(call, like)
-    slots = []
-    for key, v in given.items():
-        layer, _, leaf = key.rpartition(".")
-        slots.append(Slot(key, layer, Role(leaf), v.shape, v.dtype))
-    found = match(tensors, slots, rename, ())
-    refuse(call, source.problems + found.problems)
-    new = {key: np.array(found.values.get(key, v)) for key, v in given.items()}
-
-    modules = dict(nnx_layers(variables)) if is_nnx(variables) else {}
-    batch_norm = {}
-    for slot in source.slots:
-        if slot.role.leaf == "mean" and slot.layer in found.layers:
-            norm = modules.get(slot.layer)
-            kept, eps = (norm.momentum, norm.epsilon) if norm else (momentum, epsilon)
-            batch_norm[found.layers[slot.layer]] = {"momentum": _other(kept), "eps": eps}
-    return new, report_of(found, batch_norm, [])
-
-
-COUNT = "num_batches_tracked"
-
-
-def _arguments(call: str, momentum: float | None, eps: float) -> dict[str, Any]:
-    if momentum is not None and not 0 <= momentum <= 1:
-        raise ValueError(
-            f"{call}: momentum={momentum!r}, expected PyTorch's, in [0, 1], or None for "
-            f"the cumulative average; write momentum=0.1."
-        )
-    if not eps >= 0:
-        raise ValueError(f"{call}: eps={eps!r}, expected at least 0; write eps=1e-5.")
-    return {"momentum": _other(momentum), "epsilon": eps, "unbiased": True}
-
-
-def _other(momentum: float | None) -> float | None:
-    """Weight of the new value ↔ of the old; 1 - 0.9 is 0.09999999999999998 in floating point."""
-    return None if momentum is None else round(1 - momentum, 12)
-
-
-def _named(call: str, source: Variables, rename: Rename | None) -> dict[str, np.ndarray]:
-    """The state_dict whose layers are called by rename, or as in Flax."""
-    names = {slot.layer: slot.layer for slot in source.slots}
-    if rename is not None:
-        names, _ = renamed(names, rename)
-    counted = {slot.layer for slot in source.slots if slot.role.leaf == "count"}
-    new: dict[str, np.ndarray] = {}
-    twice = []
-    for slot, v in zip(source.slots, map(np.asarray, source.leaves), strict=True):
-        if slot.layer not in names:
-            continue
-        layer = names[slot.layer].replace("/", ".")
-        name, _, value = _layouts.to_torch(slot.role, v)
-        key = f"{layer}.{name}".lstrip(".")
-        twice += [f"two arrays of the source become {key}"] * (key in new)
-        new[key] = value.astype(np.int64) if name == COUNT else value
-        if name == "running_var" and slot.layer not in counted:
-            new[f"{layer}.{COUNT}".lstrip(".")] = np.zeros((), np.int64)
-    refuse(call, twice)
-    return new
-
-
-def _if_called(name: str, form: _layouts.Form, role: Role) -> _layouts.Form | None:
-    return form if role.leaf == name else None
-
-
 def _between(
     call: str, source: Any, like: Any, rename: Rename | None, keep: Iterable[str]
 ) -> tuple[Any, Report]:
     tensors, target = flatten(call, source).tensors(), flatten(call, like)
     notes = ["momentum, epsilon and unbiased are arguments, not variables: write the same in both"]
     return into_flax(call, tensors, like, target, rename, keep, lambda _: None, notes)
+
+
+def into_flax(
+    call: str,
+    tensors: Iterable[Tensor],
+    like: Any,
+    target: Variables,
+    rename: Rename | None,
+    keep: Iterable[str],
+    arguments_of: Callable[[str], Mapping[str, Any] | None],  # of a layer of the source
+    notes: Iterable[str],
+) -> tuple[Any, Report]:
+    """`like` with its variables replaced by the tensors, and the report."""
+    found = match(tensors, target.slots, rename, keep)
+    problems, notes = target.problems + found.problems, list(notes)
+    kept = set(found.kept)
+    for slot, leaf in zip(target.slots, target.leaves, strict=True):
+        if slot.path in kept and isinstance(leaf, jax.ShapeDtypeStruct):
+            problems.append(f"keep: {slot.path} is a shape; expected an array that can stay")
+    source_of = {t: s for s, t in found.layers.items()}
+    counted = {slot.layer for slot in target.slots if slot.role.leaf == "count"}
+    modules = dict(nnx_layers(like)) if is_nnx(like) else {}
+    batch_norm: dict[str, Mapping[str, Any]] = {}
+    others: dict[str, list[str]] = {}  # arguments of `like` that differ from the source's → layers
+    for layer in (slot.layer for slot in target.slots if slot.role.leaf == "mean"):
+        if layer not in source_of or (arguments := arguments_of(source_of[layer])) is None:
+            continue
+        batch_norm[layer] = arguments
+        if arguments["momentum"] is None and layer not in counted:
+            problems.append(
+                f"missing, in the target: a count in {layer!r}: BatchNorm(momentum=None)"
+            )
+        has: dict[str, Any] = {"momentum": None} if layer in counted else {}
+        if layer in modules:  # Flax's own layer has no `unbiased`
+            has = {name: getattr(modules[layer], name, False) for name in arguments}
+        if has.get("epsilon", arguments["epsilon"]) != arguments["epsilon"]:
+            problems.append(
+                f"epsilon: {layer!r} has {has['epsilon']}, the source {arguments['epsilon']}"
+            )
+        if other := [f"{name}={v!r}" for name, v in has.items() if v != arguments[name]]:
+            others.setdefault(", ".join(other), []).append(layer)
+    notes += [f"like has {text} in {short(layers)}" for text, layers in others.items()]
+    refuse(call, problems)
+    return target.build(found.values), report_of(found, batch_norm, notes)

@@ -8,7 +8,7 @@ flips the kernel before applying it.
 
 import numpy as np
 
-from jaxbn.convert._report import Role
+from jaxbn.convert._arrays import Role
 
 Form = tuple[str, np.ndarray]  # what was done, and the array in its new form
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._text import printable
-from jaxbn.convert._report import Move, Role, Slot, Tensor
+from jaxbn.convert._arrays import Role, Slot, Tensor
+from jaxbn.convert._report import Move, Report
 
 Rename = Mapping[str, str | None] | Callable[[str], str | None]
 COUNTS = ("count", "num_batches_tracked")  # where the target keeps none, the source's is dropped
@@ -262,3 +263,9 @@ def _place(tensors: Iterable[Tensor], slots: Iterable[Slot], found: Match) -> No
 def _is_of_kind(dtype: Any, target: Any) -> bool:
     kinds = (jnp.floating, jnp.complexfloating, jnp.integer)
     return any(jnp.issubdtype(dtype, kind) and jnp.issubdtype(target, kind) for kind in kinds)
+
+
+def report_of(found: Match, batch_norm: Mapping[str, Any], notes: Iterable[str]) -> Report:
+    """The report of a match that has no problems."""
+    parts = tuple(found.moves), found.by, tuple(found.dropped), tuple(found.kept)
+    return Report(*parts, batch_norm, tuple(notes))

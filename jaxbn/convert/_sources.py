@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxbn.convert import _layouts
-from jaxbn.convert._report import Tensor
+from jaxbn.convert._arrays import Tensor
 
 Norms = dict[str, dict[str, Any]]  # layer → momentum, epsilon, unbiased
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn.convert._report import Role, Slot, Tensor
+from jaxbn.convert._arrays import Role, Slot, Tensor
 
 
 class Variables(NamedTuple):

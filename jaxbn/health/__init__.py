@@ -5,18 +5,9 @@ With a stream of served data: `drift`. Thresholds are `Limits`, explained in doc
 """
 
 from jaxbn.health._check import Row, check, summary
+from jaxbn.health._distances import Distance, distance, divergence, initial_share
 from jaxbn.health._drift import Drift, LayerDrift, decide, drift
-from jaxbn.health._findings import (
-    KINDS,
-    Distance,
-    Finding,
-    Limits,
-    Setting,
-    distance,
-    divergence,
-    initial_share,
-    worst_first,
-)
+from jaxbn.health._findings import KINDS, Finding, Limits, Setting, worst_first
 from jaxbn.health._gap import Gap, LayerGap, gap
 from jaxbn.health._layer import of_layer
 from jaxbn.health._rows import Seen, incoming, merge, seen

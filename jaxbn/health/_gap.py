@@ -13,6 +13,7 @@ from jaxbn._inspection import hooks, layers
 from jaxbn._op.axes import resolve
 from jaxbn._op.devices import sharded_as
 from jaxbn._op.state import Moments
+from jaxbn.health._distances import divergence, rows_of, values_of
 from jaxbn.health._findings import (
     ERROR,
     RECALIBRATE,
@@ -20,10 +21,7 @@ from jaxbn.health._findings import (
     Finding,
     Limits,
     Setting,
-    divergence,
-    rows_of,
     setting_of,
-    values_of,
     worst_first,
 )
 from jaxbn.health._layer import of_layer

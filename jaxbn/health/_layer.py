@@ -10,18 +10,8 @@ import numpy as np
 from jaxbn._inspection.layers import Layer
 from jaxbn._op.devices import one_row_a_device
 from jaxbn._op.state import Moments, Params, State
-from jaxbn.health._findings import (
-    ERROR,
-    RECALIBRATE,
-    WARNING,
-    Finding,
-    Limits,
-    Setting,
-    divergence,
-    initial_share,
-    values_of,
-    wide,
-)
+from jaxbn.health._distances import divergence, initial_share, values_of, wide
+from jaxbn.health._findings import ERROR, RECALIBRATE, WARNING, Finding, Limits, Setting
 
 # With momentum 1 updates are counted, and nothing is learned.
 BELOW_1 = "a momentum below 1, the share of the old statistics that an update keeps"

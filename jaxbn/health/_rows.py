@@ -14,8 +14,8 @@ import numpy as np
 
 from jaxbn._inspection import hooks, layers
 from jaxbn._op.axes import resolve
-from jaxbn._op.moments import merge as merge_moments
 from jaxbn._op.moments import moments
+from jaxbn._op.pooling import merge as merge_moments
 from jaxbn._op.state import Moments, State
 
 

@@ -11,7 +11,10 @@ import jax
 
 from jaxbn.health._drift import Drift, LayerDrift
 from jaxbn.watch import Record, channels, metrics
-from jaxbn.writers._writer import DRIFT, JSONLines, Prometheus, TensorBoard, Writer, reason
+from jaxbn.writers._json_lines import JSONLines
+from jaxbn.writers._prometheus import DRIFT, Prometheus
+from jaxbn.writers._tensorboard import TensorBoard
+from jaxbn.writers._writer import Writer, reason
 
 
 class Log:

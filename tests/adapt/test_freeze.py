@@ -13,7 +13,7 @@ from flax import nnx
 
 import jaxbn
 from jaxbn import calls, layers
-from tests.docs.test_devices_page import compiled_quickly
+from tests.support.compiling import compiled_quickly
 from tests.support.networks import TinyNnx
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbn
 from jaxbn import layers
-from tests.docs.test_devices_page import compiled_quickly
+from tests.support.compiling import compiled_quickly
 from tests.support.networks import NnxNet, TinyLinen
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -21,8 +21,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from tests.docs.test_devices_page import compiled_quickly
 from tests.support import oracle
+from tests.support.compiling import compiled_quickly
 from tests.support.networks import NnxNet
 
 C = 5

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxbn
-from tests.docs.test_devices_page import compiled_quickly
+from tests.support.compiling import compiled_quickly
 from tests.support.networks import NnxNet, ResNet, TinyLinen
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

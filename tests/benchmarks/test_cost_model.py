@@ -29,7 +29,7 @@ def bytes_of_collectives(f, *arguments):
 
 @pytest.mark.parametrize(("road", "gathered"), [("axis_name", 16), ("axis_name", 4), ("jit", 16)])
 def test_sizes_are_those_of_the_compiled_module(road, gathered, monkeypatch):
-    monkeypatch.setattr(sys.modules["jaxbn._op.moments"], "GATHERED", gathered)
+    monkeypatch.setattr(sys.modules["jaxbn._op.pooling"], "GATHERED", gathered)
     monkeypatch.setattr(cost_model, "GATHERED", gathered)
     params, state = jaxbn.init(C)
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))

@@ -13,7 +13,8 @@ import pytest
 from flax import nnx, serialization
 from safetensors.numpy import save_file
 
-from jaxbn._checkpoints import read
+from jaxbn._checkpoints import norm_layers
+from jaxbn._checkpoints.read import read
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +55,11 @@ WRITERS = {
 def test_what_was_saved_is_read_and_its_layer_found(kind, variables, tmp_path):
     path = tmp_path / kind.replace(", ", "-")
     WRITERS[kind](path, {"step": np.int32(7), **variables})
-    tree = read.read(path)
+    tree = read(path)
     assert jax.tree.all(
         jax.tree.map(np.array_equal, {k: tree[k] for k in variables}, dict(variables))
     )
-    found = read.find(tree)
+    found = norm_layers.find(tree)
     assert list(found) == ["layers_1"]
     layer = found["layers_1"]
     stats, params = variables["batch_stats"]["layers_1"], variables["params"]["layers_1"]
@@ -75,7 +76,7 @@ def test_an_nnx_state_saved_from_eight_devices(tmp_path):
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
     state = jax.tree.map(lambda v: jax.device_put(v, spread), nnx.state(nnx.Dict(bn=norm)))
     save_orbax(tmp_path / "nnx", state)
-    layer = read.find(read.read(tmp_path / "nnx"))["bn"]
+    layer = norm_layers.find(read(tmp_path / "nnx"))["bn"]
     np.testing.assert_array_equal(layer.state.var, np.ones(16))
     np.testing.assert_array_equal(layer.params.scale, np.ones(16))
 
@@ -85,7 +86,7 @@ def test_the_names_of_pytorch(tmp_path):
     tensors = {f"layer1.bn.{name}": np.full(3, i, np.float32) for i, name in enumerate(names)}
     tensors |= {"layer1.bn.num_batches_tracked": np.array(5), "fc.weight": np.ones((2, 3))}
     save_file(tensors, tmp_path / "torch.safetensors")
-    found = read.find(read.read(tmp_path / "torch.safetensors"))
+    found = norm_layers.find(read(tmp_path / "torch.safetensors"))
     assert list(found) == ["layer1/bn"]
     params, state = found["layer1/bn"]
     fields = (state.mean, state.var, params.scale, params.bias)
@@ -102,25 +103,25 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         path = tmp_path / name
         path.write_bytes(content)
         with pytest.raises(ValueError) as error:
-            read.read(path)
+            read(path)
         message = str(error.value)
         assert message.startswith(f"read: {path} cannot be read as {kind}: ")
         assert message.endswith(f"{expected}to_bytes.")
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError) as error:
-        read.read(tmp_path / "folder")
+        read(tmp_path / "folder")
     assert str(error.value) == (
         f"read: {tmp_path}/folder cannot be read as an orbax checkpoint: it has no _METADATA. "
         f"{expected}to_bytes."
     )
     with pytest.raises(FileNotFoundError) as missing:
-        read.read(tmp_path / "nothing")
+        read(tmp_path / "nothing")
     assert str(missing.value) == (
         f"read: no checkpoint at {tmp_path}/nothing: there is no such file or folder"
     )
     (tmp_path / "number").write_bytes(serialization.msgpack_serialize(3))
     with pytest.raises(ValueError) as error:
-        read.read(tmp_path / "number")
+        read(tmp_path / "number")
     assert str(error.value) == (
         f"read: {tmp_path}/number holds no tree of arrays but int; expected the variables of a "
         "model, as a Flax msgpack file (flax.serialization.to_bytes)."
@@ -149,7 +150,7 @@ def layouts(tmp_path_factory):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_of_orbax_is_read(layout, layouts):
-    tree = read.read(layouts / layout)
+    tree = read(layouts / layout)
     assert {k: v.tolist() for k, v in tree["bn"].items()} == {"mean": [0] * 3, "var": [1] * 3}
     assert tree["a"]["b/c"].tolist() == [[1, 0], [0, 1]]
     assert tree["half"].dtype == jax.numpy.bfloat16
@@ -164,7 +165,7 @@ def damaged(layouts, layout, tmp_path):
 
 def reason(path):
     with pytest.raises(ValueError) as error:
-        read.read(path)
+        read(path)
     head = f"read: {path} cannot be read as an orbax checkpoint: "
     assert str(error.value).startswith(head)
     return str(error.value).removeprefix(head).partition(". Expected an orbax folder")[0]
@@ -218,7 +219,7 @@ def test_no_link_in_a_folder_leads_out_of_it(layout, layouts, tmp_path, capfd):
     (path / "pipe").unlink()
     (path / "within").symlink_to("_METADATA")
     (tmp_path / "latest").symlink_to(path)  # a link to the folder is its name
-    assert read.read(tmp_path / "latest")
+    assert read(tmp_path / "latest")
     assert capfd.readouterr() == ("", "")
 
 
@@ -249,7 +250,7 @@ def test_a_list_of_arrays_that_is_none(case, layouts, tmp_path):
 def test_names_that_nest_too_deep(tmp_path):
     save_file({"a." * 5000 + "b": np.ones(1)}, tmp_path / "net.safetensors")
     with pytest.raises(ValueError) as error:
-        read.read(tmp_path / "net.safetensors")
+        read(tmp_path / "net.safetensors")
     assert str(error.value) == (f"read: {tmp_path}/net.safetensors nests names more than 100 deep.")
 
 
@@ -261,5 +262,5 @@ def test_a_file_that_would_execute_code_is_only_data(tmp_path):
     for name in ("trap", "trap.safetensors", "trap.pt"):
         (tmp_path / name).write_bytes(pickle.dumps(Trap()))
         with pytest.raises(ValueError, match="cannot be read as"):
-            read.read(tmp_path / name)
+            read(tmp_path / name)
     assert not (tmp_path / "executed").exists()

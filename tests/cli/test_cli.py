@@ -23,9 +23,9 @@ from safetensors.numpy import load_file, save_file
 
 import jaxbn
 from jaxbn import _extras, export
-from jaxbn._checkpoints import read
+from jaxbn._checkpoints import contents, norm_layers, read
 from jaxbn._checkpoints import write as write_
-from jaxbn._cli import commands, terminal, users_model
+from jaxbn._cli import commands, terminal
 from jaxbn._cli import picture as picture_
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -93,7 +93,7 @@ def save_nnx(path, layers):
 
 
 def save_torch(path, layers):
-    names = {other: name for name, other in read.NAMES.items()}
+    names = {other: name for name, other in norm_layers.NAMES.items()}
     names = {name: other for other, name in names.items()}
     tensors = {
         f"{layer.replace('/', '.')}.{names[name]}": v
@@ -344,11 +344,11 @@ def test_the_doctor_sees_every_layer(tree, form, tmp_path, capsys):
 def test_lists_as_msgpack_has_them_and_layers_in_a_tree_that_was_never_in_a_file(tmp_path):
     packed = serialization.msgpack_serialize({"blocks": [norm(), [norm()]]})
     (tmp_path / "net.msgpack").write_bytes(packed)
-    assert list(read.find(read.read(tmp_path / "net.msgpack"))) == [
+    assert list(norm_layers.find(read.read(tmp_path / "net.msgpack"))) == [
         "blocks/0",
         "blocks/1/0",
     ]
-    assert list(read.find({"blocks": [state(), (state(),)]})) == ["blocks/0", "blocks/1/0"]
+    assert list(norm_layers.find({"blocks": [state(), (state(),)]})) == ["blocks/0", "blocks/1/0"]
 
 
 def test_scale_and_bias_without_statistics_are_a_finding(tmp_path, capsys):
@@ -478,9 +478,9 @@ PRINTERS = {
         )
     ),
     "no array": lambda name: error_of(write_.save, "net.msgpack", {f"{name}bn": "text"}),
-    "no such part": lambda name: error_of(users_model.part_of, {f"{name}bn": {}}, "x"),
+    "no such part": lambda name: error_of(contents.part_of, {f"{name}bn": {}}, "x"),
     "several parts": lambda name: error_of(
-        users_model.part_of, {n: {"params": {}, "batch_stats": {}} for n in (f"{name}bn", "b")}
+        contents.part_of, {n: {"params": {}, "batch_stats": {}} for n in (f"{name}bn", "b")}
     ),
     "two of one name": lambda name: error_of(
         write_.save, "net.msgpack", {f"{name}bn.a": ONE, f"{name}bn": {"a": ONE}}

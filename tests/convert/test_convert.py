@@ -4,7 +4,6 @@ What PyTorch computes is written out in NumPy float64 from its documentation; th
 PyTorch itself, where it is installed, against it.
 """
 
-import functools
 import pathlib
 import pickle
 import sys
@@ -20,8 +19,9 @@ from safetensors.numpy import save_file
 
 import jaxbn
 from jaxbn import convert
-from tests.docs.test_devices_page import compiled_quickly
 from tests.support import oracle
+from tests.support.compiling import compiled_quickly
+from tests.support.conversion import assert_same, last, normal, refused, shapes
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples" / "cifar10"))
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples" / "convert"))
@@ -30,35 +30,11 @@ import model_nnx
 import torch_roundtrip
 import torchvision_resnet
 
-FIX = (
-    "\nLayers of other names: rename={source: target}, or a function; None for the target drops "
-    "one. Layers of the target to leave as they are: keep=[...]."
-)
-
-
-def refused(call, *problems):
-    lines = "\n  ".join(problems)
-    return f"{call}: the source does not fit the target; nothing was converted.\n  {lines}{FIX}"
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_quickly():
     with compiled_quickly():
         yield
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
-
-
-def shapes(model, *x, **options):
-    """The variables' shapes as a jitted init gives them, sorted by name."""
-    return jax.eval_shape(functools.partial(model.init, **options), jax.random.key(0), *x)
-
-
-def assert_same(tree, other):
-    assert jax.tree.structure(tree) == jax.tree.structure(other)
-    jax.tree.map(np.testing.assert_array_equal, tree, other)
 
 
 # Layouts
@@ -86,11 +62,6 @@ def torch_conv_transpose(x, w, stride):
         to = [slice(a, a + stride * n, stride) for a, n in zip(at, x.shape[2:], strict=True)]
         y[(slice(None), slice(None), *to)] += np.moveaxis(part, -1, 1)
     return y
-
-
-def last(x):
-    """[N, C, …] → [N, …, C]."""
-    return np.moveaxis(x, 1, -1)
 
 
 @pytest.mark.parametrize("api", ["linen", "nnx"])

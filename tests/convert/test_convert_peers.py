@@ -12,9 +12,9 @@ from flax import nnx
 
 import jaxbn
 from jaxbn import convert
-from tests.convert.test_convert import assert_same, last, normal, refused, shapes
-from tests.docs.test_devices_page import compiled_quickly
 from tests.support import oracle
+from tests.support.compiling import compiled_quickly
+from tests.support.conversion import assert_same, last, normal, refused, shapes
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,26 +13,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from tests.docs.test_readme import BLOCK
 from tests.support import oracle
+from tests.support.compiling import as_pasted, compiled_quickly
+from tests.support.pages import BLOCK
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "devices.md").read_text()
-
-
-@contextlib.contextmanager
-def as_pasted():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
-@contextlib.contextmanager
-def compiled_quickly():
-    """Half of the compile time, for what is run and not read."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

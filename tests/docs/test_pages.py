@@ -8,7 +8,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("examples/*/README.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(DOCS.rglob("*.md")),
+    *sorted(ROOT.glob("examples/*/README.md")),
+]
 DEVICE = re.compile(r"\b(CPUs?|cores?|GPUs?|TPUs?|H100)\b")
 RATIO = re.compile(r"\bhalf the\b|\d of Flax's|\d (MB|GB|%)")
 

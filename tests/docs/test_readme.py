@@ -1,14 +1,13 @@
 """Every python block of the README and the docs runs as pasted, those of a page in order."""
 
 import pathlib
-import re
 
 import jax
 import pytest
 
+from tests.support.pages import BLOCK
+
 ROOT = pathlib.Path(__file__).parents[2]
-# ```python no-run marks a block that needs what a test has not: a cluster, a data set.
-BLOCK = re.compile(r"^```python *\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.test_devices_page import as_pasted, compiled_quickly
+from tests.support.compiling import as_pasted, compiled_quickly
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "examples" / "failures"

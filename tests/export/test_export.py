@@ -126,7 +126,7 @@ def test_a_file_that_differs_is_not_written(folded, tmp_path, monkeypatch):
     path.write_text("as it was")
     session = export.session
     monkeypatch.setattr(
-        "jaxbn.export._stablehlo.session",
+        "jaxbn.export._onnx.session",
         lambda *args, **options: lambda x: 2 * session(*args, **options)(x),
     )
     with pytest.raises(ValueError) as error:

@@ -1,8 +1,6 @@
 """fold: equal to fn in float64, whatever the layout and the order of operations; and refusals."""
 
 import functools
-import math
-import operator
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -15,42 +13,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from jaxbn._folding.program import batch_statistics, bodies
+from jaxbn._folding.program import bodies
+from jaxbn._folding.training_mode import batch_statistics
 from tests.support import oracle
+from tests.support.folding import IMAGES, affines, equations, normal
 from tests.support.networks import ResNet
 
 # Two float32 results, each off by its own rounding: of kernels, of sums of up to 300 products.
 TOLERANCE = 2 * oracle.tolerance("float32", 300)
-
-
-def equations(jaxpr, known=()):
-    """(equation, whether each operand is a constant of more than one number), calls looked into."""
-    constants = {*jaxpr.constvars, *known}
-    for eqn in jaxpr.eqns:
-        given = [hasattr(v, "val") or v in constants for v in eqn.invars]
-        if all(given):
-            constants |= set(eqn.outvars)
-        inner = list(bodies(eqn))
-        if not inner:
-            large = (math.prod(v.aval.shape) > 1 for v in eqn.invars)
-            yield eqn.primitive.name, list(map(operator.and_, given, large))
-        for body, _ in inner:
-            inside = zip(body.invars, given, strict=False)
-            yield from equations(body, [v for v, known in inside if known])
-
-
-def affines(fn, x):
-    """How often each affine primitive meets a constant of each channel in the jaxpr of fn."""
-    names = [
-        name
-        for name, given in equations(jax.make_jaxpr(fn)(x).jaxpr)
-        if any(given) and not all(given) and name in ("add", "sub", "mul", "div", "rsqrt", "sqrt")
-    ]
-    return {name: names.count(name) for name in names}
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 class Norm(NamedTuple):
@@ -214,9 +184,6 @@ def randomized(tree, seed=0):
         return jnp.asarray(value, v.dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
-
-
-IMAGES = normal(0, 2, 8, 8, 3)
 
 
 @pytest.fixture(scope="module")

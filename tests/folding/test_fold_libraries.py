@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jaxbn
-from tests.folding.test_fold import IMAGES, affines, normal
 from tests.support import oracle
+from tests.support.folding import IMAGES, affines, normal
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "fold"))
 

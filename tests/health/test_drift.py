@@ -12,7 +12,7 @@ from flax import nnx
 
 import jaxbn
 from jaxbn import health
-from tests.docs.test_devices_page import compiled_quickly
+from tests.support.compiling import compiled_quickly
 from tests.support.networks import NnxNet
 
 C = 5

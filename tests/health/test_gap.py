@@ -9,7 +9,7 @@ from flax import nnx
 
 import jaxbn
 from jaxbn import health, layers
-from tests.docs.test_devices_page import compiled_quickly
+from tests.support.compiling import compiled_quickly
 from tests.support.networks import NnxNet
 
 RNG = np.random.default_rng(0)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbn
 from jaxbn import calls, health
-from tests.docs.test_devices_page import compiled_quickly
+from tests.support.compiling import compiled_quickly
 from tests.support.networks import NnxNet
 
 C = 8

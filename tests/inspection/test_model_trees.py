@@ -15,7 +15,7 @@ import jaxbn
 from jaxbn import calls, convert, health, layers, watch
 from jaxbn._adapt.freeze import frozen_class
 from jaxbn._adapt.swap import nnx_class
-from tests.docs.test_devices_page import compiled_quickly
+from tests.support.compiling import compiled_quickly
 from tests.support.networks import NnxNet
 
 X = np.random.default_rng(0).normal(1, 2, (8, 4)).astype(np.float32)

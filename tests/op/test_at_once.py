@@ -14,8 +14,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from tests.op.test_sums import REAL, assert_training_equals_the_oracle, normal, step
 from tests.support import oracle
+from tests.support.training import REAL, assert_training_equals_the_oracle, normal, step
 
 moments = importlib.import_module("jaxbn._op.moments")
 EPS = 2.0**-24
