@@ -213,8 +213,8 @@ BUGS = (
     Bug(
         "statistics as narrow as they came",
         "_op/state.py",
-        "mean, var = (v.astype(wide(v.dtype)) for v in leaves.values())",
-        "mean, var = leaves.values()",
+        "sharded_as(v.astype(wide(v.dtype)), x, axes.features)",
+        "sharded_as(v, x, axes.features)",
         "op/test_batch_norm.py::test_a_state_stored_narrow_arrives_at_the_truth[0.999-bfloat16]",
     ),
     Bug(
@@ -297,15 +297,15 @@ BUGS = (
     Bug(
         "second sum of backward not pooled",
         "_op/training.py",
-        "s1, s2 = collectives.total(jnp.stack([s1, s2]), spec.pool)",
-        "s1 = collectives.total(s1, spec.pool)",
+        "s1, s2 = devices.totals((s1, s2), spec.pool)",
+        "s1 = devices.total(s1, spec.pool)",
         "op/test_devices.py::test_devices_equal_one_device_on_the_pooled_batch[pmap-even]",
     ),
     Bug(
         "mask ignored in backward",
         "_op/training.py",
-        "d, t = jnp.where(mask, d, 0), jnp.where(mask, t, 0)",
-        "d, t = jnp.where(mask, d, d), t",
+        "d, t = jnp.where(valid, d, 0), jnp.where(valid, t, 0)",
+        "d, t = jnp.where(valid, d, d), t",
         "op/test_derivative.py::test_gradients_equal_the_oracle[padded batch]",
     ),
     Bug(
