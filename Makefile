@@ -27,7 +27,7 @@ bench: .venv/bench.done
 # The compilers for an H100 and a TPU, on any Linux machine. Apart from .venv, where JAX would take
 # them for devices of this machine.
 targets: .venv-targets/done
-	.venv-targets/bin/python -m benchmarks.compiled $(or $(ARGS),h100 v5e)
+	.venv-targets/bin/python -m benchmarks.studies.compiled $(or $(ARGS),h100 v5e)
 
 targets-test: .venv-targets/done
 	.venv-targets/bin/python -m pytest tests/accelerators

@@ -8,24 +8,29 @@ first use, so the functional core needs jax alone.
 """
 
 import importlib
+import sys
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from jaxbn import calls, layers
-from jaxbn.fold import FoldReport, fold
-from jaxbn.freeze import decay_mask, freeze, labels, unfreeze
-from jaxbn.functional import batch_norm
-from jaxbn.moments import merge, moments
-from jaxbn.one_value import OneValueWarning
-from jaxbn.policy import checkpoint_policy
-from jaxbn.recalibrate import recalibrate, reset
-from jaxbn.replicas import assert_replicated, merge_updates, sync_state
-from jaxbn.state import Moments, Params, State, init
-from jaxbn.swap import swap
+from jaxbn._adapt.freeze import freeze, unfreeze
+from jaxbn._adapt.parameter_labels import decay_mask, labels
+from jaxbn._adapt.recalibrate import recalibrate, reset
+from jaxbn._adapt.replicas import assert_replicated, merge_updates, sync_state
+from jaxbn._adapt.swap import swap
+from jaxbn._folding.fold import FoldError, FoldReport, fold
+from jaxbn._inspection import hooks as calls
+from jaxbn._inspection import layers
+from jaxbn._op.batch_norm import batch_norm
+from jaxbn._op.checkpoint_policy import checkpoint_policy
+from jaxbn._op.moments import moments
+from jaxbn._op.one_value import OneValueWarning
+from jaxbn._op.pooling import merge
+from jaxbn._op.state import Moments, Params, State, init
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FoldError",
     "FoldReport",
     "Moments",
     "OneValueWarning",
@@ -68,7 +73,9 @@ else:
     def __getattr__(name: str) -> ModuleType:
         if name in _LAZY:
             return importlib.import_module(f"jaxbn.{name}")
-        raise AttributeError(f"module 'jaxbn' has no attribute {name!r}")
+        from jaxbn._elsewhere import attribute
+
+        raise AttributeError(attribute(name), name=name, obj=sys.modules[__name__])
 
 
 def __dir__() -> list[str]:

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from jaxbn.cli import main
+from jaxbn._cli.commands import main
 
 
 def run() -> None:

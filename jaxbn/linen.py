@@ -5,11 +5,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import errors
 from flax.linen import dtypes
 
-from jaxbn.axes import array, resolve, wide
-from jaxbn.one_value import train_anyway
-from jaxbn.state import Params, State
+from jaxbn import _elsewhere
+from jaxbn._op.arguments import array
+from jaxbn._op.axes import resolve, wide
+from jaxbn._op.one_value import train_anyway
+from jaxbn._op.state import Params, State
 
 
 class BatchNorm(nn.BatchNorm):
@@ -76,7 +79,8 @@ class BatchNorm(nn.BatchNorm):
             "use_running_average", self.use_running_average, use_running_average
         )
         x = array("BatchNorm", "x", x)
-        features = tuple(x.shape[a] for a in resolve("BatchNorm", x, self.axis).features)
+        axes = resolve("BatchNorm", x, self.axis).features
+        features = tuple(x.shape[a] for a in axes)
         stats_dtype = jnp.float32 if self.force_float32_reductions else wide(self.param_dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, features, stats_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, features, stats_dtype)
@@ -90,7 +94,16 @@ class BatchNorm(nn.BatchNorm):
         if self.use_bias:
             bias = self.param("bias", self.bias_init, features, self.param_dtype)
 
+        for name, held in (("mean", mean.value), ("var", var.value)):
+            if jnp.shape(held) != features:
+                raise ValueError(
+                    f"BatchNorm: batch_stats/{name} has shape {jnp.shape(held)}, but x with shape "
+                    f"{x.shape} has features {features} on axes {axes}; write model.init(key, x) "
+                    f"for variables of this x, or pass the feature axis as axis=."
+                )
         initializing = self.is_initializing()
+        if not (use_running_average or initializing or self.is_mutable_collection("batch_stats")):
+            raise _immutable("/" + "/".join(self.path))
         options: dict[str, Any] = {}
         if not initializing:
             options |= {"axis_name": self.axis_name, "axis_index_groups": self.axis_index_groups}
@@ -119,3 +132,19 @@ class BatchNorm(nn.BatchNorm):
             if state.count is not None:
                 counter.value = state.count
         return y
+
+
+# Not in the class: of its fields a dataclass makes an `__init__` of its own.
+BatchNorm.__init__ = _elsewhere.takes_flax_arguments(BatchNorm.__init__)  # type: ignore[method-assign]
+
+
+def _immutable(path: str) -> errors.ModifyScopeVariableError:
+    """Flax's error, in words that say what to write."""
+    error = errors.ModifyScopeVariableError("batch_stats", "mean", path)
+    error.args = (
+        f'BatchNorm: layer "{path}" normalizes by the batch and updates batch_stats, which is '
+        f'immutable here; expected mutable=["batch_stats"]; write y, updates = model.apply('
+        f'variables, x, mutable=["batch_stats"]) and keep updates["batch_stats"], or '
+        f"use_running_average=True for eval.",
+    )
+    return error

@@ -10,10 +10,12 @@ from flax import nnx
 from flax.nnx.nn import dtypes, initializers
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
-from jaxbn.axes import array
-from jaxbn.calls import PATH
-from jaxbn.one_value import train_anyway
-from jaxbn.state import Params, State
+from jaxbn import _elsewhere
+from jaxbn._inspection.hooks import PATH
+from jaxbn._op.arguments import array
+from jaxbn._op.axes import resolve
+from jaxbn._op.one_value import train_anyway
+from jaxbn._op.state import Params, State
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -61,6 +63,7 @@ class BatchNorm(nnx.BatchNorm):
     [0.005 0.005 0.   ]
     """
 
+    @_elsewhere.takes_flax_arguments
     def __init__(
         self,
         num_features: int,
@@ -136,6 +139,14 @@ class BatchNorm(nnx.BatchNorm):
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         mean, var = self.mean[...], self.var[...]
+        axes = resolve("BatchNorm", x, self.axis).features
+        features = tuple(x.shape[a] for a in axes)
+        if features != mean.shape:
+            raise ValueError(
+                f"BatchNorm: num_features={self.num_features}, but x with shape {x.shape} has "
+                f"features {features} on axes {axes}; write num_features={x.shape[axes[0]]}, or "
+                f"pass the feature axis as axis=."
+            )
         # What Flax computes in decides y's dtype; we compute in float32 or wider from x as it
         # is, unless the user brought a promotion of their own.
         with jax.numpy_dtype_promotion("standard"):

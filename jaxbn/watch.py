@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxbn import calls
-from jaxbn.findings import distance
-from jaxbn.layers import find, nnx_layers
-from jaxbn.state import Moments, Params, State
+from jaxbn._inspection import hooks
+from jaxbn._inspection.layers import find, is_nnx, nnx_layers
+from jaxbn._op.state import Moments, Params, State
+from jaxbn.health._distances import distance
 
 EPSILON = 1e-5  # Flax's
 
@@ -40,6 +40,7 @@ def linen(apply: Callable[..., Any], on: bool = True) -> Callable[..., tuple[Any
     step that is written once serves as the watched one and as the plain one.
 
     Raises:
+      TypeError: apply is a model, its variables, or anything else that is no function.
       ValueError: on, and apply passes through no batch norm layer.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -52,9 +53,10 @@ def linen(apply: Callable[..., Any], on: bool = True) -> Callable[..., tuple[Any
     >>> seen[""].mean.tolist()
     [0.5, 0.5]
     """
+    hooks.check_apply("watch.linen", apply, "watch.linen(model.apply), or watch.nnx(model) of nnx")
     if not on:
         return lambda *args, **kwargs: (apply(*args, **kwargs), {})
-    hooked = calls.hooked_apply(apply)
+    hooked = hooks.hooked_apply(apply)
 
     def watched(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         out, seen = hooked(*args, **kwargs)
@@ -76,6 +78,7 @@ def nnx(model: Any, on: bool = True) -> Iterator[dict[str, Any]]:
     Stands inside the jitted step, around `nnx.value_and_grad`. `on` as in `linen`.
 
     Raises:
+      TypeError: model is no nnx model.
       ValueError: on, and the model has no batch norm layer, or none was called.
 
     >>> import jax.numpy as jnp
@@ -87,6 +90,11 @@ def nnx(model: Any, on: bool = True) -> Iterator[dict[str, Any]]:
     >>> seen[""].mean.tolist()
     [0.5, 0.5]
     """
+    if not is_nnx(model):
+        raise TypeError(
+            f"watch.nnx: called with {type(model).__name__}, expected an nnx model; write with "
+            f"watch.nnx(model) as seen: y = model(x), or watch.linen(model.apply) of linen."
+        )
     if not on:
         yield {}
         return
@@ -96,7 +104,7 @@ def nnx(model: Any, on: bool = True) -> Iterator[dict[str, Any]]:
             f"BatchNorm or jaxbn.nnx.BatchNorm in the model; write watch.nnx(model, on=False) for "
             f"a model without them."
         )
-    with calls.hooked_nnx(model) as seen:
+    with hooks.hooked_nnx(model) as seen:
         yield seen
     if not seen:
         raise ValueError(
@@ -114,6 +122,7 @@ def records(seen: Mapping[str, Moments], variables: Any, grads: Any = None) -> d
       grads: of the loss, in the structure of the parameters.
 
     Raises:
+      TypeError: seen is no dict, path → `Moments`.
       ValueError: variables hold no running statistics for a layer that saw something.
 
     >>> import jax.numpy as jnp, jaxbn
@@ -125,6 +134,7 @@ def records(seen: Mapping[str, Moments], variables: Any, grads: Any = None) -> d
     >>> recorded["bn"].grads.scale.tolist()
     [1.0, 1.0]
     """
+    _check("records", seen, Moments, "watch.records(seen, variables, grads)", "watch.linen")
     found = find(variables)
     if missing := sorted(set(seen) - set(found)):
         raise ValueError(
@@ -141,6 +151,21 @@ def records(seen: Mapping[str, Moments], variables: Any, grads: Any = None) -> d
         path: Record(batch, found[path].state, found[path].params, slopes[path].params)
         for path, batch in seen.items()
     }
+
+
+def _check(call: str, by_path: Any, kind: type, write: str, source: str) -> None:
+    """What came is a dict, path → `kind`, or an error that says where such a dict comes from."""
+    if not isinstance(by_path, Mapping) or not all(isinstance(v, kind) for v in by_path.values()):
+        raise TypeError(
+            f"watch.{call}: called with {_kinds(by_path)}, expected a dict, path → {kind.__name__} "
+            f"of each layer, as {source} gives; write {write}."
+        )
+
+
+def _kinds(v: Any) -> str:
+    if not isinstance(v, Mapping):
+        return type(v).__name__
+    return f"{type(v).__name__} of {sorted({type(one).__name__ for one in v.values()})}"
 
 
 Channels = dict[str, np.ndarray]
@@ -190,6 +215,7 @@ def metrics(records: Mapping[str, Record]) -> dict[str, dict[str, float]]:
     >>> figures["batch_var_min"], round(figures["mean_over_sd_max"], 3)
     (4.0, 2.0)
     """
+    _check("metrics", records, Record, "watch.metrics(records)", "watch.records")
     with np.errstate(all="ignore"):  # what overflows or is NaN is reported as such
         return {path: _figures(record) for path, record in jax.device_get(dict(records)).items()}
 

@@ -29,7 +29,9 @@ import orbax.checkpoint as ocp
 from flax import serialization
 from safetensors.numpy import save_file
 
-from jaxbn import checkpoints, cli
+from jaxbn._checkpoints import nesting, norm_layers
+from jaxbn._checkpoints.read import read
+from jaxbn._cli import commands
 
 SECRET = "correct horse battery staple"
 NAMES = [
@@ -84,7 +86,7 @@ def linen():
 
 def flat(tree):
     """Names with dots → arrays."""
-    pairs = checkpoints._leaves(tree, (), "")
+    pairs = nesting._leaves(tree, (), "")
     return {".".join(keys): np.asarray(v) for keys, v in pairs}
 
 
@@ -92,7 +94,7 @@ def make_sound(folder):
     """A sound checkpoint of every kind, by name."""
     folder.mkdir()
     tree = linen()
-    torch = {f"bn.{checkpoints.NAMES[name]}": v for name, v in layer().items()}
+    torch = {f"bn.{norm_layers.NAMES[name]}": v for name, v in layer().items()}
     save_file(flat(tree), folder / "linen.safetensors")
     save_file(torch | {"fc.weight": np.ones((2, 3))}, folder / "torch.safetensors")
     (folder / "linen.msgpack").write_bytes(serialization.to_bytes(tree))
@@ -341,7 +343,7 @@ def run(words):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            status = cli.main(words)
+            status = commands.main(words)
         except SystemExit as end:
             status = end.code
     return status, out.getvalue(), err.getvalue()
@@ -377,7 +379,7 @@ def faults(words, dest, before, status, out, err):
         yield f"left behind: {sorted(map(ascii, new))}"
     elif new and dest.suffix != ".png":
         try:
-            checkpoints.read(dest)
+            read(dest)
         except ValueError as error:
             yield f"what was written cannot be read: {error}"
 

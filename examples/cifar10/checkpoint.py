@@ -109,12 +109,12 @@ class Checkpoints:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def last_state(run: Path, state, say=print):
-    """The state of a run's newest sound checkpoint, for those who only read it."""
+def last_state(run: Path, init, say=print):
+    """The state of a run's newest sound checkpoint, for those who only read it; `init()` is one."""
     saved = Checkpoints(run / "checkpoints")
-    steps, state, _, damaged = saved.newest(state)
-    if not steps:
+    if not saved.steps():
         raise CheckpointError(f"{run} has no complete checkpoint")
+    steps, state, _, damaged = saved.newest(init())
     for other in damaged:
         say(f"{saved.folder}/{other} is damaged; taking {steps}")
     return state

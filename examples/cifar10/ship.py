@@ -19,7 +19,7 @@ from augment import normalize
 from checkpoint import last_state
 from data import DataError, load
 from flax import nnx
-from options import Parser, between, run_options, told
+from options import Parser, between, one_line, run_options, told
 from rich.console import Console
 from rich.table import Table
 from train import make_steps
@@ -55,7 +55,7 @@ def read_run(folder: Path, data_dir: Path | None):
     args = run_options(folder)
     data = load(args.data, data_dir)
     steps = make_steps(args, len(data.train_y) // args.batch)
-    state = last_state(folder, jax.jit(steps.init)(jax.random.key(0)))
+    state = last_state(folder, lambda: jax.jit(steps.init)(jax.random.key(0)))
     if args.api == "linen":
         variables = {"params": state.params, "batch_stats": state.batch_stats}
 
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
         p.error(told(error))
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of types it then infers
     rows: list[dict] = []
-    with console.status("recalibrating, folding, exporting"):
+    with one_line(p), console.status("recalibrating, folding, exporting"):
         made = stages(data, apply, model, args, out, console.print)
     for stage in made:
         with console.status(f"measuring: {stage.name}"):

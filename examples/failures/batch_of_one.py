@@ -9,10 +9,10 @@ import jaxbn
 from jaxbn import health
 
 
-def main():
+def main(seed=0):
     (x, y), (test_x, test_y) = digits()
     net = Net()
-    variables = train(net.apply, start(net, x[:2]), batches(x, y, 400, 64))
+    variables = train(net.apply, start(net, x[:2], seed=seed), batches(x, y, 400, 64, seed))
 
     def serve(image):
         return net.apply(variables, image[None], True, mutable=["batch_stats"])[0][0]
@@ -39,5 +39,5 @@ def warned():
 
 
 if __name__ == "__main__":
-    show(main())
+    show(main)
     print(*warned(), sep="\n")

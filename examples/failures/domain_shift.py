@@ -6,10 +6,10 @@ import jaxbn
 from jaxbn import health
 
 
-def main():
+def main(seed=0):
     (x, y), (test_x, test_y) = digits()
     net = Net()
-    variables = train(net.apply, start(net, x[:2]), batches(x, y, 400, 64))
+    variables = train(net.apply, start(net, x[:2], seed=seed), batches(x, y, 400, 64, seed))
     served = 12 + 0.2 * test_x
     cured = jaxbn.recalibrate(net.apply, variables, [served])
     watched = health.incoming(net.apply)
@@ -26,4 +26,4 @@ def main():
 
 
 if __name__ == "__main__":
-    show(main())
+    show(main)

@@ -39,9 +39,8 @@ def main(data_dir=None, run=None, width=16, steps=300, batch=128):
     scale = partial(normalize, mean=data.mean, std=data.std)
     net = ResNet9(width=width)
     training = Linen(net, sgd(lambda _: 0.05, 5e-4), partial(smooth_cross_entropy, smoothing=0.1))
-    state = jax.jit(training.init)(jax.random.key(0))
-    if run:
-        state = last_state(run, state)
+    init = partial(jax.jit(training.init), jax.random.key(0))
+    state = last_state(run, init) if run else init()
 
     # Stochastic weight averaging (Izmailov et al. 2018): the mean of every 10th step's weights.
     step, average = jax.jit(training.train), state.params

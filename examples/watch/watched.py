@@ -45,9 +45,9 @@ def step(variables, key, watched):
 
 
 def main(folder: str, steps: int = 500, port: int = 9464) -> None:
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 8)))
     with writers.open(["jsonl", "prometheus", "tensorboard"], folder, every=50, port=port) as log:
         print(*log.writers, sep="\n")
+        variables = model.init(jax.random.key(0), jnp.zeros((1, 8)))
         for i in range(steps):
             variables, loss, seen = step(variables, jax.random.key(i), watched=log.due(i))
             if seen:

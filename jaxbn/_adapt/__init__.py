@@ -1,0 +1,1 @@
+"""A trained model or its statistics, changed. No file here imports another."""

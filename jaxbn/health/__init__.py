@@ -1,0 +1,40 @@
+"""Is a checkpoint, a batch, or a served model in trouble? Findings as data, with remedies.
+
+What is wrong with what the layers hold: `check`, `summary`. With a model and a batch: `gap`.
+With a stream of served data: `drift`. Thresholds are `Limits`, explained in docs/health.md.
+"""
+
+from jaxbn.health._check import Row, check, summary
+from jaxbn.health._distances import Distance, distance, divergence, initial_share
+from jaxbn.health._drift import Drift, LayerDrift, decide, drift
+from jaxbn.health._findings import KINDS, Finding, Limits, Setting, worst_first
+from jaxbn.health._gap import Gap, LayerGap, gap
+from jaxbn.health._layer import of_layer
+from jaxbn.health._rows import Seen, incoming, merge, seen
+
+__all__ = [
+    "KINDS",
+    "Distance",
+    "Drift",
+    "Finding",
+    "Gap",
+    "LayerDrift",
+    "LayerGap",
+    "Limits",
+    "Row",
+    "Seen",
+    "Setting",
+    "check",
+    "decide",
+    "distance",
+    "divergence",
+    "drift",
+    "gap",
+    "incoming",
+    "initial_share",
+    "merge",
+    "of_layer",
+    "seen",
+    "summary",
+    "worst_first",
+]

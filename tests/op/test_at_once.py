@@ -1,0 +1,162 @@
+"""Moments as on TPUs: sums of x itself, and about a pivot where a mean is far from 0.
+
+Nothing here is a TPU's: the CPU is told to take that way. What a TPU's compiler makes of it is in
+`tests/accelerators`.
+"""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jaxbn
+from tests.support import oracle
+from tests.support.training import REAL, assert_training_equals_the_oracle, normal, step
+
+moments = importlib.import_module("jaxbn._op.moments")
+EPS = 2.0**-24
+
+
+@pytest.fixture(autouse=True)
+def way(switched):
+    """Chooses one: at once, which is a TPU's, to begin with."""
+
+    def choose(at_once):
+        switched(moments, "AT_ONCE", "cpu" if at_once else "tpu")
+
+    choose(True)
+    return choose
+
+
+def of(x, **options):
+    return jax.jit(lambda x: jaxbn.moments(x, **options))(x)
+
+
+def at(*means, rows=512):
+    """A channel of sd 1 about each of these means."""
+    return normal(rows, 3, len(means)) + np.float32(means)
+
+
+@pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)
+def test_training_equals_the_oracle(case):
+    assert_training_equals_the_oracle(case)
+
+
+@pytest.mark.parametrize("mean", [0, 1, 3.9, 4.1, 30, 1e3, 1e4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_variance_is_right_at_any_mean(mean, masked):
+    """Sums about 0 lose 1 + mean² / var roundings, 17 at the most; further away none are taken."""
+    x = at(mean, 0)
+    mask = np.arange(512)[:, None, None] % 3 > 0 if masked else None
+    m = of(x, mask=mask)
+    _, want_mean, want_var = oracle.moments(x, -1, mask)
+    tolerance = (1 + moments.NEAR) * EPS * np.sqrt(x.size / 2)
+    np.testing.assert_allclose(m.var, want_var, rtol=tolerance)
+    np.testing.assert_allclose(m.mean, want_mean, rtol=EPS * 4, atol=EPS * np.sqrt(x.size / 2))
+
+
+def test_one_channel_far_from_0_is_enough_for_the_pivot(way):
+    """Bit for bit: near 0 the sums are those of x and x², else those about the pivot, for all."""
+    near, far = at(0.5, 3), at(0.5, 300)
+    sums = jax.jit(lambda x: (x.sum((0, 1)), (x * x).sum((0, 1))))(near)
+    of_near, of_far = of(near), of(far)
+    np.testing.assert_array_equal(of_near.mean, sums[0] / near[..., 0].size)
+    way(at_once=False)
+    assert (np.asarray(of_near.var) != np.asarray(of(near).var)).any()
+    for got, want in zip(of_far, of(far), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_complex_values():
+    x = at(2, 0) + 1j * normal(512, 3, 2, seed=1)
+    m = of(x.astype(np.complex64))
+    _, mean, var = oracle.moments(x)
+    np.testing.assert_allclose(m.mean, mean, atol=2e-6)
+    np.testing.assert_allclose(m.var, var, rtol=1e-5)
+    assert m.var.dtype == jnp.float32
+
+
+def test_constant_channels_are_exact():
+    x = at(0, 0, 0, 0)
+    x[..., 1], x[..., 2], x[..., 3] = 0.1, 1234.567, 0
+    params = jaxbn.Params(np.ones(4, "f"), np.arange(4, dtype="f"))
+    y, _, dx, _ = jax.jit(lambda *a: step(*a))(x, params, x)
+    np.testing.assert_array_equal(y[..., 1:], np.broadcast_to(np.arange(1, 4), y[..., 1:].shape))
+    assert np.isfinite(dx).all()
+    m = of(x[..., 3:])  # 0 alone is near
+    np.testing.assert_array_equal([*m.mean, *m.var], 0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_what_is_not_finite_leaves_its_channel(bad):
+    x = at(0, 1)
+    x[3, 1, 0] = bad
+    params, state = jaxbn.init(2)
+    _, new = jax.jit(lambda x: jaxbn.batch_norm(x, params, state, train=True))(x)
+    for got, want in zip(new[:2], state[:2], strict=True):
+        assert got[0] == want[0]
+        assert got[1] != want[1]
+
+
+def test_a_batch_without_a_valid_cell_is_the_empty_set():
+    m = of(at(3, 0), mask=np.zeros((512, 1, 1), bool))
+    assert float(m.count) == 0
+    np.testing.assert_array_equal([*m.mean, *m.var], 0)
+
+
+@pytest.mark.parametrize("mean", [1, 100])
+def test_derivatives_to_second_order_are_those_about_a_pivot(way, mean):
+    with jax.enable_x64(True):
+        x, dy, tx = (jnp.asarray(normal(16, 3, seed=i), jnp.float64) for i in range(3))
+        params = jaxbn.Params(jnp.arange(1.0, 4), jnp.arange(3.0))
+
+        def derivatives(x):
+            def loss(x):
+                y = jaxbn.batch_norm(x, params, None, train=True)[0]
+                return (jnp.sin(y) * dy).sum() + jaxbn.moments(x).var.sum() ** 2
+
+            return jax.jvp(jax.grad(loss), (x,), (tx,)), jax.hessian(loss)(x)
+
+        got = jax.jit(lambda x: derivatives(x))(x + mean)
+        way(at_once=False)
+        want = jax.jit(lambda x: derivatives(x))(x + mean)
+    for u, v in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        oracle.assert_close(u, v, 1e-9)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("options", [{}, {"axis_name": "d"}, {"virtual_batch_size": 2}])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_devices_decide_for_themselves(way, options, masked, check_vma, mapped):
+    """Rows far from 0 lie on some devices only: the result is that of pivots everywhere."""
+    x = normal(32, 5, 3) + np.float32([0, 1, 2])
+    x[:8] += 50
+    dy, params = normal(32, 5, 3, seed=1), jaxbn.Params(np.ones(3, "f"), np.zeros(3, "f"))
+    mask = np.arange(5)[:, None] < np.float32([4, 5, 3]) if masked else None  # the same everywhere
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def run():
+        def shard(x, params, dy, mask):
+            f = functools.partial(step, **options)
+            if mapped:
+                f, x, dy = jax.vmap(f, (0, None, 0, None)), x[None], dy[None]
+            y, state, dx, grads = f(x, params, dy, mask)
+            if mapped:
+                y, state, dx, grads = jax.tree.map(lambda v: v[0], (y, state, dx, grads))
+            state, grads = jax.tree.map(lambda v: jax.lax.pmean(v, "d"), (state[:2], grads))
+            return y, state, dx, grads
+
+        specs = {"in_specs": (P("d"), P(), P("d"), P()), "out_specs": (P("d"), P(), P("d"), P())}
+        f = jax.shard_map(shard, mesh=mesh, check_vma=check_vma, **specs)
+        return jax.jit(f)(x, params, dy, mask)
+
+    got = run()
+    way(at_once=False)
+    want = run()
+    for u, v in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        oracle.assert_close(u, np.asarray(v, np.float64), 40 * oracle.tolerance("float32", x.size))
