@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 class Bug(NamedTuple):
     name: str
-    file: str  # in jaxbn/, or from the root where it has a folder
+    file: str  # in jaxbn/, or from the root
     line: str  # as it stands there, once
     seeded: str
     test: str  # in tests/
@@ -906,8 +906,9 @@ BUGS = (
 
 
 def place(bug, root=ROOT):
-    """The bug's file."""
-    return root / bug.file if "/" in bug.file else root / "jaxbn" / bug.file
+    """The bug's file: in the package, or else from the root."""
+    inside = root / "jaxbn" / bug.file
+    return inside if inside.exists() else root / bug.file
 
 
 def occurrences(bug):

@@ -1,4 +1,4 @@
-"""Every road over a mesh equals one device: `benchmarks/subjects/meshes.py`, each pair of its ways once."""
+"""Each pair of ways over a mesh equals one device: the roads of `benchmarks/subjects/meshes.py`."""
 
 import functools
 import itertools
