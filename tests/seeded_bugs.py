@@ -63,9 +63,9 @@ BUGS = (
     ),
     Bug(
         "a mask that is not sharded as x",
-        "_op/devices.py",
-        "    return sharded_as(jnp.broadcast_to(mask, x.shape), x, range(x.ndim))",
-        "    return jnp.broadcast_to(mask, x.shape)",
+        "_op/arguments.py",
+        "    return sharded_as(mask, x, [None if mask.shape[a] == 1 else a for a in range(x.ndim)])",
+        "    return mask",
         f"{ROAD}[Explicit-features-jit-mask-as features]",
     ),
     Bug(
@@ -73,7 +73,7 @@ BUGS = (
         "_op/arguments.py",
         "    of_devices = tuple(name for name in names if name in manual)",
         "    of_devices, manual = names, names",
-        f"{ROAD}[Explicit-features-vmap-functional-as features]",
+        f"{ROAD}[Explicit-features-vmap-mask-as features]",
     ),
     Bug(
         "statistics in bfloat16",
@@ -341,8 +341,8 @@ BUGS = (
     Bug(
         "mask ignored in backward",
         "_op/training.py",
-        "d, t = jnp.where(valid, d, 0), jnp.where(valid, t, 0)",
-        "d, t = jnp.where(valid, d, d), t",
+        "d, t = jnp.where(mask, d, 0), jnp.where(mask, t, 0)",
+        "d, t = jnp.where(mask, d, d), t",
         "op/test_derivative.py::test_gradients_equal_the_oracle[padded batch]",
     ),
     Bug(
@@ -519,7 +519,7 @@ BUGS = (
     Bug(
         "recalibrated beside replicated statistics",
         "_adapt/recalibrate.py",
-        "devices.cells(before.astype(new.dtype), new)",
+        "devices.spread(before.astype(new.dtype), new)",
         "before.astype(new.dtype)",
         f"{ROAD}[Explicit-features-jit-recalibrate-replicated]",
     ),

@@ -195,6 +195,9 @@ def placed(road: Road):
 
 
 def mask_spec(road: Road) -> P:
+    """How a mask of rows lies: where a transform maps rows, as they do, and else otherwise."""
+    if road.transform in ("jit", "eager"):
+        return P("c")
     spec = spec_of(road._replace(caller="mask"))
     return P(*spec[: 2 if road.transform == "vmap" else 1])
 

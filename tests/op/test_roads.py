@@ -28,7 +28,7 @@ FIRST = [
     Road("Explicit", "features", "eager", "recalibrate", "as features"),
     Road("Explicit", "height", "jit", "linen", "replicated"),
     Road("Explicit", "features", "shard_map, one axis", "functional", "as features"),
-    Road("Explicit", "features", "vmap", "functional", "as features"),
+    Road("Explicit", "features", "vmap", "mask", "as features"),
     Road("Explicit", "data", "vmap", "recalibrate", "replicated"),
     Road("Explicit", "several", "eager", "gap", "as features"),
 ]
