@@ -64,8 +64,8 @@ BUGS = (
     Bug(
         "a mask that is not sharded as x",
         "_op/arguments.py",
-        "    return sharded_as(mask, x, [None if mask.shape[a] == 1 else a for a in range(x.ndim)])",
-        "    return mask",
+        "return sharded_as(mask, x, [None if mask.shape[a] == 1 else a for a in range(x.ndim)])",
+        "return mask",
         f"{ROAD}[Explicit-features-jit-mask-as features]",
     ),
     Bug(

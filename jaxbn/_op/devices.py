@@ -109,7 +109,7 @@ def sharded_as(v: jax.Array, like: jax.Array, axes: Iterable[int | None] = ()) -
 
 
 def spread(v: jax.Array, like: jax.Array) -> jax.Array:
-    """v broadcast to the shape of `like`, and sharded by type as `like` is."""
+    """Equals v broadcast to the shape of `like`, and sharded by type as `like` is."""
     return sharded_as(jnp.broadcast_to(v, like.shape), like, range(like.ndim))
 
 

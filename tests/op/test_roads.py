@@ -85,3 +85,4 @@ def test_the_table_has_a_row_a_road_and_a_column_a_caller():
     error = cells.pop("mask")
     assert 0 <= error < 1e-6
     assert set(cells.values()) == {""}
+    assert table.notes[0] == "Statistics lie as the features do on 1 of 1 roads."
