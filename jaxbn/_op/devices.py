@@ -6,9 +6,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+
+Groups = tuple[tuple[int, ...], ...] | None
 
 
 class Pool(NamedTuple):
@@ -16,17 +19,17 @@ class Pool(NamedTuple):
 
     axis_name: tuple[str, ...]  # axes of shard_map and pmap, along which each device has its part
     mapped: tuple[str, ...]  # axes of vmap, whose parts are all at hand
-    groups: tuple[tuple[int, ...], ...] | None
+    groups: Groups
     devices: int  # that pool together, parts of a vmap among them
 
 
 def total(v: jax.Array, pool: Pool) -> jax.Array:
     """Sum of v over the pool. Linear: JAX transposes it."""
-    if pool.groups is not None:
-        return gather(v, pool).sum(0)
     for name in pool.mapped:
-        v = lax.all_gather(v, name).sum(0)
-    return lax.psum(v, pool.axis_name) if pool.axis_name else v
+        v = parts(v, name, pool.groups).sum(0)
+    if not pool.axis_name:
+        return v
+    return lax.psum(v, pool.axis_name) if pool.groups is None else gather(v, pool).sum(0)
 
 
 def totals(vs: Sequence[jax.Array], pool: Pool) -> Sequence[jax.Array]:
@@ -35,8 +38,21 @@ def totals(vs: Sequence[jax.Array], pool: Pool) -> Sequence[jax.Array]:
     return list(total(jnp.stack(vs), pool)) if pool.axis_name else [total(v, pool) for v in vs]
 
 
+def parts(v: jax.Array, name: str, groups: Groups) -> jax.Array:
+    """The v of each part of a vmap, or of its group: [parts, *v.shape]; v of others is 0."""
+    each = lax.all_gather(v, name)
+    if groups is None:
+        return each
+    index = lax.axis_index(name)
+    group_of = np.zeros((len(each), len(each)), bool)
+    for group in groups:
+        group_of[np.ix_(group, group)] = True
+    mine = jnp.asarray(group_of)[index]
+    return jnp.where(jnp.expand_dims(mine, range(1, each.ndim)), each, 0)
+
+
 def gather(v: jax.Array, pool: Pool) -> jax.Array:
-    """The v of each device in the pool, or of each part of a group under vmap: [devices, *v.shape].
+    """The v of each device in the pool: [devices, *v.shape].
 
     Without groups it is a psum into one slot a device and not an all_gather, because what
     comes out must be typed as equal on all devices (`out_specs=P()` under `check_vma`). The slots
@@ -47,12 +63,7 @@ def gather(v: jax.Array, pool: Pool) -> jax.Array:
         index, size = lax.axis_index(pool.axis_name), lax.axis_size(pool.axis_name)
         mine = (jnp.arange(size) == index).astype(v.dtype)
         return lax.psum(jnp.expand_dims(mine, range(1, 1 + v.ndim)) * v[None], pool.axis_name)
-    if pool.axis_name:
-        return lax.all_gather(v, pool.axis_name, axis_index_groups=pool.groups)
-    (name,) = pool.mapped
-    group_of = sorted((i, group) for group in pool.groups for i in group)
-    mine = jnp.asarray([group for _, group in group_of])[lax.axis_index(name)]
-    return lax.all_gather(v, name)[mine]
+    return lax.all_gather(v, pool.axis_name, axis_index_groups=pool.groups)
 
 
 def varying_axes(v: jax.Array) -> frozenset[str]:

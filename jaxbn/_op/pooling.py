@@ -45,11 +45,10 @@ def across(m: Moments, pool: Pool | None) -> Moments:
     """
     if pool is None:
         return m
-    if pool.groups is None:
-        for name in pool.mapped:
-            m = merge_all(Moments(*(lax.all_gather(leaf, name) for leaf in m)))
-        if not pool.axis_name:
-            return m
+    for name in pool.mapped:
+        m = merge_all(Moments(*(devices_.parts(leaf, name, pool.groups) for leaf in m)))
+    if not pool.axis_name:
+        return m
     if pool.devices <= GATHERED:
         return merge_all(_packed(m, lambda v: devices_.gather(v, pool)))
     return _pooled(m, lambda v: _packed(v, lambda flat: devices_.total(flat, pool)))

@@ -253,6 +253,6 @@ def _copies(leaf: Any) -> Any:
     shape = (min(map(len, parts.values())), *leaf.shape)
     copies = np.zeros(shape, np.complex128 if np.iscomplexobj(leaf) else np.float64)
     for part in parts.values():
-        for copy, shard in zip(copies, part, strict=False):
-            copy[shard.index] = shard.data
+        for i, shard in zip(range(shape[0]), part, strict=False):
+            copies[i, *shard.index] = shard.data
     return copies
