@@ -31,7 +31,7 @@ def plot(
     Args:
       path: ends in `.png`; replaced when the picture is complete.
       title: above it.
-      layers: path → layer, as `jaxbn._checkpoints.norm_layers.find` gives them.
+      layers: path → layer, as `jaxbn._checkpoints.norm_layers.norms_in` gives them.
       findings: of `jaxbn.health.check`, about these layers.
 
     Raises:

@@ -344,11 +344,14 @@ def test_the_doctor_sees_every_layer(tree, form, tmp_path, capsys):
 def test_lists_as_msgpack_has_them_and_layers_in_a_tree_that_was_never_in_a_file(tmp_path):
     packed = serialization.msgpack_serialize({"blocks": [norm(), [norm()]]})
     (tmp_path / "net.msgpack").write_bytes(packed)
-    assert list(norm_layers.find(read.read(tmp_path / "net.msgpack"))) == [
+    assert list(norm_layers.norms_in(read.read(tmp_path / "net.msgpack"))) == [
         "blocks/0",
         "blocks/1/0",
     ]
-    assert list(norm_layers.find({"blocks": [state(), (state(),)]})) == ["blocks/0", "blocks/1/0"]
+    assert list(norm_layers.norms_in({"blocks": [state(), (state(),)]})) == [
+        "blocks/0",
+        "blocks/1/0",
+    ]
 
 
 def test_scale_and_bias_without_statistics_are_a_finding(tmp_path, capsys):
@@ -969,7 +972,7 @@ def test_errors_of_the_commands_that_write(net, capsys, tmp_path):
         ),
         ("recalibrate", "net.msgpack", "new.pt", "--model", "net:network"): (
             "recalibrate: new.pt ends in .pt, expected .safetensors, .msgpack, or a name without a "
-            "suffix, which is an orbax folder."
+            "suffix for an orbax folder."
         ),
         ("convert", "net.msgpack", "no/new.msgpack"): (
             f"convert: no folder {tmp_path}/no to write new.msgpack in"
