@@ -642,7 +642,14 @@ MISSING = {
     ],
     "tensorstore": [(lambda: checkpoints.read("a"), "read", "orbax-checkpoint")],
     "orbax": [(lambda: saving.save("b", {"a": ONE}), "save", "orbax-checkpoint")],
-    "rich": [(lambda: terminal.show("net", [], []), "show", "'jaxbn[doctor]'")],
+    "rich": [
+        (lambda: terminal.show("net", [], []), "show", "'jaxbn[doctor]'"),
+        (
+            lambda: jaxbn.recalibrate(lambda s, _: s, state(), [ONE], progress=True),
+            "recalibrate",
+            "'jaxbn[doctor]'",
+        ),
+    ],
     "matplotlib": [(lambda: pictures.plot("a.png", "", {}), "plot", "'jaxbn[doctor]'")],
     "prometheus_client": [(lambda: jaxbn.writers.Prometheus(0), "Prometheus", "'jaxbn[watch]'")],
     "tensorboardX": [(lambda: jaxbn.writers.TensorBoard("b"), "TensorBoard", "'jaxbn[watch]'")],
