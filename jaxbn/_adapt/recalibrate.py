@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxbn._extras import need
 from jaxbn._inspection import layers
 from jaxbn._inspection.observer import Observe, Record, observer
 from jaxbn._inspection.selection import Where, select
@@ -249,12 +250,10 @@ def _shown(batches: Iterable[Any], limit: int | None, progress: bool | None) -> 
     some = itertools.islice(batches, limit)
     if not (sys.stderr.isatty() if progress is None else progress):
         return contextlib.nullcontext(some)
-    from rich.console import Console
-    from rich.progress import track
-
+    track = need("recalibrate", "rich.progress").track
     sizes = [n for n in (getattr(batches, "__len__", lambda: None)(), limit) if n is not None]
     total = min(sizes) if sizes and hasattr(batches, "__len__") else limit
-    console = Console(stderr=True)
+    console = need("recalibrate", "rich.console").Console(stderr=True)
     # In a file the bar stands once, full.
     return contextlib.closing(
         track(some, "Recalibrating", total, console=console, transient=console.is_terminal)

@@ -646,7 +646,14 @@ MISSING = {
     ],
     "tensorstore": [(lambda: read.read("a"), "read", "orbax-checkpoint")],
     "orbax": [(lambda: write_.save("b", {"a": ONE}), "save", "orbax-checkpoint")],
-    "rich": [(lambda: terminal.show("net", [], []), "show", "'jaxbn[doctor]'")],
+    "rich": [
+        (lambda: terminal.show("net", [], []), "show", "'jaxbn[doctor]'"),
+        (
+            lambda: jaxbn.recalibrate(lambda s, _: s, state(), [ONE], progress=True),
+            "recalibrate",
+            "'jaxbn[doctor]'",
+        ),
+    ],
     "matplotlib": [(lambda: picture_.plot("a.png", "", {}), "plot", "'jaxbn[doctor]'")],
     "prometheus_client": [(lambda: jaxbn.writers.Prometheus(0), "Prometheus", "'jaxbn[watch]'")],
     "tensorboardX": [(lambda: jaxbn.writers.TensorBoard("b"), "TensorBoard", "'jaxbn[watch]'")],
