@@ -189,7 +189,7 @@ def _fold(
         flag = new.unbiased if unbiased is None else jnp.full_like(new.unbiased, unbiased)
         # [] or, of stacked layers, [layers], beside [C] or [layers, C].
         count, flag = (
-            devices.cells(v.reshape(v.shape + (1,) * (mean.ndim - v.ndim)), mean)
+            devices.spread(v.reshape(v.shape + (1,) * (mean.ndim - v.ndim)), mean)
             for v in (count, flag)
         )
         finite = jnp.all(jnp.isfinite(mean) & jnp.isfinite(var))
@@ -220,7 +220,7 @@ def _state(old: State, record: Record, pooled: bool, pool: Pool | None, batches:
     var = m.var * _bessel(m.count, record.unbiased) if pooled else m.var
     # A channel that a mask hides in every batch keeps what it had.
     mean, var = (
-        jnp.where(m.count > 0, new, devices.cells(before.astype(new.dtype), new))
+        jnp.where(m.count > 0, new, devices.spread(before.astype(new.dtype), new))
         for new, before in ((m.mean, old.mean), (var, old.var))
     )
     count = None if old.count is None else jnp.full_like(old.count, batches)
