@@ -23,6 +23,8 @@ class Bug(NamedTuple):
     test: str  # in tests/
 
 
+ROAD = "op/test_roads.py::test_a_road_over_a_mesh_equals_one_device"
+
 BUGS = (
     Bug(
         "mean of means, not weighted by count",
@@ -44,6 +46,34 @@ BUGS = (
         "        x = lax.slice_in_dim(x, 0, None, stride, axis=axis)",
         "        x = x[tuple(slice(1 if a in axes.reduced else None) for a in range(x.ndim))]",
         "op/test_moments.py::test_no_outlier_spoils_the_variance[a saturated pixel first]",
+    ),
+    Bug(
+        "a sample of time that devices cannot share",
+        "jaxbn/_op/moments.py",
+        "        return axis, next(fits, 1) if x.size else 1",
+        "        return axis, STRIDE if x.size else 1",
+        f"{ROAD}[Explicit-height-jit-linen-replicated]",
+    ),
+    Bug(
+        "sharded features in one row with a count",
+        "jaxbn/_op/pooling.py",
+        "    if any(jax.typeof(m.mean).sharding.spec):",
+        "    if False:",
+        f"{ROAD}[Explicit-features-shard_map, one axis-functional-as features]",
+    ),
+    Bug(
+        "a mask that is not sharded as x",
+        "jaxbn/_op/arguments.py",
+        "return sharded_as(mask, x, [None if mask.shape[a] == 1 else a for a in range(x.ndim)])",
+        "return mask",
+        f"{ROAD}[Explicit-features-jit-mask-as features]",
+    ),
+    Bug(
+        "under vmap a sum over sharded features",
+        "jaxbn/_op/arguments.py",
+        "    of_devices = tuple(name for name in names if name in manual)",
+        "    of_devices, manual = names, names",
+        f"{ROAD}[Explicit-features-vmap-mask-as features]",
     ),
     Bug(
         "statistics in bfloat16",
@@ -182,6 +212,13 @@ BUGS = (
         "op/test_moments.py::test_a_constant_channel_is_exact[shape4]",
     ),
     Bug(
+        "replicated statistics beside sharded features",
+        "jaxbn/_op/state.py",
+        "(sharded_as(v.astype(wide(v.dtype)), x, axes.features) for",
+        "(v.astype(wide(v.dtype)) for",
+        f"{ROAD}[Explicit-features-jit-functional-replicated]",
+    ),
+    Bug(
         "running var biased where unbiased was asked, and the reverse",
         "jaxbn/_op/state.py",
         " if unbiased else moments.var",
@@ -304,8 +341,8 @@ BUGS = (
     Bug(
         "mask ignored in backward",
         "jaxbn/_op/training.py",
-        "d, t = jnp.where(valid, d, 0), jnp.where(valid, t, 0)",
-        "d, t = jnp.where(valid, d, d), t",
+        "d, t = jnp.where(mask, d, 0), jnp.where(mask, t, 0)",
+        "d, t = jnp.where(mask, d, d), t",
         "op/test_derivative.py::test_gradients_equal_the_oracle[padded batch]",
     ),
     Bug(
@@ -478,6 +515,20 @@ BUGS = (
         "round(1 - momentum, 12)",
         "momentum",
         "convert/test_convert.py::test_training_goes_on_as_in_pytorch[0.1-True]",
+    ),
+    Bug(
+        "recalibrated beside replicated statistics",
+        "jaxbn/_adapt/recalibrate.py",
+        "devices.spread(before.astype(new.dtype), new)",
+        "before.astype(new.dtype)",
+        f"{ROAD}[Explicit-features-jit-recalibrate-replicated]",
+    ),
+    Bug(
+        "the last cell of a sharded batch",
+        "jaxbn/health/_gap.py",
+        "    last = sharded_as(x, x, [a if a in axes.features else None for a in range(x.ndim)])",
+        "    last = x",
+        f"{ROAD}[Explicit-several-eager-gap-as features]",
     ),
     Bug(
         "batches of a recalibration weigh alike",
@@ -868,7 +919,7 @@ def fails(bug, seed=True):
     """Whether the bug's test fails on a copy of the package, seeded or as it is."""
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
-        for name in ("jaxbn", "tests", "examples", "docs"):
+        for name in ("jaxbn", "tests", "benchmarks", "examples", "docs"):
             ignore = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / name, copy / name, ignore=ignore)
         shutil.copy(ROOT / "pyproject.toml", copy)
