@@ -510,7 +510,7 @@ BUGS = (
     ),
     Bug(
         "a frozen class that pickle cannot find",
-        "_inspection/layers.py",
+        "_inspection/nnx_classes.py",
         "return _picklable(meta)(name, (cls,), body)",
         "return meta(name, (cls,), body)",
         "inspection/test_model_trees.py::test_nnx_models_pickle[freeze-BatchNorm1]",

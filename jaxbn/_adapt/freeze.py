@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxbn._inspection import layers
+from jaxbn._inspection import layers, nnx_classes
 from jaxbn._inspection.hooks import Call, check_apply, hooked_apply
 from jaxbn._inspection.selection import Where, select
 from jaxbn._op.state import State
@@ -61,8 +61,7 @@ def freeze(
     if nnx_model:
         for path, layer in layers.nnx_layers(model):
             if path in chosen and not _is_frozen(layer):
-                cls: Any = type(layer)
-                object.__setattr__(layer, "__class__", frozen_class(cls))
+                nnx_classes.exchange(layer, frozen_class(type(layer)))
         return model
 
     # No closure: this pickles where apply does.
@@ -92,7 +91,7 @@ def unfreeze(model: Any, where: Where = "*") -> Any:
     chosen = select("unfreeze", model, where)
     for path, layer in layers.nnx_layers(model):
         if path in chosen and _is_frozen(layer):
-            object.__setattr__(layer, "__class__", type(layer).__base__)
+            nnx_classes.restore(layer)
     return model
 
 
@@ -136,18 +135,19 @@ def _apply_frozen(apply: Callable[..., Any], frozen: Set[str], /, *args: Any, **
     return hooked_apply(apply, by_running_statistics)(*args, **kwargs)[0]
 
 
-@functools.lru_cache(maxsize=64)
 def frozen_class(cls: Any) -> Any:
     """The nnx layer's class, called by its running statistics whatever the call says."""
+    return nnx_classes.subclass(cls, f"Frozen{cls.__name__}", _frozen_call)
 
+
+def _frozen_call(cls: Any) -> Callable[..., jax.Array]:
     def __call__(  # noqa: N807
         self: Any, x: jax.Array, use_running_average: bool | None = None, **kwargs: Any
     ) -> jax.Array:
         return cls.__call__(self, x, True, **kwargs)
 
-    body = {"__call__": __call__, "jaxbn_frozen": True}
-    return layers.derived(cls, f"Frozen{cls.__name__}", body, frozen_class, cls)
+    return __call__
 
 
 def _is_frozen(layer: Any) -> bool:
-    return getattr(type(layer), "jaxbn_frozen", False)
+    return nnx_classes.has_class_of(layer, _frozen_call)

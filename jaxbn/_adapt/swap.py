@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxbn._inspection import layers
+from jaxbn._inspection import layers, nnx_classes
 from jaxbn._inspection.hooks import Call, check_apply, hooked_apply
 from jaxbn._inspection.layers import Layer
 from jaxbn._inspection.selection import Where, select
@@ -104,7 +104,7 @@ def swap(
     for path, layer in found.items():
         new = _nnx(layer, to, grouped[path])
         # The object stays, for lists, dicts and other layers that hold it.
-        object.__setattr__(layer, "__class__", type(new))
+        nnx_classes.exchange(layer, type(new))
         vars(layer).clear()
         vars(layer).update(vars(new))
     return Swapped(model, None, report)
@@ -186,25 +186,22 @@ def _nnx(layer: Any, to: str, groups: int | None) -> Any:
     from flax import nnx
 
     options = _options(layer, to, groups) | {"promote_dtype": layer.promote_dtype}
-    new = nnx_class(NORMS[to])(layer.num_features, **options, rngs=nnx.Rngs(0))
+    cls: Any = nnx_classes.subclass(getattr(nnx, NORMS[to]), NORMS[to], _swapped_call, to)
+    new = cls(layer.num_features, **options, rngs=nnx.Rngs(0))
     new.scale, new.bias = layer.scale, layer.bias
     return new
 
 
-@functools.lru_cache(maxsize=8)
-def nnx_class(name: str) -> Any:
-    """Flax's own class, called as a batch norm is."""
-    from flax import nnx
-
-    cls = getattr(nnx, name)
+def _swapped_call(cls: Any, to: str) -> Callable[..., jax.Array]:
+    """The call of Flax's own norm with the arguments of a batch norm."""
 
     def __call__(  # noqa: N807
         self: Any, x: jax.Array, use_running_average: bool | None = None, *, mask: Any = None
     ) -> jax.Array:
-        _check_last(name.removesuffix("Norm").lower(), {}, x)
+        _check_last(to, {}, x)
         return cls.__call__(self, x, mask=_full(mask, x))
 
-    return layers.derived(cls, name, {"__call__": __call__}, nnx_class, name)
+    return __call__
 
 
 def _check_last(to: str, axes: Mapping[str, Any], x: jax.Array | None = None) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxbn._inspection import nnx_classes
 from jaxbn._inspection.layers import is_nnx, nnx_layers
 from jaxbn._op.moments import moments
 from jaxbn._op.pooling import merge
@@ -161,18 +162,19 @@ def hooked_nnx(
     [0.5, 0.5]
     """
     found = list(nnx_layers(model))
-    classes = [type(layer) for _, layer in found]
     named = [layer for _, layer in found if not hasattr(layer, PATH)]  # not by a hook around this
     seen: dict[str, Any] = {}
     for path, layer in found:
         cls: Any = type(layer)
-        object.__setattr__(layer, "__class__", _hooked_class(cls, hook, combine))
+        nnx_classes.exchange(
+            layer, nnx_classes.subclass(cls, cls.__name__, _hooked_call, hook, combine)
+        )
         setattr(layer, PATH, path)
     try:
         yield seen
     finally:
-        for (path, layer), cls in zip(found, classes, strict=True):
-            object.__setattr__(layer, "__class__", cls)
+        for path, layer in found:
+            nnx_classes.restore(layer)
             if hasattr(layer, OBSERVED):
                 seen[path] = getattr(layer, OBSERVED).get_value()
                 delattr(layer, OBSERVED)
@@ -180,8 +182,7 @@ def hooked_nnx(
             delattr(layer, PATH)
 
 
-@functools.lru_cache(maxsize=64)
-def _hooked_class(cls: Any, hook: Hook, combine: Callable[..., Any]) -> Any:
+def _hooked_call(cls: Any, hook: Hook, combine: Callable[..., Any]) -> Callable[..., Any]:
     from flax import nnx
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> jax.Array:  # noqa: N807
@@ -197,8 +198,7 @@ def _hooked_class(cls: Any, hook: Hook, combine: Callable[..., Any]) -> Any:
             setattr(self, OBSERVED, nnx.Intermediate(record))
         return y
 
-    # No mixin: Python refuses to assign a class of another layout to an object.
-    return type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
+    return __call__
 
 
 def _arguments(x: Any, use_running_average: Any = None, *, mask: Any = None) -> tuple[Any, ...]:

@@ -1,9 +1,8 @@
 """The batch norm layers of a model or a checkpoint: where they stand and what they hold."""
 
-import copyreg
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -156,36 +155,6 @@ def nnx_layers(model: Any) -> Iterator[tuple[str, Any]]:
     for path, module in nnx.iter_modules(model):
         if isinstance(module, nnx.BatchNorm):
             yield "/".join(map(str, path)), module
-
-
-def derived(
-    cls: Any, name: str, body: Mapping[str, Any], make: Callable[..., Any], *args: Any
-) -> Any:
-    """A subclass of an nnx module's class that pickles as the call `make(*args)` that makes it.
-
-    Others made at run time do not: Python looks a class up in the module that it names.
-
-    >>> import pickle
-    >>> from flax import nnx
-    >>> from jaxbn._adapt.freeze import frozen_class
-    >>> frozen = frozen_class(nnx.BatchNorm)
-    >>> pickle.loads(pickle.dumps(frozen)) is frozen
-    True
-    """
-    meta: Any = type(cls)
-    body = {**body, "__module__": cls.__module__, MADE_BY: (make, args)}
-    return _picklable(meta)(name, (cls,), body)
-
-
-MADE_BY = "jaxbn_made_by"
-
-
-@functools.cache
-def _picklable(meta: Any) -> Any:
-    """The metaclass, for classes that `derived` makes; a subclass of one is none of these."""
-    new = type(meta.__name__, (meta,), {})
-    copyreg.pickle(new, lambda cls: vars(cls).get(MADE_BY, cls.__qualname__))
-    return new
 
 
 def _plain(tree: Any) -> Any:

@@ -14,7 +14,7 @@ from flax import nnx
 import jaxbn
 from jaxbn import calls, convert, health, layers, watch
 from jaxbn._adapt.freeze import frozen_class
-from jaxbn._adapt.swap import nnx_class
+from jaxbn._inspection import nnx_classes
 from tests.support.compiling import compiled_quickly
 from tests.support.networks import NnxNet
 
@@ -194,8 +194,7 @@ def test_modules_may_be_called_mean_and_var(kind):
 def reloaded(thing):
     """As another process loads it, which has made no classes yet."""
     text = pickle.dumps(thing)
-    frozen_class.cache_clear()
-    nnx_class.cache_clear()
+    nnx_classes.subclass.cache_clear()
     return pickle.loads(text)
 
 
