@@ -35,8 +35,8 @@ def freeze(
 
     Raises:
       TypeError: linen's apply without variables, or a linen model or its variables as model.
-      ValueError: no such layer; or some were never updated (count 0 or, where updates are not
-        counted, mean 0 and var 1), which would freeze the network at an arbitrary function.
+      ValueError: no such layer; or some were never updated (count 0, or mean 0 and var 1), which
+        would freeze the network at an arbitrary function.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbn
     >>> net = nn.BatchNorm(use_running_average=False)

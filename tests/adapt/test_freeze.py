@@ -332,14 +332,19 @@ def test_never_updated_layers_are_refused_all_at_once(kind):
     jaxbn.freeze(model.apply if kind == "linen" else model, variables, where, allow_untrained=True)
 
 
-def test_a_count_tells_more_than_the_values():
+@pytest.mark.parametrize(
+    ("mean", "count"),
+    [(1.0, 0), (0.0, 3)],  # values of no batch; batches that momentum 1 counted and did not learn
+    ids=["count-0", "initial-values"],
+)
+def test_statistics_are_untrained_by_their_count_or_by_their_values(mean, count):
     norm = jaxbn.nnx.BatchNorm(2, momentum=None, rngs=nnx.Rngs(0))
-    norm.mean[...] = jnp.ones(2)  # count 0: no batch did this
+    norm.mean[...] = jnp.full(2, mean)
+    norm.count[...] = jnp.asarray(count)
     with pytest.raises(ValueError) as error:
         jaxbn.freeze(norm)
     assert str(error.value) == FRESH.format([""])
-    norm = jaxbn.nnx.BatchNorm(2, momentum=None, rngs=nnx.Rngs(0))
-    norm.count[...] = jnp.asarray(3)  # mean 0 and var 1, and batches were
+    norm.mean[...], norm.count[...] = jnp.ones(2), jnp.asarray(3)
     jaxbn.freeze(norm)
 
 
