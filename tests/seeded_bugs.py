@@ -269,8 +269,8 @@ BUGS = (
     Bug(
         "recalibrated statistics as narrow as the old ones",
         "_inspection/layers.py",
-        "value.astype(wide(leaf.dtype) if inexact else leaf.dtype)",
-        "value.astype(leaf.dtype)",
+        "value.astype(wide(dtype) if jnp.issubdtype(dtype, jnp.inexact) else dtype)",
+        "value.astype(dtype)",
         "adapt/test_recalibrate.py::test_replaced_statistics_are_float32_or_wider",
     ),
     Bug(
@@ -518,8 +518,8 @@ BUGS = (
     Bug(
         "boxes taken for arrays",
         "_inspection/layers.py",
-        "return Layer(Params(*map(unboxed, weights)), State(*map(unboxed, state)))",
-        "return Layer(Params(*weights), State(*state))",
+        "return State(*map(unboxed, node if isinstance(node, State) else ",
+        "return State(*(node if isinstance(node, State) else ",
         "inspection/test_model_trees.py::test_boxes_are_looked_through[flax-partitioned-check]",
     ),
     Bug(

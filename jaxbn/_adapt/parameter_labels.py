@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 
+from jaxbn._inspection.layers import join
 from jaxbn._inspection.selection import Where, match
 from jaxbn._text import listed
 
@@ -56,7 +57,7 @@ def labels(params: Any, frozen: Where = ()) -> Any:
         )
 
     def label(place: tuple[str, ...]) -> str:
-        path = "/".join(place[:-1])
+        path = join("", *place[:-1])
         if path not in norms:
             return "rest"
         return "frozen" if path in still else place[-1]
@@ -80,7 +81,7 @@ def decay_mask(params: Any) -> Any:
     """
     places, treedef = _places(params)
     norms = _norms(places)
-    return jax.tree.unflatten(treedef, ["/".join(place[:-1]) not in norms for place in places])
+    return jax.tree.unflatten(treedef, [join("", *place[:-1]) not in norms for place in places])
 
 
 def _places(params: Any) -> tuple[list[tuple[str, ...]], Any]:
@@ -93,7 +94,7 @@ def _norms(places: list[tuple[str, ...]]) -> set[str]:
     """Paths of the layers that hold a scale, or a bias and nothing else."""
     held: dict[str, set[str]] = {}
     for place in places:
-        held.setdefault("/".join(place[:-1]), set()).add(*place[-1:] or [""])
+        held.setdefault(join("", *place[:-1]), set()).add(*place[-1:] or [""])
     return {path for path, names in held.items() if names <= {"scale", "bias"}}
 
 

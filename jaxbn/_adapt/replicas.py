@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._inspection.layers import holds_statistics
+from jaxbn._inspection.layers import holds_statistics, state_of, with_state
 from jaxbn._op import arguments
 from jaxbn._op import devices as devices_
 from jaxbn._op.axes import wide
@@ -209,15 +209,7 @@ def _by_layer(call: str, f: Callable[..., Layer], tree: Any) -> Any:
     def update(v: Any) -> Any:
         if not holds_statistics(v):
             return v
-        old = v._asdict() if isinstance(v, State) else v
-        boxes = [old.get(name) for name in State._fields]  # arrays, or nnx variables around them
-        arrays = (None if box is None else jnp.asarray(*jax.tree.leaves(box)) for box in boxes)
-        new = {
-            name: jax.tree.unflatten(jax.tree.structure(box), [array])
-            for name, box, array in zip(State._fields, boxes, f(*arrays), strict=True)
-            if box is not None
-        }
-        return v._replace(**new) if isinstance(v, State) else type(v)({**old, **new})
+        return with_state(v, State(*f(*jax.tree.map(jnp.asarray, state_of(v)))))
 
     leaves = jax.tree.leaves(tree, is_leaf=holds_statistics)
     if leaves and not any(map(holds_statistics, leaves)):

@@ -232,5 +232,5 @@ def _without(stats: Any, paths: Mapping[str, Any], at: str = "") -> Any:
     if not isinstance(stats, Mapping):
         return stats
     like: Any = type(stats)
-    inner = {k: _without(v, paths, f"{at}/{k}".lstrip("/")) for k, v in stats.items()}
+    inner = {k: _without(v, paths, layers.join(at, k)) for k, v in stats.items()}
     return like({k: v for k, v in inner.items() if not isinstance(v, Mapping) or v})

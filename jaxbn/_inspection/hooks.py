@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxbn._inspection import nnx_classes
-from jaxbn._inspection.layers import is_nnx, nnx_layers
+from jaxbn._inspection.layers import is_nnx, join, nnx_layers
 from jaxbn._op.moments import moments
 from jaxbn._op.pooling import merge
 from jaxbn._op.state import Moments
@@ -115,7 +115,7 @@ def hooked_apply(
                 # As Flax after a call: a second one meets the variables of the first.
                 object.__setattr__(layer, "scope", layer.scope.rewound())
 
-        y, record = hook(Call(layer, x, mask, not mode, "/".join(layer.path)), run)
+        y, record = hook(Call(layer, x, mask, not mode, join("", *layer.path)), run)
         if record is not None:
             # In batch_stats, for that is the collection every transform of the model carries.
             if layer.has_variable("batch_stats", OBSERVED):
@@ -214,6 +214,6 @@ def _without_records(stats: Any, path: str = "") -> tuple[Any, dict[str, Any]]:
         if key == OBSERVED:
             seen[path] = node
             continue
-        kept[key], inner = _without_records(node, f"{path}/{key}".lstrip("/"))
+        kept[key], inner = _without_records(node, join(path, key))
         seen |= inner
     return kept, seen
