@@ -1,4 +1,4 @@
-"""A traced function as one flat list of operations, and its values that are constants."""
+"""A traced function as one flat list of operations."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence

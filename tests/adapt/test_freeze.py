@@ -307,9 +307,9 @@ def test_norms_have_a_learning_rate_of_their_own():
 # Bad input
 
 FRESH = (
-    "freeze: the statistics of {} were never updated (mean 0 and var 1, or count 0), so the layers "
-    "would be frozen at no normalization at all. Restore a checkpoint with its statistics, train, "
-    "or jaxbn.recalibrate first; or write allow_untrained=True."
+    "freeze: the statistics of {} were never updated (mean 0 and var 1, or count 0), so the frozen "
+    "layers would not normalize at all. Restore a checkpoint with its statistics, train, or call "
+    "jaxbn.recalibrate first; or write allow_untrained=True."
 )
 
 
@@ -351,8 +351,8 @@ def test_statistics_are_untrained_by_their_count_or_by_their_values(mean, count)
 def test_values_that_nobody_knows():
     message = (
         "freeze: the statistics of ['norms/0', 'norms/1'] have no values while they are traced, so "
-        "nobody knows whether they were ever updated; freeze outside of jit and eval_shape, or "
-        "write allow_untrained=True."
+        "freeze cannot see whether they were ever updated; freeze outside of jit and eval_shape, "
+        "or write allow_untrained=True."
     )
     model, _, _ = trained("nnx", "flax")
     with pytest.raises(ValueError) as error:
@@ -369,14 +369,14 @@ def test_bad_calls():
         (
             lambda: jaxbn.freeze(net.apply),
             TypeError,
-            "freeze: method without variables, expected an nnx model, or linen's apply and the "
-            "variables whose statistics freeze: freeze(net.apply, variables).",
+            "freeze: method without variables, expected an nnx model, or linen's apply and its "
+            "variables; write freeze(net.apply, variables).",
         ),
         (
             lambda: jaxbn.freeze(net.apply, variables, "head*"),
             ValueError,
-            "freeze: where='head*' means none of the batch norm layers ['stem', 'top']; expected a "
-            'glob such as "stem", several of them, or a function of the path.',
+            "freeze: where='head*' selects none of the batch norm layers ['stem', 'top']; expected "
+            'a glob such as "stem", several of them, or a function of the path.',
         ),
         (
             lambda: jaxbn.freeze(nnx.Linear(2, 2, rngs=nnx.Rngs(0))),
@@ -387,8 +387,8 @@ def test_bad_calls():
         (
             lambda: jaxbn.unfreeze(net.apply),
             TypeError,
-            "unfreeze: method is no nnx model; of linen call net.apply again, which "
-            "freeze(net.apply, variables) left as it was.",
+            "unfreeze: method is no nnx model; for linen call net.apply, which "
+            "freeze(net.apply, variables) did not change.",
         ),
         (
             lambda: jaxbn.labels({"dense": {"kernel": V, "bias": V}}),
@@ -400,8 +400,8 @@ def test_bad_calls():
         (
             lambda: jaxbn.labels(PARAMS, frozen="head*"),
             ValueError,
-            "labels: frozen='head*' means none of the norms ['shift', 'stem/bn', 'top']; expected "
-            'a glob such as "shift", several of them, or a function of the path.',
+            "labels: frozen='head*' selects none of the norms ['shift', 'stem/bn', 'top']; "
+            'expected a glob such as "shift", several of them, or a function of the path.',
         ),
     ]
     for call, kind, message in bad:

@@ -425,8 +425,8 @@ WRONG = {
     "empty": (
         [],
         {},
-        "recalibrate: no batches, expected at least one. A generator that was used up gives none: "
-        "make it anew for each call.",
+        "recalibrate: no batches, expected at least one. A generator that was used up gives none; "
+        "make a new generator for each call.",
     ),
     "another shape": (
         [BATCHES[0], BATCHES[1][:, :2]],
@@ -466,7 +466,7 @@ WRONG = {
     "where": (
         BATCHES,
         {"where": "head*"},
-        "recalibrate: where='head*' means none of the batch norm layers GIVEN; "
+        "recalibrate: where='head*' selects none of the batch norm layers GIVEN; "
         'expected a glob such as "first", several of them, or a function of the path.',
     ),
 }
@@ -499,8 +499,8 @@ def test_a_layer_that_apply_does_not_run():
     with pytest.raises(ValueError) as error:
         jaxbn.recalibrate(apply, variables, BATCHES)
     assert str(error.value) == (
-        "recalibrate: no value came through ['auxiliary'] in 4 batches: apply does not run them, "
-        "or every cell was masked. Run them, or leave them out by where=."
+        "recalibrate: no value came through ['auxiliary'] in 4 batches: apply does not run "
+        "these layers, or every cell was masked. Run them, or leave them out by where=."
     )
     new = jaxbn.recalibrate(apply, variables, BATCHES, where="main")["batch_stats"]
     close(jaxbn.State(**new["main"], count=None), ALL.mean(0), ALL.var(0))
@@ -526,8 +526,9 @@ def test_what_apply_must_be():
     with pytest.raises(TypeError) as error:
         jaxbn.recalibrate(lambda v, x: Net().apply(v, x), variables, BATCHES)
     assert str(error.value) == (
-        "recalibrate: apply does not take (variables, batch, mutable=…), by which running "
-        "statistics are reached; write functools.partial(net.apply, train=False), or "
+        "recalibrate: apply does not take (variables, batch, mutable=…), expected a "
+        "function that passes mutable= on to linen; write "
+        "functools.partial(net.apply, train=False), or "
         "lambda variables, batch, **kwargs: net.apply(variables, batch[0], **kwargs)."
     )
     _, states, _ = make("functional")

@@ -235,7 +235,7 @@ BAD = {
         lambda: jaxbn.swap(linen.BatchNorm().apply),
         TypeError,
         "swap: method without variables, expected an nnx model, or linen's apply and its "
-        'variables, "params" and "batch_stats": swap(net.apply, variables).',
+        'variables, "params" and "batch_stats"; write swap(net.apply, variables).',
     ),
     "no such norm": (
         lambda: jaxbn.swap(lambda v: v, THREE, "batch"),
@@ -246,18 +246,19 @@ BAD = {
         lambda: jaxbn.swap(lambda v: v, THREE, groups=16),
         ValueError,
         "swap: groups=16 does not divide the features of ['b (24)']; expected one of [1, 2, 4, 8], "
-        "which divide those of all, or None to choose for each layer.",
+        "which divide the features of all layers, or None to choose for each layer.",
     ),
     "no groups at all": (
         lambda: jaxbn.swap(lambda v: v, THREE, groups=0),
         ValueError,
         "swap: groups=0 does not divide the features of ['a (16)', 'b (24)']; expected one of "
-        "[1, 2, 4, 8], which divide those of all, or None to choose for each layer.",
+        "[1, 2, 4, 8], which divide the features of all layers, or None to choose for each layer.",
     ),
     "groups of a layer norm": (
         lambda: jaxbn.swap(lambda v: v, THREE, "layer", groups=2),
         ValueError,
-        "swap: groups=2 with to='layer', which has none; to=\"group\".",
+        "swap: groups=2 with to='layer', which has no groups; write to=\"group\", or leave groups "
+        "out.",
     ),
     "no batch norm": (
         lambda: jaxbn.swap(nnx.Linear(2, 2, rngs=nnx.Rngs(0))),
@@ -268,14 +269,14 @@ BAD = {
     "an instance of one position": (
         lambda: swapped("nnx", "flax", "instance")[0](ROWS),
         ValueError,
-        "swap: InstanceNorm of x with shape (40, 16), but it normalizes over the positions between "
-        'the first axis and the last, and there are none; write to="group".',
+        "swap: InstanceNorm of x with shape (40, 16), but InstanceNorm normalizes over the axes "
+        'between the first and the last, and x has none; write to="group".',
     ),
     "an instance of one position, linen": (
         lambda: swapped("linen", "flax", "instance")[0](ROWS),
         ValueError,
-        "swap: InstanceNorm of x with shape (40, 16), but it normalizes over the positions between "
-        'the first axis and the last, and there are none; write to="group".',
+        "swap: InstanceNorm of x with shape (40, 16), but InstanceNorm normalizes over the axes "
+        'between the first and the last, and x has none; write to="group".',
     ),
 }
 
@@ -290,8 +291,8 @@ def test_bad_calls(what):
 
 def test_features_that_are_not_last():
     message = (
-        "swap: GroupNorm has its features on the last axis, but not so ['{} (axis=1)']; write "
-        "axis=-1 where they are, or leave the layers out by where=."
+        "swap: GroupNorm has its features on the last axis, but ['{} (axis=1)'] have theirs "
+        "elsewhere; write axis=-1 in the model, or leave these layers out by where=."
     )
     model = nnx.Sequential(nnx.BatchNorm(5, axis=1, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError) as error:
