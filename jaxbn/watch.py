@@ -102,9 +102,9 @@ def nnx(model: Any, on: bool = True) -> Iterator[dict[str, Any]]:
     >>> from jaxbn import watch
     >>> model = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
     >>> with watch.nnx(model) as seen:
-    ...     y = model(jnp.eye(2))
-    >>> seen[""].mean.tolist()
-    [0.5, 0.5]
+    ...     y = model(jnp.array([[1.0, 3.0], [5.0, 3.0]]))
+    >>> watch.records(seen, model)[""].batch.var.tolist()
+    [4.0, 0.0]
     """
     if not is_nnx(model):
         raise TypeError(

@@ -103,7 +103,7 @@ def _norms(parameters: list[tuple[str, ...]]) -> set[str]:
     """The paths of the layers that hold a scale, a bias, or both, and nothing else."""
     held: dict[str, set[str]] = {}
     for keys in parameters:
-        held.setdefault(join("", *keys[:-1]), set()).add(*keys[-1:] or [""])
+        held.setdefault(join("", *keys[:-1]), set()).add(keys[-1] if keys else "")
     return {path for path, inside in held.items() if inside <= {"scale", "bias"}}
 
 

@@ -341,34 +341,34 @@ def test_errors():
     cases = [
         (
             lambda: health.drift(STATE, []),
-            f"drift: no batches, or a model without batch norm; expected of each batch what "
-            f"{INCOMING} gives.",
+            f"drift: no batches, or a model without batch norm; expected the result of "
+            f"{INCOMING} for each batch.",
         ),
         (
             lambda: health.drift(STATE, [{"norm": good}]),
-            f"drift: moments came of a layer 'norm', but the state has ['bn']; pass what "
-            f"{INCOMING} gives for these variables.",
+            f"drift: moments are of a layer 'norm', but the state has ['bn']; pass the result of "
+            f"{INCOMING} for these variables.",
         ),
         (
             lambda: health.drift(STATE, [{"bn": jaxbn.Moments(4, np.ones(C), np.ones(C))}]),
-            "drift: moments of 'bn' have shape (5,), expected (5, 'rows'): those of each row, as "
-            "health.incoming(model.apply) gives them, or "
+            "drift: moments of 'bn' have shape (5,), expected (5, 'rows'), the moments of each "
+            f"row; write {INCOMING}, or "
             "jax.vmap(jaxbn.moments, out_axes=-1)(x).",
         ),
         (
             lambda: health.drift(STATE, [{"bn": rows_of(images(1))}]),
-            "drift: 1 rows came to layer 'bn', expected 2 at least, better 128: how much they "
-            "differ is what the test is made of; merge more batches.",
+            "drift: 1 rows came to layer 'bn', expected 2 at least and better 128, because "
+            "the test needs the spread between rows; merge more batches.",
         ),
         (
             lambda: health.drift(STATE, [{"bn": good}], false_alarm=0.5),
-            "drift: false_alarm=0.5, expected the chance of an alarm where nothing drifted, above "
+            "drift: false_alarm=0.5, expected the chance of an alarm without drift, above "
             "0 and at most 0.2; write false_alarm=0.001.",
         ),
         (
             lambda: health.decide({"other": clean.seen["bn"]}, reference=clean),
-            "drift: the reference has no layer 'other', it has ['bn']; make it by "
-            "health.drift(variables, clean_batches) of the same model.",
+            "drift: the reference has no layer 'other', it has ['bn']; write "
+            "reference=health.drift(variables, clean_batches), with the same model.",
         ),
         (
             lambda: health.incoming(nn.BatchNorm(use_running_average=True).apply)(

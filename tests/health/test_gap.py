@@ -245,8 +245,8 @@ def test_errors(variables):
         (
             (Plain().apply, Plain().init(jax.random.key(0), X), X),
             ValueError,
-            "gap: the model called no batch norm layer; expected one with Flax's BatchNorm, or "
-            "with jaxbn.linen.BatchNorm or jaxbn.nnx.BatchNorm.",
+            "gap: the model called no batch norm layer; expected a model with Flax's "
+            "BatchNorm, jaxbn.linen.BatchNorm or jaxbn.nnx.BatchNorm.",
         ),
         (
             (Net(), variables, X),
@@ -265,8 +265,8 @@ def test_errors(variables):
         (
             (Net().apply, variables, X[:0]),
             ValueError,
-            "gap: x of a batch norm layer has shape (0, 32), which holds no value; pass a batch "
-            "as in training.",
+            "gap: x of a batch norm layer has shape (0, 32), which holds no values; pass a "
+            "batch as in training.",
         ),
     ]
     for args, kind, message in cases:

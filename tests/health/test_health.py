@@ -423,7 +423,10 @@ def test_a_model_without_batch_norm():
 
 
 def test_moments_of_another_model():
-    fix = "pass what calls.hooked_apply(model.apply)(variables, x) returned for this model."
+    fix = (
+        "pass the moments that calls.hooked_apply(model.apply)(variables, x) returns for this "
+        "model."
+    )
     with pytest.raises(ValueError) as error:
         health.check(healthy(), {"norm": jaxbn.Moments(1, np.ones(C), np.ones(C))})
     assert str(error.value) == (
