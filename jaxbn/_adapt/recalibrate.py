@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxbn._extras import need
 from jaxbn._inspection import layers
 from jaxbn._inspection.observer import Observe, Observed, observer
 from jaxbn._inspection.selection import Where, select
@@ -199,7 +200,7 @@ def _fold(
         flag = new.unbiased if unbiased is None else jnp.full_like(new.unbiased, unbiased)
         # count and flag are [], or [layers] if the layer was scanned; mean is [C] or [layers, C].
         count, flag = (
-            devices.cells(v.reshape(v.shape + (1,) * (mean.ndim - v.ndim)), mean)
+            devices.spread(v.reshape(v.shape + (1,) * (mean.ndim - v.ndim)), mean)
             for v in (count, flag)
         )
         finite = jnp.all(jnp.isfinite(mean) & jnp.isfinite(var))
@@ -230,7 +231,7 @@ def _state(old: State, observed: Observed, pooled: bool, pool: Pool | None, batc
     var = m.var * _bessel(m.count, observed.unbiased) if pooled else m.var
     # A channel that a mask hides in every batch keeps its old statistics.
     mean, var = (
-        jnp.where(m.count > 0, new, devices.cells(before.astype(new.dtype), new))
+        jnp.where(m.count > 0, new, devices.spread(before.astype(new.dtype), new))
         for new, before in ((m.mean, old.mean), (var, old.var))
     )
     count = None if old.count is None else jnp.full_like(old.count, batches)
@@ -260,12 +261,10 @@ def _shown(batches: Iterable[Any], limit: int | None, progress: bool | None) -> 
     some = itertools.islice(batches, limit)
     if not (sys.stderr.isatty() if progress is None else progress):
         return contextlib.nullcontext(some)
-    from rich.console import Console
-    from rich.progress import track
-
+    track = need("recalibrate", "rich.progress").track
     sizes = [n for n in (getattr(batches, "__len__", lambda: None)(), limit) if n is not None]
     total = min(sizes) if sizes and hasattr(batches, "__len__") else limit
-    console = Console(stderr=True)
+    console = need("recalibrate", "rich.console").Console(stderr=True)
     # On a terminal the bar vanishes at the end. In a file only the full bar is written.
     return contextlib.closing(
         track(some, "Recalibrating", total, console=console, transient=console.is_terminal)

@@ -36,7 +36,7 @@ KINDS = {  # kind → what its figure is; the worst kinds first
     "not_finite": "number of NaN and infinite values the layer holds",
     "negative_variance": "smallest running variance",
     "no_statistics": "arrays mean and var that the layer holds",
-    "never_updated": "updates so far",
+    "never_updated": "updates that were learned",
     "hardly_updated": "share of the initial mean 0 and var 1 left in the statistics",
     "stale": "symmetric KL divergence of running and batch statistics, upper quartile of channels",
     "replicas_differ": "largest distance of a replica's mean or sd from those of another, in sd",

@@ -337,7 +337,7 @@ def test_never_updated_layers_are_refused_all_at_once(kind):
     [(1.0, 0), (0.0, 3)],  # values of no batch; batches that momentum 1 counted and did not learn
     ids=["count-0", "initial-values"],
 )
-def test_statistics_are_untrained_by_their_count_or_by_their_values(mean, count):
+def test_a_count_and_initial_values_both_say_untrained(mean, count):
     norm = jaxbn.nnx.BatchNorm(2, momentum=None, rngs=nnx.Rngs(0))
     norm.mean[...] = jnp.full(2, mean)
     norm.count[...] = jnp.asarray(count)
