@@ -62,8 +62,8 @@ def trace(fn: Callable, args: Sequence[Any], inline: Callable[["JaxprEqn"], bool
     """
     from jax.extend.core import Literal  # slow to import; `import jaxbn` must stay fast
 
-    # JAX keeps the trace of a function it has seen. The lambda is new each time, so that fn is traced
-    # again with the weights that it closes over now.
+    # JAX keeps the trace of a function it has seen. The lambda is a new function, so fn is traced
+    # again, with the weights that it closes over now.
     closed, shapes = jax.make_jaxpr(lambda *args: fn(*args), return_shape=True)(*args)
     consts: dict[int, Any] = {}
     ops: list[Op] = []

@@ -166,7 +166,7 @@ def test_linen_returns_what_apply_returns(mutable):
         np.testing.assert_array_equal(a, b)
 
 
-def test_scanned_linen_layers():
+def test_scanned_linen_layers_freeze_together():
     class Block(linen.Module):
         @linen.compact
         def __call__(self, x, _=None):
@@ -218,7 +218,7 @@ def test_nnx_frozen_layers_survive_what_modules_go_through():
     assert type(model.norms[1]) is jaxbn.nnx.BatchNorm
 
 
-def test_masks_pass():
+def test_a_frozen_layer_accepts_a_mask():
     norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
     norm(X)
     frozen = jaxbn.freeze(nnx.clone(norm))
@@ -264,7 +264,7 @@ def test_labels_of_linen_nnx_and_functional_parameters():
         assert jax.tree.leaves(got) == inner + norms + out
 
 
-def test_every_flax_norm_is_one():
+def test_every_norm_of_flax_is_labelled_as_a_norm():
     norms = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.InstanceNorm)
     for norm in (*norms, functools.partial(nnx.GroupNorm, num_groups=1)):
         labels = jaxbn.labels(nnx.to_pure_dict(nnx.state(norm(4, rngs=nnx.Rngs(0)), nnx.Param)))
@@ -287,7 +287,7 @@ def test_no_weight_decay_on_norms(masked):
     assert moved["stem"]["bn"] == {"scale": False, "bias": False}
 
 
-def test_the_decay_mask_of_a_part_of_the_tree():
+def test_the_decay_mask_of_a_part_of_the_tree_is_that_part_of_the_mask():
     """`multi_transform` shows each transform its own leaves alone: here no norm's."""
     rest = optax.adamw(0.1, weight_decay=0.1, mask=jaxbn.decay_mask)
     kinds = {"rest": rest, "scale": optax.set_to_zero(), "bias": optax.set_to_zero()}
@@ -348,7 +348,7 @@ def test_a_count_and_initial_values_both_say_untrained(mean, count):
     jaxbn.freeze(norm)
 
 
-def test_values_that_nobody_knows():
+def test_traced_statistics_are_refused():
     message = (
         "freeze: the statistics of ['norms/0', 'norms/1'] have no values while they are traced, so "
         "freeze cannot see whether they were ever updated; freeze outside of jit and eval_shape, "
@@ -363,7 +363,7 @@ def test_values_that_nobody_knows():
     assert str(error.value) == message
 
 
-def test_bad_calls():
+def test_bad_calls_are_told_what_to_write():
     net, variables, _ = trained("linen", "flax")
     bad = [
         (
@@ -413,7 +413,7 @@ def test_bad_calls():
 # The example
 
 
-def test_the_example_runs(monkeypatch):
+def test_each_way_of_the_example_gives_a_score(monkeypatch):
     """On digits, in its smallest form: each way gives a score."""
     monkeypatch.syspath_prepend(EXAMPLES / "finetune")
     import finetune

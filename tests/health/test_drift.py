@@ -144,7 +144,7 @@ def test_channels_that_are_copies_of_one_another_make_no_more_alarms():
 
 
 @pytest.mark.parametrize("what", ["mean", "var", "one channel"])
-def test_power(what):
+def test_drift_of_each_kind_raises_the_alarm(what):
     x = images(512)
     if what == "mean":
         x = x + 0.5 * np.sqrt(STATE["bn"].var)
@@ -209,7 +209,7 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm, jaxbn.linen.BatchNorm])
-def test_rows_of_a_linen_model(norm):
+def test_rows_of_a_linen_model_are_those_of_each_layers_input(norm):
     x = RNG.normal(1, 2, (8, 3, 4, C)).astype(np.float32)
     model = Net(norm)
     variables = model.init(jax.random.key(0), x)
@@ -231,7 +231,7 @@ def test_a_model_called_in_train_mode_is_watched_in_eval_mode():
     np.testing.assert_allclose(y, Net().apply(variables, x), rtol=1e-6)
 
 
-def test_rows_of_a_scanned_model():
+def test_rows_of_a_scanned_model_stay_apart_from_its_layers():
     class Block(nn.Module):
         @nn.compact
         def __call__(self, x, _):
@@ -252,7 +252,7 @@ def test_rows_of_a_scanned_model():
     assert seen.shift.mean[7].min() > 5  # one is added by each layer before
 
 
-def test_an_nnx_model():
+def test_an_nnx_model_is_watched_and_stays_as_it_is():
     x = RNG.normal(0, 1, (64, 4, 4, 3)).astype(np.float32)
     model = NnxNet(nnx.BatchNorm, rngs=nnx.Rngs(0))
     forward = nnx.jit(lambda model, x: model(x))
@@ -335,7 +335,7 @@ def test_the_rates_of_false_alarms(example, monkeypatch):
 INCOMING = "health.incoming(model.apply)(variables, x)[1]"
 
 
-def test_errors():
+def test_bad_calls_are_told_what_to_write():
     good = rows_of(images(4))
     clean = health.drift(STATE, [{"bn": good}])
     cases = [

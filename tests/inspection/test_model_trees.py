@@ -200,7 +200,7 @@ def reloaded(thing):
 
 @pytest.mark.parametrize("norm", [nnx.BatchNorm, jaxbn.nnx.BatchNorm])
 @pytest.mark.parametrize("change", ["freeze", "swap"])
-def test_nnx_models_pickle(norm, change):
+def test_frozen_and_swapped_nnx_models_pickle(norm, change):
     x = np.random.default_rng(1).normal(size=(2, 4, 4, 3)).astype(np.float32)
     model = NnxNet(norm, rngs=nnx.Rngs(0))
     if change == "freeze":
@@ -234,7 +234,7 @@ def vae():
 
 
 @pytest.mark.parametrize("change", ["freeze", "swap", "both"])
-def test_linen_applies_pickle(change):
+def test_frozen_and_swapped_linen_applies_pickle(change):
     apply, variables = vae()
     new = apply if change == "swap" else jaxbn.freeze(apply, variables, "trunk")
     if change != "freeze":

@@ -219,7 +219,7 @@ def test_metrics_are_what_their_help_says():
     assert got == pytest.approx(expected, rel=1e-6)
 
 
-def test_metrics_of_odd_layers():
+def test_metrics_of_odd_layers_show_what_is_odd():
     """Without parameters, dead, NaN, complex, bfloat16, stacked by a scan."""
     zeros, nan = np.zeros(3, np.float32), np.array([0, np.nan, np.inf], np.float32)
     none = jaxbn.Params(None, None)
@@ -247,7 +247,7 @@ def test_metrics_of_odd_layers():
 # --- bad input --------------------------------------------------------------------------------
 
 
-def test_models_without_batch_norm_and_models_not_called():
+def test_models_without_batch_norm_and_models_not_called_are_refused():
     dense = linen.Dense(3)
     variables = dense.init(jax.random.key(0), X)
     assert message(ValueError, watch.linen(dense.apply), variables, X) == (

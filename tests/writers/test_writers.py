@@ -186,7 +186,7 @@ def test_a_scrape_that_never_ends_is_ended(monkeypatch):
     writer.close()
 
 
-def test_prometheus_at_an_address_of_ipv6():
+def test_prometheus_serves_at_an_address_of_ipv6():
     with pytest.raises(OSError) as error:
         writers.Prometheus(0, "2001:db8::1")  # for documentation: nobody's
     assert str(error.value).startswith("Prometheus: cannot listen at [2001:db8::1]:0 (")
@@ -337,7 +337,7 @@ def test_only_the_first_process_writes_and_all_agree_when(monkeypatch, tmp_path)
 # --- bad input --------------------------------------------------------------------------------
 
 
-def test_unknown_writers(tmp_path):
+def test_unknown_writers_are_refused(tmp_path):
     expected = ", expected a list of some of jsonl, prometheus, tensorboard; write "
     expected += "writers.open(['jsonl'], folder)."
     folder = tmp_path / "none"
@@ -350,7 +350,7 @@ def test_unknown_writers(tmp_path):
     )
 
 
-def test_a_port_that_is_taken_and_one_that_is_none(tmp_path):
+def test_a_port_that_is_taken_and_one_that_is_none_are_refused(tmp_path):
     def expected(where, why):
         return (
             f"Prometheus: cannot listen at {where} ({why}), expected an address of this machine "
@@ -369,7 +369,7 @@ def test_a_port_that_is_taken_and_one_that_is_none(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["jsonl", "tensorboard"])
-def test_a_folder_that_cannot_be_written(name, tmp_path):
+def test_a_folder_that_cannot_be_written_is_refused(name, tmp_path):
     (tmp_path / "file").write_text("in the way")
     folder, port = tmp_path / "file", free_port()
     got = message(OSError, writers.open, [name, "prometheus"], folder, port=port)
@@ -383,7 +383,7 @@ def test_a_folder_that_cannot_be_written(name, tmp_path):
     socket.create_server(("127.0.0.1", port)).close()  # Prometheus does not stay behind
 
 
-def test_without_tensorboardx(monkeypatch, tmp_path):
+def test_without_tensorboardx_the_error_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorboardX.proto.event_pb2", None)
     assert message(ModuleNotFoundError, writers.open, ["tensorboard"], tmp_path / "none") == (
         "TensorBoard: needs the package tensorboardX, which is not installed; write "
