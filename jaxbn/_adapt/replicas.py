@@ -200,7 +200,7 @@ def merge_updates(states: Any, momentum: float | None = 0.99) -> Any:
         if momentum is None and count is None:
             raise ValueError(
                 "merge_updates: momentum=None, but the states hold no count of updates; expected "
-                "those of the cumulative average, or the momentum of the updates: momentum=0.99."
+                "states with a count, or the momentum of the updates; write momentum=0.99."
             )
         share = 1 / count[0].astype(jnp.float32) if momentum is None else 1 - momentum  # type: ignore[index]
         means, middle = mean.astype(wide(mean.dtype)), mean.astype(wide(mean.dtype)).mean(0)

@@ -324,7 +324,7 @@ def test_merged_updates_of_nnx_equal_ghost_batches_in_every_layer():
         oracle.assert_close(got, np.float64(want), 40 * oracle.tolerance("float32", 128))
 
 
-def test_merge_updates_refuses_updates_that_left_no_trace():
+def test_merge_updates_refuses_momentum_1_and_no_count():
     states = jax.tree.map(lambda v: jnp.stack([v] * 2), jaxbn.init(3)[1])
     with pytest.raises(ValueError) as error:
         jaxbn.merge_updates(states, 1.0)
@@ -335,8 +335,8 @@ def test_merge_updates_refuses_updates_that_left_no_trace():
     with pytest.raises(ValueError) as error:
         jaxbn.merge_updates({"mean": states.mean, "var": states.var}, None)
     assert str(error.value) == (
-        "merge_updates: momentum=None, but the states hold no count of updates; expected those "
-        "of the cumulative average, or the momentum of the updates: momentum=0.99."
+        "merge_updates: momentum=None, but the states hold no count of updates; expected "
+        "states with a count, or the momentum of the updates; write momentum=0.99."
     )
 
 
