@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from jaxbn._op.axes import Axes, is_integer
-from jaxbn._op.devices import Pool
+from jaxbn._op.devices import Pool, sharded_as
 
 
 class OneValueError(ValueError):
@@ -79,7 +79,10 @@ def check_features(call: str, params: Any, state: Any, x: jax.Array, axes: Axes)
 
 
 def check_mask(call: str, mask: Any, x: jax.Array) -> jax.Array:
-    """`mask` as booleans with x's rank; broadcastable to x, or an error with the line to write."""
+    """`mask` as booleans with x's rank; broadcastable to x, or an error with the line to write.
+
+    Where shardings are types, its axes are sharded as those of x are.
+    """
     given, mask = mask, array(call, "mask", mask)
     if mask.dtype != bool:
         if seen := _other_than_0_and_1(given):
@@ -98,7 +101,8 @@ def check_mask(call: str, mask: Any, x: jax.Array) -> jax.Array:
             f"{call}: mask has shape {mask.shape} but x has shape {x.shape}; expected a shape "
             f"that broadcasts to x. {remedy}"
         )
-    return jnp.expand_dims(mask, tuple(range(x.ndim - mask.ndim)))
+    mask = jnp.expand_dims(mask, tuple(range(x.ndim - mask.ndim)))
+    return sharded_as(mask, x, [None if mask.shape[a] == 1 else a for a in range(x.ndim)])
 
 
 def _other_than_0_and_1(mask: Any) -> list[Any]:

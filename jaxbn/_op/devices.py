@@ -97,7 +97,8 @@ def typed(v: jax.Array) -> bool:
 def sharded_as(v: jax.Array, like: jax.Array, axes: Iterable[int | None] = ()) -> jax.Array:
     """v, its axes sharded by type as these of `like`, None: as no axis is; v on Auto meshes.
 
-    What stands in one select or one row must be; a product takes the sharding of either factor.
+    What stands in one row must be, and in one select of equal shapes; a sum or a product takes the
+    sharding of either term.
     An array on no mesh fits any, and only a trace can move it there.
     """
     if not typed(like) or not (typed(v) or isinstance(v, jax.core.Tracer)):
@@ -107,13 +108,13 @@ def sharded_as(v: jax.Array, like: jax.Array, axes: Iterable[int | None] = ()) -
     return jax.sharding.reshard(v, sharding.update(spec=spec))
 
 
-def cells(mask: jax.Array, x: jax.Array) -> jax.Array:
-    """A mask, or what else broadcasts to x, for each cell of x; sharded by type as x is."""
-    return sharded_as(jnp.broadcast_to(mask, x.shape), x, range(x.ndim))
+def spread(v: jax.Array, like: jax.Array) -> jax.Array:
+    """Equals v broadcast to the shape of `like`, and sharded by type as `like` is."""
+    return sharded_as(jnp.broadcast_to(v, like.shape), like, range(like.ndim))
 
 
 def split_over(v: jax.Array, axis: int) -> int:
-    """Devices over which the type of v splits this axis; 1 on Auto meshes, which type nothing."""
+    """Devices over which the type of v splits this axis; 1 where shardings are no types."""
     sharding = jax.typeof(v).sharding
     names = sharding.spec[axis]
     names = names if isinstance(names, tuple) else (names,)

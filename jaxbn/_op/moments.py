@@ -117,7 +117,7 @@ def _about(
     """Mean and variance by Σ(x - pivot) and Σ|x - pivot|², over n."""
     d = x.astype(pivot.dtype) - axes.expand(pivot)
     if mask is not None:
-        d = jnp.where(devices_.cells(mask, d), d, 0)
+        d = jnp.where(mask, d, 0)
     sum_d, sum_d2 = totals(d, d, axes)
     shift = sum_d / n.astype(d.dtype)
     return pivot + shift, sum_d2 / n - real_product(shift, shift)
@@ -144,8 +144,7 @@ def _pivot(x: jax.Array, axes: Axes, mask: jax.Array | None, n: jax.Array) -> ja
     """
     kind = wide(x.dtype)
     if mask is not None:
-        valid = jnp.where(devices_.cells(mask, x), x.astype(kind), 0)
-        return total(valid, axes) / n.astype(kind)
+        return total(jnp.where(mask, x.astype(kind), 0), axes) / n.astype(kind)
     axis, stride = _sample(x, axes)
     if stride > 1:
         x = lax.slice_in_dim(x, 0, None, stride, axis=axis)

@@ -109,8 +109,7 @@ def _tangent(spec, x, mask, count, mean, r, scale, tx, tparams, tepsilon):  # ty
 
     d, t = x - axes.expand(mean), tx
     if mask is not None:
-        valid = devices.cells(mask, x)
-        d, t = jnp.where(valid, d, 0), jnp.where(valid, t, 0)
+        d, t = jnp.where(mask, d, 0), jnp.where(mask, t, 0)
     s1, s2 = t.sum(axes.reduced), real_product(d, t).sum(axes.reduced).astype(kind)
     if spec.pool is not None:
         s1, s2 = devices.totals((s1, s2), spec.pool)

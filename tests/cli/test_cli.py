@@ -178,8 +178,8 @@ def test_the_table_of_a_sick_checkpoint(tmp_path, capsys, monkeypatch):
         "scale": np.array([-1.5, 0.001], np.float32),
     }
     new = {"mean": np.zeros(200, np.float32), "var": np.ones(200, np.float32)}
-    tree = tree_of({"a": new | {"var": 2 * new["var"]}, "b": arrays, "c": new})
-    tree["a"]["count"] = np.array(1500)
+    tree = tree_of({"a": new, "b": arrays, "c": new})
+    tree["a"] |= {"count": np.array(1500), "var": 2 * new["var"]}
     write_.save(tmp_path / "net.msgpack", tree)
     monkeypatch.chdir(tmp_path)
     status, out, err = run(capsys, "doctor", "net.msgpack")
@@ -195,11 +195,11 @@ def test_the_table_of_a_sick_checkpoint(tmp_path, capsys, monkeypatch):
         "\n"
         "error    negative_variance in b\n"
         "         smallest running variance: -0.25, threshold 0, channel 1\n"
-        "         remedy: jaxbn.recalibrate(apply, variables, batches); it is no update's\n"
-        "         doing: look at the conversion or the averaging of the weights\n"
+        "         remedy: jaxbn.recalibrate(apply, variables, batches); no update makes a\n"
+        "         variance negative: check the conversion or the averaged weights\n"
         "\n"
         "error    never_updated in c\n"
-        "         updates so far: 0\n"
+        "         updates that were learned: 0\n"
         '         remedy: train with mutable=["batch_stats"] and keep what apply returns\n'
         "         (nnx: model.train()), or jaxbn.recalibrate(apply, variables, batches)\n"
         "\n"
@@ -649,7 +649,14 @@ MISSING = {
     ],
     "tensorstore": [(lambda: read.read("a"), "read", "orbax-checkpoint")],
     "orbax": [(lambda: write_.save("b", {"a": ONE}), "save", "orbax-checkpoint")],
-    "rich": [(lambda: terminal.show("net", [], []), "show", "'jaxbn[doctor]'")],
+    "rich": [
+        (lambda: terminal.show("net", [], []), "show", "'jaxbn[doctor]'"),
+        (
+            lambda: jaxbn.recalibrate(lambda s, _: s, state(), [ONE], progress=True),
+            "recalibrate",
+            "'jaxbn[doctor]'",
+        ),
+    ],
     "matplotlib": [(lambda: picture_.plot("a.png", "", {}), "plot", "'jaxbn[doctor]'")],
     "prometheus_client": [(lambda: jaxbn.writers.Prometheus(0), "Prometheus", "'jaxbn[watch]'")],
     "tensorboardX": [(lambda: jaxbn.writers.TensorBoard("b"), "TensorBoard", "'jaxbn[watch]'")],
