@@ -33,6 +33,7 @@ targets-test: .venv-targets/done
 	.venv-targets/bin/python -m pytest tests/accelerators
 
 docs: .venv/docs.done
+	$(BIN)/python docs/notebook.py
 	$(BIN)/sphinx-build --fail-on-warning docs docs/_build
 
 clean:

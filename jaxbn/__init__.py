@@ -3,8 +3,8 @@
     params, state = jaxbn.init(64)
     y, state = jaxbn.batch_norm(x, params, state, train=True)
 
-`jaxbn.linen.BatchNorm` and `jaxbn.nnx.BatchNorm` are the Flax modules; they are imported on
-first use, so the functional core needs jax alone.
+`jaxbn.linen.BatchNorm` and `jaxbn.nnx.BatchNorm` are the Flax modules. They are imported on first
+use, so the functional core needs jax alone.
 """
 
 import importlib
@@ -66,7 +66,7 @@ __all__ = [
 _LAZY = ("convert", "export", "health", "linen", "nnx", "watch", "writers")
 
 if TYPE_CHECKING:
-    # What type checkers see; any name would pass them were they to see `__getattr__`.
+    # For type checkers. They do not see `__getattr__`, with which any name would pass.
     from jaxbn import convert, export, health, linen, nnx, watch, writers
 else:
 

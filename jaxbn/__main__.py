@@ -7,13 +7,16 @@ from jaxbn._cli.commands import main
 
 
 def run() -> None:
-    """Runs the command that this process was given, and ends the process with its status."""
-    for stream in (sys.stdout, sys.stderr):  # a character that the terminal has not is no error
+    """Runs the command of this process and exits with the status of the command."""
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # print an escape for a character that the terminal lacks
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         status = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader went away: `| head`
+    except BrokenPipeError:  # the reader has closed the pipe: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 2
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What other libraries call it: names that are looked for here, and where to find the thing."""
+"""Names of other libraries that users look for here: the errors say what to write instead."""
 
 import functools
 import re
@@ -7,7 +7,7 @@ from typing import ParamSpec
 
 P = ParamSpec("P")
 
-# Arguments of PyTorch's, Keras' and Haiku's batch norm → what Flax's modules call them.
+# Arguments of PyTorch's, Keras' and Haiku's batch norm → the argument of Flax's modules.
 ARGUMENTS = {
     "eps": "epsilon={0!r}",
     "affine": "use_scale={0!r}, use_bias={0!r}",
@@ -23,7 +23,7 @@ ARGUMENTS = {
 
 
 def attribute(name: str) -> str:
-    """What to say of an attribute that the package has not.
+    """The message for an attribute that the package does not have.
 
     >>> from jaxbn import _elsewhere
     >>> _elsewhere.attribute("init_state")
@@ -47,7 +47,7 @@ def attribute(name: str) -> str:
 
 
 def takes_flax_arguments(init: Callable[P, None]) -> Callable[P, None]:
-    """A module's `__init__` that says what another library's argument is called here.
+    """Wraps a module's `__init__`: another library's argument raises with the name to write.
 
     >>> from jaxbn import _elsewhere
     >>> init = _elsewhere.takes_flax_arguments(lambda self, epsilon=1e-5: None)

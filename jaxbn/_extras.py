@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-EXTRAS = {  # module → what pip is given
+EXTRAS = {  # module → the argument of pip install
     "flatbuffers": "'jaxbn[export]'",
     "flax": "flax",
     "jax2onnx": "'jaxbn[export]'",
@@ -20,14 +20,14 @@ EXTRAS = {  # module → what pip is given
 
 
 def need(call: str, module: str) -> Any:
-    """The module, imported; an error with the line that installs its package, if it is not there.
+    """Imports a module; if that fails, the error has the line that installs its package.
 
     Args:
-      call: the public call that needs it, for the error.
-      module: its name; the part before the first dot is one of EXTRAS.
+      call: the public call that needs the module, for the error.
+      module: the name of the module; the part before the first dot is a key of EXTRAS.
 
     Raises:
-      ModuleNotFoundError: it cannot be imported.
+      ModuleNotFoundError: the module cannot be imported.
 
     >>> from jaxbn import _extras
     >>> _extras.need("plot", "matplotlib.figure").__name__
@@ -35,7 +35,9 @@ def need(call: str, module: str) -> Any:
     """
     package = module.partition(".")[0]
     try:
-        importlib.import_module(package)  # else a part that was imported before would do
+        importlib.import_module(
+            package
+        )  # a part of a package may be loaded when the package cannot be
         return importlib.import_module(module)
     except ImportError as error:
         raise ModuleNotFoundError(

@@ -1,4 +1,4 @@
-"""Files that are written whole, or not at all."""
+"""Files that are written whole or not at all."""
 
 import os
 import tempfile
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A place beside `path` to write to; it becomes `path` at the end, unless something raised.
+    """A place beside `path` to write to. At the end it is renamed to `path`, unless an error came.
 
     >>> import pathlib, tempfile
     >>> from jaxbn import _files

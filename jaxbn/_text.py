@@ -1,14 +1,14 @@
-"""Names and tables as plain text."""
+"""Names, lists and tables as plain text that is safe to print."""
 
 from collections.abc import Iterable, Sequence
 
 
 def printable(text: object) -> str:
-    r"""The text with every character that a terminal may obey, or not print, written as an escape.
+    r"""The text with every character that a terminal would obey or cannot print as an escape.
 
-    Whatever came out of a file (a layer's name, an error that quotes the file) passes through here
-    before it is printed: an escape sequence would colour or overwrite the screen, a newline would
-    forge a line, and a lone surrogate has no encoding.
+    Text from a file (the name of a layer, an error that quotes the file) passes through here before
+    it is printed. Otherwise an escape sequence could overwrite the screen, a newline could forge a
+    line, and a lone surrogate could not be encoded.
 
     >>> from jaxbn import _text
     >>> _text.printable("\x1b[31mbn\n")
@@ -18,13 +18,13 @@ def printable(text: object) -> str:
 
 
 def distinct(names: Iterable[str]) -> list[str]:
-    """The names, those that came before with a number behind them.
+    """The names, with a number behind every name that came before.
 
     >>> from jaxbn import _text
     >>> _text.distinct(["bn", "bn", "head"])
     ['bn', 'bn (2)', 'head']
     """
-    seen: dict[str, int] = {}  # name → how often it came
+    seen: dict[str, int] = {}  # name → how often it came so far
     for name in names:
         while name in seen:
             seen[name] += 1
@@ -34,7 +34,7 @@ def distinct(names: Iterable[str]) -> list[str]:
 
 
 def first_line(error: BaseException) -> str:
-    r"""What an error says, on one printable line of 500 characters at most.
+    r"""The first line of an error, printable, of at most 500 characters.
 
     >>> from jaxbn import _text
     >>> _text.first_line(ValueError("no numbers.\nfile content: ..."))
@@ -43,14 +43,14 @@ def first_line(error: BaseException) -> str:
     "KeyError: 'F4'"
     """
     line = next(iter(str(error).strip().splitlines()), "").rstrip(".")
-    if not line or isinstance(error, KeyError):  # whose text is the key alone
+    if not line or isinstance(error, KeyError):  # the text of a KeyError is the key alone
         line = f"{type(error).__name__}: {line}".removesuffix(": ")
     line = printable(line)
     return line if len(line) <= 500 else f"{line[:499]}…"
 
 
 def aligned(rows: Sequence[Sequence[str]], right: int = 0) -> list[str]:
-    """The rows as printable lines with columns under each other, the last `right` to the right.
+    """The rows as printable lines with aligned columns; the last `right` columns to the right.
 
     >>> from jaxbn import _text
     >>> _text.aligned([("site", "error"), ("dense", "0")], right=1)
@@ -69,7 +69,7 @@ def aligned(rows: Sequence[Sequence[str]], right: int = 0) -> list[str]:
 
 
 def short(names: Iterable[object], most: int = 4) -> str:
-    """The first names, printable, and how many there are beside.
+    """The first `most` names, printable, and the number of the others.
 
     >>> from jaxbn import _text
     >>> _text.short("abc", most=2)
@@ -80,12 +80,10 @@ def short(names: Iterable[object], most: int = 4) -> str:
 
 
 def listed(paths: Iterable[str], most: int = 12) -> str:
-    """Paths for an error message: the first `most`, then how many follow.
+    """As `short`, quoted as a list, for paths that a user may copy from an error message.
 
     >>> from jaxbn import _text
     >>> _text.listed("abc", most=2)
-    "['a', 'b'] and 1 more"
+    "['a', 'b' and 1 more]"
     """
-    paths = list(paths)
-    more = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return f"{paths[:most]}{more}"
+    return f"[{short(map(repr, paths), most)}]"

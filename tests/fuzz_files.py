@@ -86,8 +86,7 @@ def linen():
 
 def flat(tree):
     """Names with dots → arrays."""
-    pairs = nesting._leaves(tree, (), "")
-    return {".".join(keys): np.asarray(v) for keys, v in pairs}
+    return {".".join(keys): np.asarray(v) for keys, v in nesting.leaves(tree)}
 
 
 def make_sound(folder):

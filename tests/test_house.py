@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import jaxbn
+from tests import house_tree
 
 ROOT = pathlib.Path(jaxbn.__file__).parent
 # A room imports rooms of lines above its own. Rooms of one line never import one another.
@@ -103,6 +104,12 @@ def test_a_private_path_carries_one_underscore_and_a_public_one_none(file):
     else:
         assert underscores == 1
     assert not any(name.startswith("__") for name in names)
+
+
+def test_the_printed_tree_is_the_tree():
+    """CONTRIBUTING has a line for every file: `python -m tests.house_tree` writes them."""
+    assert house_tree.page() == house_tree.PAGE.read_text()
+    assert [file for file in FILES if not house_tree.first_line(file)] == []
 
 
 def test_dir_is_what_is_public():

@@ -22,7 +22,7 @@ from benchmarks.reporting import report, results, views
 from benchmarks.reporting.report import Table, cell
 
 ROOT = pathlib.Path(__file__).parents[2]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "docs" / "benchmarks.md",)
 OPEN = re.compile(r"^<!-- (table|notes|figure): (\S+?)/(\S+) -->\n", re.MULTILINE)
 END = "<!-- end -->"
 VERSIONS = ("python", "jax", "flax", "dm-haiku", "equinox", "keras", "torch", "libtpu")

@@ -1,1 +1,1 @@
-"""A trained model or its statistics, changed. No file here imports another."""
+"""Changes to a trained model or to its statistics. No file here imports another."""

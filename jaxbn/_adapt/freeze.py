@@ -1,4 +1,4 @@
-"""Frozen batch norm: statistics that stay."""
+"""Frozen batch norm: running statistics that training uses and does not change."""
 
 import functools
 from collections.abc import Callable, Mapping, Set
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxbn._inspection import layers
+from jaxbn._inspection import layers, nnx_classes
 from jaxbn._inspection.hooks import Call, check_apply, hooked_apply
 from jaxbn._inspection.selection import Where, select
 from jaxbn._op.state import State
@@ -17,26 +17,29 @@ from jaxbn._text import listed
 def freeze(
     model: Any, variables: Any = None, where: Where = "*", *, allow_untrained: bool = False
 ) -> Any:
-    """The model with layers that normalize by their running statistics, in training too.
+    """The model with some batch norm layers in eval mode, whatever mode the model is called in.
 
-    Those layers are then `x * a + b` per channel with a and b constant but for scale and bias:
-    no statistics of a batch, no update, whatever mode the model is called in. Scale and bias
-    are the optimizer's: see `labels` for how they stay as well.
+    Use it to fine-tune a trained network on few rows or small batches, whose statistics would be
+    noise. A frozen layer equals `x * a + b` per channel: no statistics of the batch enter it, and
+    its running statistics do not change. The optimizer still changes scale and bias; `labels` tells
+    how to keep those too.
 
     Args:
-      model: linen's `net.apply`, or an nnx model, which is changed.
-      variables: linen's variables, to look at; what `apply` is called with later may differ.
-      where: the layers to freeze: a glob over the paths (`"stage1/*"`), several, or a predicate.
-      allow_untrained: do not refuse layers whose statistics no batch has ever updated.
+      model: linen's `net.apply`, or an nnx model, which is changed in place.
+      variables: linen's variables, from which the layers are read. The frozen apply may be called
+        with others.
+      where: the layers to freeze: a glob over the paths (`"stage1/*"`), several globs, or a
+        predicate.
+      allow_untrained: accept layers whose statistics no batch has updated.
 
     Returns:
-      A function to use wherever `net.apply` was, which pickles where that does; or the nnx model.
-      `unfreeze` undoes the latter.
+      For linen, a function to call in place of `net.apply`, which pickles if `net.apply` pickles.
+      For nnx, the model; `unfreeze` undoes the change.
 
     Raises:
-      TypeError: linen's apply without variables, or a linen model or its variables as model.
-      ValueError: no such layer; or some were never updated (count 0 or, where updates are not
-        counted, mean 0 and var 1), which would freeze the network at an arbitrary function.
+      TypeError: linen's apply came without variables, or the model is a linen module or variables.
+      ValueError: there is no such layer, or no batch has updated a layer's statistics (count 0, or
+        mean 0 and var 1). Frozen, such a layer would not normalize at all.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbn
     >>> net = nn.BatchNorm(use_running_average=False)
@@ -51,7 +54,7 @@ def freeze(
     if not nnx_model and variables is None:
         raise TypeError(
             f"freeze: {type(model).__name__} without variables, expected an nnx model, or linen's "
-            f"apply and the variables whose statistics freeze: freeze(net.apply, variables)."
+            f"apply and its variables; write freeze(net.apply, variables)."
         )
     if not nnx_model:
         check_apply("freeze", model, "freeze(net.apply, variables)")
@@ -61,8 +64,7 @@ def freeze(
     if nnx_model:
         for path, layer in layers.nnx_layers(model):
             if path in chosen and not _is_frozen(layer):
-                cls: Any = type(layer)
-                object.__setattr__(layer, "__class__", frozen_class(cls))
+                nnx_classes.exchange(layer, frozen_class(type(layer)))
         return model
 
     # No closure: this pickles where apply does.
@@ -70,11 +72,21 @@ def freeze(
 
 
 def unfreeze(model: Any, where: Where = "*") -> Any:
-    """The nnx model with layers that `freeze` froze as they were before.
+    """The nnx model with its frozen layers as they were before `freeze`.
+
+    Use it to train the whole network after a frozen phase. For linen, call `net.apply` again, which
+    `freeze` did not change.
+
+    Args:
+      model: an nnx model, which is changed in place.
+      where: the layers, as in `freeze`. Layers that are not frozen stay as they are.
+
+    Returns:
+      The model.
 
     Raises:
-      TypeError: it is no nnx model; a linen net's own `apply` was never frozen.
-      ValueError: no such layer.
+      TypeError: the model is not an nnx model.
+      ValueError: there is no such layer.
 
     >>> from flax import nnx
     >>> import jaxbn
@@ -86,13 +98,13 @@ def unfreeze(model: Any, where: Where = "*") -> Any:
     """
     if not layers.is_nnx(model):
         raise TypeError(
-            f"unfreeze: {type(model).__name__} is no nnx model; of linen call net.apply again, "
-            f"which freeze(net.apply, variables) left as it was."
+            f"unfreeze: {type(model).__name__} is no nnx model; for linen call net.apply, which "
+            f"freeze(net.apply, variables) did not change."
         )
     chosen = select("unfreeze", model, where)
     for path, layer in layers.nnx_layers(model):
         if path in chosen and _is_frozen(layer):
-            object.__setattr__(layer, "__class__", type(layer).__base__)
+            nnx_classes.restore(layer)
     return model
 
 
@@ -101,14 +113,14 @@ def _check_updated(chosen: Mapping[str, layers.Layer]) -> None:
     if traced:
         raise ValueError(
             f"freeze: the statistics of {listed(traced)} have no values while they are traced, so "
-            f"nobody knows whether they were ever updated; freeze outside of jit and eval_shape, "
-            f"or write allow_untrained=True."
+            f"freeze cannot see whether they were ever updated; freeze outside of jit and "
+            f"eval_shape, or write allow_untrained=True."
         )
     if fresh := [path for path, layer in chosen.items() if _never_updated(layer.state)]:
         raise ValueError(
             f"freeze: the statistics of {listed(fresh)} were never updated (mean 0 and var 1, or "
-            f"count 0), so the layers would be frozen at no normalization at all. Restore a "
-            f"checkpoint with its statistics, train, or jaxbn.recalibrate first; or write "
+            f"count 0), so the frozen layers would not normalize at all. Restore a checkpoint with "
+            f"its statistics, train, or call jaxbn.recalibrate first; or write "
             f"allow_untrained=True."
         )
 
@@ -118,7 +130,7 @@ def _is_traced(state: State) -> bool:
 
 
 def _never_updated(state: State) -> bool:
-    """Of any of the layers, where they are stacked [layers, C]."""
+    """Whether the statistics of a layer, or of one of scanned layers [layers, C], are initial."""
     if state.count is not None and np.any(np.asarray(state.count) == 0):
         return True
     mean, var = np.asarray(state.mean), np.asarray(state.var)
@@ -136,18 +148,19 @@ def _apply_frozen(apply: Callable[..., Any], frozen: Set[str], /, *args: Any, **
     return hooked_apply(apply, by_running_statistics)(*args, **kwargs)[0]
 
 
-@functools.lru_cache(maxsize=64)
 def frozen_class(cls: Any) -> Any:
-    """The nnx layer's class, called by its running statistics whatever the call says."""
+    """The nnx layer's class, but a call is in eval mode whatever the caller asks for."""
+    return nnx_classes.subclass(cls, f"Frozen{cls.__name__}", _frozen_call)
 
+
+def _frozen_call(cls: Any) -> Callable[..., jax.Array]:
     def __call__(  # noqa: N807
         self: Any, x: jax.Array, use_running_average: bool | None = None, **kwargs: Any
     ) -> jax.Array:
         return cls.__call__(self, x, True, **kwargs)
 
-    body = {"__call__": __call__, "jaxbn_frozen": True}
-    return layers.derived(cls, f"Frozen{cls.__name__}", body, frozen_class, cls)
+    return __call__
 
 
 def _is_frozen(layer: Any) -> bool:
-    return getattr(type(layer), "jaxbn_frozen", False)
+    return nnx_classes.has_class_of(layer, _frozen_call)

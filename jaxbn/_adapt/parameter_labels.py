@@ -1,19 +1,21 @@
-"""Labels and masks that tell optax which parameters are batch norm's."""
+"""Labels and masks that tell optax which parameters belong to norms."""
 
 from typing import Any
 
 import jax
 
-from jaxbn._inspection.selection import Where, match
+from jaxbn._inspection.layers import join
+from jaxbn._inspection.selection import Where, selects
 from jaxbn._text import listed
 
 
 def labels(params: Any, frozen: Where = ()) -> Any:
-    """The tree with a label for each parameter: "scale", "bias", "frozen" or "rest".
+    """The tree with a label in place of each parameter: "scale", "bias", "frozen" or "rest".
 
-    "scale" and "bias" are those of norms, of any kind: a layer is one that holds a scale, or a
-    bias and nothing else. Kernels and the biases beside them are "rest". For
-    `optax.multi_transform`, as `param_labels` or as a function of the parameters::
+    Use it to give the scales and biases of norms an optimizer of their own, or none. A layer counts
+    as a norm, of any kind, if all it holds are a scale, a bias, or both. Kernels, and biases beside
+    kernels, are "rest". The result is the `param_labels` of `optax.multi_transform`; so is the
+    function itself::
 
         tx = optax.multi_transform(
             {
@@ -26,13 +28,16 @@ def labels(params: Any, frozen: Where = ()) -> Any:
         )
 
     Args:
-      params: linen's params, `nnx.state(model, nnx.Param)` or what optax has of it, or a tree
-        with `Params`.
-      frozen: norms whose scale and bias are "frozen" instead: a glob over the paths, several, or
-        a predicate.
+      params: linen's params, `nnx.state(model, nnx.Param)` or what optax makes of it, or a tree
+        with `Params`. The leaves are arrays of any shape and dtype.
+      frozen: norms whose scale and bias are "frozen" instead: a glob over the paths, several
+        globs, or a predicate.
+
+    Returns:
+      A tree of the same structure with strings as leaves.
 
     Raises:
-      ValueError: no norm in the tree, or none that `frozen` means.
+      ValueError: the tree has no norm, or `frozen` selects none.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> v = jnp.ones(2)
@@ -40,65 +45,70 @@ def labels(params: Any, frozen: Where = ()) -> Any:
     >>> print(jaxbn.labels(params))
     {'bn': {'bias': 'bias', 'scale': 'scale'}, 'dense': {'bias': 'rest', 'kernel': 'rest'}}
     """
-    places, treedef = _places(params)
-    norms = _norms(places)
+    parameters, treedef = _parameters(params)
+    norms = _norms(parameters)
     if not norms:
         raise ValueError(
-            f"labels: no norm among {len(places)} parameters; expected linen's params, "
+            f"labels: no norm among {len(parameters)} parameters; expected linen's params, "
             f"nnx.state(model, nnx.Param) or a tree of jaxbn.Params, with a layer that holds a "
             f"scale, or a bias and nothing else."
         )
-    still = {path for path in norms if match(frozen, path)}
+    still = {path for path in norms if selects(frozen, path)}
     if frozen != () and not still:
         raise ValueError(
-            f"labels: frozen={frozen!r} means none of the norms {listed(sorted(norms))}; "
+            f"labels: frozen={frozen!r} selects none of the norms {listed(sorted(norms))}; "
             f'expected a glob such as "{min(norms)}", several of them, or a function of the path.'
         )
 
-    def label(place: tuple[str, ...]) -> str:
-        path = "/".join(place[:-1])
+    def label(keys: tuple[str, ...]) -> str:
+        path = join("", *keys[:-1])
         if path not in norms:
             return "rest"
-        return "frozen" if path in still else place[-1]
+        return "frozen" if path in still else keys[-1]
 
-    return jax.tree.unflatten(treedef, map(label, places))
+    return jax.tree.unflatten(treedef, map(label, parameters))
 
 
 def decay_mask(params: Any) -> Any:
-    """The tree with True for what weight decay is for: all but the scales and biases of norms.
+    """The tree with False in place of each scale and bias of a norm, and True elsewhere.
 
-    A norm undoes what decay does to the kernel before it; nothing undoes what it does to them.
-    For `optax.adamw(lr, mask=jaxbn.decay_mask)`, `optax.add_decayed_weights(5e-4, decay_mask)`.
+    Use it as the mask of weight decay: `optax.adamw(lr, mask=jaxbn.decay_mask)`,
+    `optax.add_decayed_weights(5e-4, jaxbn.decay_mask)`. Decay of a kernel before a norm changes
+    nothing that the norm does not undo. Decay of the norm's own scale and bias shrinks the result.
 
     Args:
-      params: as in `labels`; without a norm all is True, as optax shows it the rest of a tree.
+      params: as in `labels`. A tree without a norm is all True, because optax may pass a part of
+        the parameters that has none.
+
+    Returns:
+      A tree of the same structure with booleans as leaves.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> v = jnp.ones(2)
     >>> print(jaxbn.decay_mask({"dense": {"kernel": v}, "bn": {"scale": v}}))
     {'bn': {'scale': False}, 'dense': {'kernel': True}}
     """
-    places, treedef = _places(params)
-    norms = _norms(places)
-    return jax.tree.unflatten(treedef, ["/".join(place[:-1]) not in norms for place in places])
+    parameters, treedef = _parameters(params)
+    norms = _norms(parameters)
+    return jax.tree.unflatten(treedef, [join("", *keys[:-1]) not in norms for keys in parameters])
 
 
-def _places(params: Any) -> tuple[list[tuple[str, ...]], Any]:
-    """The path of each parameter, in the tree's order, and how the tree is put together."""
+def _parameters(params: Any) -> tuple[list[tuple[str, ...]], Any]:
+    """The keys from the root to each parameter, in JAX's order, and the tree's structure."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    return [tuple(name for key in path if (name := _name(key))) for path, _ in leaves], treedef
+    return [tuple(name for key in path if (name := _key_name(key))) for path, _ in leaves], treedef
 
 
-def _norms(places: list[tuple[str, ...]]) -> set[str]:
-    """Paths of the layers that hold a scale, or a bias and nothing else."""
+def _norms(parameters: list[tuple[str, ...]]) -> set[str]:
+    """The paths of the layers that hold a scale, a bias, or both, and nothing else."""
     held: dict[str, set[str]] = {}
-    for place in places:
-        held.setdefault("/".join(place[:-1]), set()).add(*place[-1:] or [""])
-    return {path for path, names in held.items() if names <= {"scale", "bias"}}
+    for keys in parameters:
+        held.setdefault(join("", *keys[:-1]), set()).add(keys[-1] if keys else "")
+    return {path for path, inside in held.items() if inside <= {"scale", "bias"}}
 
 
-def _name(key: Any) -> str | None:
-    """A step of a tree path as `layers.find` writes it; None for that into an nnx variable."""
-    if isinstance(key, jax.tree_util.GetAttrKey):  # a pure nnx state has no variables
+def _key_name(key: Any) -> str | None:
+    """A key of JAX's as `layers.find` writes it; None for the step into an nnx variable."""
+    if isinstance(key, jax.tree_util.GetAttrKey):
         return None if key.name == "value" else key.name
     return str(getattr(key, "key", getattr(key, "idx", key)))

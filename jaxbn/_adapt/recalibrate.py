@@ -1,4 +1,4 @@
-"""Running statistics computed again over a data set, the weights as they are (precise BN)."""
+"""Running statistics computed again over a data set, with the weights unchanged (precise BN)."""
 
 import contextlib
 import functools
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxbn._extras import need
 from jaxbn._inspection import layers
-from jaxbn._inspection.observer import Observe, Record, observer
+from jaxbn._inspection.observer import Observe, Observed, observer
 from jaxbn._inspection.selection import Where, select
 from jaxbn._op import arguments, devices
 from jaxbn._op.devices import Pool
@@ -34,43 +35,46 @@ def recalibrate(
     limit: int | None = None,
     progress: bool | None = None,
 ) -> Any:
-    """The model with running statistics of a data set under the weights it has now::
+    """The model with the running statistics of a data set, under the model's present weights::
 
         mean = Σ n_i mean_i / N        var = Σ n_i (var_i + |mean_i - mean|²) / N
 
-    over batches i of n_i values, N in all. Each batch is normalized by its own moments on its
-    way through the layers, as in training. The statistics of before play no part, and no
-    parameter is touched. For weights that were averaged (SWA, EMA), for data of another domain
-    (AdaBN). Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3 (precise BN).
+    over batches i of n_i values, N values in all. Running statistics are an average over past
+    weights. Use `recalibrate` when the present weights differ from those: after averaging weights
+    (SWA, EMA), or for data of another domain (AdaBN). Every batch passes through the model once.
+    Each layer normalizes the batch by the batch's own moments, as in training. The old statistics
+    have no influence, and no parameter changes. Wu & Johnson 2021, "Rethinking 'Batch' in
+    BatchNorm", section 3 (precise BN).
 
     Args:
-      apply: `apply(model, batch)`, in training or eval mode: these layers normalize by the batch
-        in both, so that eval mode is training without dropout. Linen's must pass keywords on, as
-        `functools.partial(net.apply, train=False)` does; that of a tree of `State` returns the
-        new tree. The same function in a later call is not compiled again.
+      apply: `apply(model, batch)`, in training or eval mode. The layers normalize by the batch in
+        both modes, so eval mode is training without dropout. Linen's apply must pass keywords on,
+        as `functools.partial(net.apply, train=False)` does. For a tree of `State`, apply returns
+        the new tree. A later call with the same function compiles nothing.
       model: linen variables, an nnx model, or a tree with a `State` for each layer.
-      batches: any iterable; one batch is in memory at a time. Only the size of their first axes
-        may differ, and each size is compiled once: two where the last batch is smaller. Within a
-        jit, shard_map or pmap of your own an array [batches, rows, …] is scanned.
-      where: the layers to recalibrate: a glob over the paths, several, or a predicate. Others
-        keep their statistics and run as `apply` runs them.
-      variance: "pooled"; or "mean" for Σ n_i var_i / N, which leaves out how far the batches'
-        means lie apart.
-      unbiased: var times n / (n - 1), n the values it is of (with "mean": of its batch). None:
-        as each layer says; a `State` does not say, which is False.
-      axis_name: mapped axis or axes to pool over at the end, where the layers themselves do not.
-      limit: at most so many batches.
-      progress: a bar; None for one where stderr is a terminal.
+      batches: any iterable. One batch is in memory at a time. Only the first axes may differ in
+        size, and each size is compiled once: two sizes if the last batch is smaller. Inside your
+        own jit, shard_map or pmap, pass an array [batches, rows, …], which is scanned.
+      where: the layers to recalibrate: a glob over the paths, several globs, or a predicate. Other
+        layers keep their statistics and run as `apply` runs them.
+      variance: "pooled" for the formula above, or "mean" for Σ n_i var_i / N, which ignores how
+        far apart the batches' means are.
+      unbiased: whether var is multiplied by n / (n - 1). With "pooled" n is the number of values
+        in the data set, with "mean" the number in the batch. None: each layer's own setting; a
+        plain `State` has none and counts as False.
+      axis_name: mapped axis or axes to pool over at the end, if the layers do not pool themselves.
+      limit: use at most this many batches.
+      progress: whether to show a bar; None shows a bar if stderr is a terminal.
 
     Returns:
-      New linen variables, or a new tree; the nnx model, updated. `count`, where it is kept, is
-      the number of batches. Values that are not finite raise; in a trace, where nobody can be
-      told, a layer leaves such a batch out.
+      New linen variables, a new tree, or the nnx model itself, updated. mean and var are [C] in
+      float32 or wider. `count`, if the layer keeps one, is the number of batches.
 
     Raises:
-      TypeError: apply does not take, or return, what is said above.
-      ValueError: no layer, no batch, a batch of another shape or with moments that are not
-        finite, or a layer that no value reaches. Nothing was changed then.
+      TypeError: apply does not take or return what is said above.
+      ValueError: there is no layer or no batch, a batch has another shape, a batch has moments that
+        are not finite, or no value reaches a layer. Nothing was changed then. Under jit nothing
+        can be raised for moments that are not finite; a layer skips that batch.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> _, state = jaxbn.init(1)
@@ -98,13 +102,13 @@ def recalibrate(
             total, count = _looped(observe, fold, arrays, shown)
     if not count:
         raise ValueError(
-            f"{call}: no batches, expected at least one. A generator that was used up gives none: "
-            f"make it anew for each call."
+            f"{call}: no batches, expected at least one. A generator that was used up gives none; "
+            f"make a new generator for each call."
         )
     if missed := [path for path in chosen if path not in total or _is_empty(total[path])]:
         raise ValueError(
             f"{call}: no value came through {listed(missed)} in {count} batches: apply does not "
-            f"run them, or every cell was masked. Run them, or leave them out by where=."
+            f"run these layers, or every cell was masked. Run them, or leave them out by where=."
         )
     new = {
         path: _state(layer.state, total[path], variance == "pooled", pool, count)
@@ -114,14 +118,19 @@ def recalibrate(
 
 
 def reset(model: Any, where: Where = "*") -> Any:
-    """The model with running statistics as they are at the start: mean 0, var 1, count 0.
+    """The model with the running statistics of a new model: mean 0, var 1, count 0.
+
+    Use it before training continues on other data, so that the old statistics have no influence.
 
     Args:
-      model: linen variables, an nnx model, which is updated, or a tree with a `State` a layer.
+      model: linen variables, an nnx model, or a tree with a `State` for each layer.
       where: the layers to reset, as in `recalibrate`.
 
+    Returns:
+      New linen variables, a new tree, or the nnx model itself, updated.
+
     Raises:
-      ValueError: no such layer.
+      ValueError: the model has no such layer.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> jaxbn.reset({"bn": jaxbn.State(jnp.ones(1), jnp.zeros(1), None)})
@@ -136,15 +145,15 @@ def reset(model: Any, where: Where = "*") -> Any:
     return layers.replace(model, {path: start(layer.state) for path, layer in chosen.items()})
 
 
-Records = dict[str, Record]
-Fold = Callable[[Records | None, Records], tuple[Records, dict[str, jax.Array]]]
+Observations = dict[str, Observed]
+Fold = Callable[[Observations | None, Observations], tuple[Observations, dict[str, jax.Array]]]
 
 
 def _looped(
     observe: Observe, fold: Fold, arrays: Any, batches: Iterable[Any]
-) -> tuple[Records, int]:
-    """The records of all batches, and how many those are."""
-    total: Records | None = None
+) -> tuple[Observations, int]:
+    """What the layers saw in all batches, and the number of batches."""
+    total: Observations | None = None
     count, first, before = 0, None, dict[str, jax.Array]()
     for batch in batches:
         shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
@@ -155,13 +164,16 @@ def _looped(
                 f"the size of the first axis may differ. Resize, or pad and mask."
             )
         total, finite = fold(total, observe(arrays, batch))
-        _check_finite(before, count - 1)  # of the batch before: the devices work on this one
+        # Reading a flag waits for it. The flags of the batch before are read while the devices
+        # work on this batch.
+        _check_finite(before, count - 1)
         before, count = finite, count + 1
     _check_finite(before, count - 1)
     return total or {}, count
 
 
-def _scanned(observe: Observe, fold: Fold, arrays: Any, batches: jax.Array) -> Records:
+def _scanned(observe: Observe, fold: Fold, arrays: Any, batches: jax.Array) -> Observations:
+    """What the layers saw in all batches of an array [batches, rows, …], inside a trace."""
     if not len(batches):
         return {}
     first, _ = fold(None, observe(arrays, batches[0]))
@@ -179,14 +191,14 @@ def _check_finite(finite: dict[str, jax.Array], batch: int) -> None:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _fold(
-    pooled: bool, unbiased: bool | None, total: Records | None, new: Records
-) -> tuple[Records, dict[str, jax.Array]]:
-    """Records of all batches so far, with those of one more; and whether that one is finite."""
+    pooled: bool, unbiased: bool | None, total: Observations | None, new: Observations
+) -> tuple[Observations, dict[str, jax.Array]]:
+    """The total with one more batch, and path → whether that batch's moments are finite."""
 
-    def learn(old: Record | None, new: Record) -> tuple[Record, jax.Array]:
+    def learn(old: Observed | None, new: Observed) -> tuple[Observed, jax.Array]:
         count, mean, var = new.moments
         flag = new.unbiased if unbiased is None else jnp.full_like(new.unbiased, unbiased)
-        # [] or, of stacked layers, [layers], beside [C] or [layers, C].
+        # count and flag are [], or [layers] if the layer was scanned; mean is [C] or [layers, C].
         count, flag = (
             devices.spread(v.reshape(v.shape + (1,) * (mean.ndim - v.ndim)), mean)
             for v in (count, flag)
@@ -197,37 +209,37 @@ def _fold(
         batch = Moments(count.astype(var.dtype), mean, var)
         batch = Moments(*(jnp.where(finite, v, jnp.zeros_like(v)) for v in batch))
         if old is None:
-            return Record(batch, flag), finite
+            return Observed(batch, flag), finite
         both = merge(old.moments, batch)
         if not pooled:
             share = batch.count / jnp.where(both.count > 0, both.count, 1)
             both = both._replace(var=old.moments.var + (batch.var - old.moments.var) * share)
-        return Record(both, flag), finite
+        return Observed(both, flag), finite
 
     olds = total or dict.fromkeys(new)
-    out = {path: learn(olds[path], record) for path, record in new.items()}
-    return {p: record for p, (record, _) in out.items()}, {p: ok for p, (_, ok) in out.items()}
+    out = {path: learn(olds[path], observed) for path, observed in new.items()}
+    return {p: observed for p, (observed, _) in out.items()}, {p: ok for p, (_, ok) in out.items()}
 
 
 def _bessel(n: jax.Array, unbiased: jax.Array) -> jax.Array:
-    """N / (n - 1) where that is asked for and there is one."""
+    """Equals n / (n - 1) where `unbiased` is True and n > 1, else 1."""
     return jnp.where(unbiased & (n > 1), n / jnp.where(n > 1, n - 1, 1), jnp.ones_like(n))
 
 
-def _state(old: State, record: Record, pooled: bool, pool: Pool | None, batches: int) -> State:
-    m = across(record.moments, pool)
-    var = m.var * _bessel(m.count, record.unbiased) if pooled else m.var
-    # A channel that a mask hides in every batch keeps what it had.
+def _state(old: State, observed: Observed, pooled: bool, pool: Pool | None, batches: int) -> State:
+    m = across(observed.moments, pool)
+    var = m.var * _bessel(m.count, observed.unbiased) if pooled else m.var
+    # A channel that a mask hides in every batch keeps its old statistics.
     mean, var = (
         jnp.where(m.count > 0, new, devices.spread(before.astype(new.dtype), new))
         for new, before in ((m.mean, old.mean), (var, old.var))
     )
     count = None if old.count is None else jnp.full_like(old.count, batches)
-    return State(_placed(mean, old.mean), _placed(var, old.var), count)
+    return State(_placed_as(mean, old.mean), _placed_as(var, old.var), count)
 
 
-def _placed(new: jax.Array, old: Any) -> Any:
-    """New on the devices where old lies, free to move where old is."""
+def _placed_as(new: jax.Array, old: Any) -> Any:
+    """`new` on the devices of `old`; not committed to a device if `old` is not."""
     if not (_known(new) and _known(old)):
         return new
     if isinstance(old, jax.Array) and old.committed:
@@ -240,22 +252,20 @@ def _known(v: Any) -> bool:
     return not isinstance(v, jax.core.Tracer)
 
 
-def _is_empty(record: Record) -> bool:
-    return _known(record.moments.count) and not np.any(record.moments.count)
+def _is_empty(observed: Observed) -> bool:
+    return _known(observed.moments.count) and not np.any(observed.moments.count)
 
 
 def _shown(batches: Iterable[Any], limit: int | None, progress: bool | None) -> Any:
-    """A context of the batches, at most `limit`, with a bar as they are gone through."""
+    """A context that gives at most `limit` batches, and shows a bar while they are read."""
     some = itertools.islice(batches, limit)
     if not (sys.stderr.isatty() if progress is None else progress):
         return contextlib.nullcontext(some)
-    from rich.console import Console
-    from rich.progress import track
-
+    track = need("recalibrate", "rich.progress").track
     sizes = [n for n in (getattr(batches, "__len__", lambda: None)(), limit) if n is not None]
     total = min(sizes) if sizes and hasattr(batches, "__len__") else limit
-    console = Console(stderr=True)
-    # In a file the bar stands once, full.
+    console = need("recalibrate", "rich.console").Console(stderr=True)
+    # On a terminal the bar vanishes at the end. In a file only the full bar is written.
     return contextlib.closing(
         track(some, "Recalibrating", total, console=console, transient=console.is_terminal)
     )

@@ -1,4 +1,4 @@
-"""Running statistics that devices, or microbatches, hold apart: check them, bring them together."""
+"""Running statistics of several devices or microbatches: compare them, and make them one."""
 
 import zlib
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._inspection.layers import holds_statistics
+from jaxbn._inspection.layers import holds_statistics, state_of, with_state
 from jaxbn._op import arguments
 from jaxbn._op import devices as devices_
 from jaxbn._op.axes import wide
@@ -17,18 +17,22 @@ from jaxbn._op.state import Moments, State
 
 
 def assert_replicated(state: Any) -> None:
-    """Nothing, if every device holds the same bits of every array in `state`; else an error.
+    """Raises an error unless every device holds the same bits of every array in `state`.
 
-    Two kinds of copies are compared: those of an array that is replicated (over the whole mesh
-    or over some of its axes), and the rows of an array [devices, ...] with one row a device, as
-    `pmap` and `shard_map(out_specs=P("devices"))` return it. In a program of several processes
-    each calls it, and the copies of all processes are compared.
+    Use it after training on several devices, before you save or evaluate. If devices trained with
+    statistics of their own, a checkpoint holds the statistics of one device only.
+
+    Two kinds of copies are compared: the copies of an array that is replicated over the mesh or
+    over some of its axes, and the rows of an array [devices, ...] with one row on each device, as
+    `pmap` and `shard_map(out_specs=P("devices"))` return it. In a program of several processes all
+    processes must call `assert_replicated`, which compares the copies of all of them.
 
     Args:
-      state: a `State`, Flax's `batch_stats`, an nnx state, or any tree of arrays.
+      state: a `State`, Flax's `batch_stats`, an nnx state, or any tree of arrays of any shape and
+        dtype.
 
     Raises:
-      AssertionError: some copies differ; it names the leaf, the devices and by how much.
+      AssertionError: copies differ. The message names the leaf, the devices and the difference.
 
     >>> import jaxbn
     >>> _, state = jaxbn.init(3)
@@ -45,11 +49,11 @@ def assert_replicated(state: Any) -> None:
             part = "" if devices_.one_row_a_device(leaf) else str(shard.index)
             digest = zlib.crc32(_value(shard.data).tobytes())
             row[:] = (shard.device.id, zlib.crc32(part.encode()), digest)
-    # One exchange for all leaves, before any verdict: a process that raised alone would leave
-    # the others waiting for it.
+    # All leaves are exchanged before any error is raised. If one process raised first, the others
+    # would wait for it forever.
     digests = _from_all_processes(digests)
     for i, (name, leaf) in enumerate(arrays):
-        pair = _difference(digests[:, i])
+        pair = _unequal_copies(digests[:, i])
         if pair is None:
             continue
         values = np.stack([_value(shard.data) for shard in leaf.addressable_shards])
@@ -65,13 +69,14 @@ def assert_replicated(state: Any) -> None:
         )
 
 
-NO_DEVICE = 2**32 - 1  # in place of a device's id, where a leaf lives on fewer
+NO_DEVICE = 2**32 - 1  # in place of a device's id, for a leaf that is on fewer devices
 
 
-def _difference(digests: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """Places (process, local device) of two copies of one part that differ.
+def _unequal_copies(digests: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """The places (process, local device) of two unequal copies of one part; None if all agree.
 
-    Of [processes, local devices, 3]: device, digest of the part it holds, digest of its copy.
+    digests is [processes, local devices, 3]: the device, the digest of the name of the part that
+    the device holds, and the digest of the numbers it holds.
     """
     first: dict[int, tuple[tuple[int, int], int]] = {}
     for process, local in np.ndindex(digests.shape[:2]):
@@ -85,7 +90,7 @@ def _difference(digests: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]] 
 
 
 def _value(v: jax.Array) -> np.ndarray:
-    """Equals v on the host; the numbers of a random key."""
+    """Equals v on the host. A random key becomes its numbers."""
     is_key = jnp.issubdtype(v.dtype, jax.dtypes.prng_key)
     return np.asarray(jax.random.key_data(v) if is_key else v)
 
@@ -94,7 +99,7 @@ def _from_all_processes(v: np.ndarray) -> np.ndarray:
     """The v of each process, stacked: [processes, *v.shape]."""
     if jax.process_count() == 1:
         return v[None]
-    from jax.experimental import multihost_utils  # slow to import, and for many hosts alone
+    from jax.experimental import multihost_utils  # slow to import, and rarely needed
 
     return np.asarray(multihost_utils.process_allgather(v))
 
@@ -104,22 +109,25 @@ def sync_state(
     axis_name: str | Sequence[str],
     axis_index_groups: Sequence[Sequence[int]] | None = None,
 ) -> Any:
-    """Equals the running statistics of all devices' data, from those of each device's own::
+    """Equals the running statistics of all devices' data, from each device's own statistics::
 
-        mean = Σ w mean_i        var = Σ w (var_i + |mean_i - mean|²)
+        mean = Σ w_i mean_i        var = Σ w_i (var_i + |mean_i - mean|²)
 
-    with w a device's share of all updates counted, or the same for all where none are (Flax
-    counts none). The mean of the variances alone, without the spread of the means, would be too
-    small. Call it under shard_map, pmap or vmap, once before evaluating or saving.
+    w_i is device i's share of all counted updates. If updates are not counted (Flax counts none),
+    all devices have the same share. The average of the variances alone would be too small, because
+    it leaves out how far apart the means are. If devices train with statistics of their own, call
+    `sync_state` once before you evaluate or save, under shard_map, pmap or vmap.
 
     Args:
-      state: any tree with a `State`, or a mapping with "mean" and "var", for each layer (Flax's
-        batch_stats, an nnx state); everything else in it returns as it came.
+      state: any tree that holds a `State`, or a mapping with arrays "mean" and "var", for each
+        layer: Flax's batch_stats or an nnx state, for example. mean and var are [C] on each device.
+        Other values are returned as they are.
       axis_name: mapped axis or axes to pool over.
-      axis_index_groups: pool within subgroups of that axis.
+      axis_index_groups: pool within groups of devices on that axis.
 
     Returns:
-      The same tree, equal on all devices; `count` becomes the mean number of updates.
+      The tree with the pooled statistics, equal on all devices. mean and var narrower than float32
+      become float32. `count` becomes the mean number of updates.
 
     Raises:
       ValueError: the axis is not bound, the groups are no partition of it, or the tree holds
@@ -139,8 +147,9 @@ def sync_state(
             "pmap or vmap."
         )
 
-    def sync(mean: jax.Array, var: jax.Array, count: jax.Array | None) -> Layer:
-        # A weight that vanishes beside one update, and is the same for all where there is none.
+    def sync(mean: jax.Array, var: jax.Array, count: jax.Array | None) -> Statistics:
+        # The least weight is far below that of one update. If no device counted an update, all
+        # have the least weight, so their statistics are averaged and not divided by 0.
         weight = jnp.maximum(jnp.float32(0 if count is None else count), 1e-9)
         own = Moments(weight, mean.astype(wide(mean.dtype)), var.astype(wide(var.dtype)))
         pooled = across(own, pool)
@@ -152,23 +161,26 @@ def sync_state(
 
 
 def merge_updates(states: Any, momentum: float | None = 0.99) -> Any:
-    """Equals one update by the pooled moments of k microbatches, from k updates side by side::
+    """Equals one update by a batch of k microbatches, from k separate updates::
 
         mean = Σ mean_i / k      var = Σ var_i / k + Σ |mean_i - mean|² / (k (1 - momentum))
 
-    where state i is the *same* start, updated by microbatch i alone. The last term is the
-    spread of the microbatches' means, which the update has scaled by (1 - momentum)². So
-    gradient accumulation by `lax.scan` can train on k microbatches and leave the running
-    statistics that one large batch would have left, up to rounding.
+    State i is the *same* initial state, updated by microbatch i alone. The last term is the
+    variance between the microbatches' means; each update has scaled a mean's deviation by
+    1 - momentum. Use `merge_updates` with gradient accumulation: `lax.scan` over k microbatches
+    then leaves the running statistics that one large batch would have left, up to rounding.
 
     Args:
-      states: as in `sync_state`, leaves stacked [k, ...] as `lax.scan` stacks them.
-        Microbatches of one size.
-      momentum: the one they were updated with; None for the cumulative average.
+      states: as in `sync_state`, with every leaf stacked to [k, ...], as `lax.scan` stacks them.
+        The microbatches have one size.
+      momentum: of the updates; None for the cumulative average.
+
+    Returns:
+      The tree without the axis k.
 
     Raises:
-      ValueError: momentum is 1, with which no update leaves a trace, or out of range; or the
-        tree holds no running statistics, or no count that momentum=None needs.
+      ValueError: momentum is 1 (no update then leaves a trace) or out of range, the tree holds no
+        running statistics, or it has no count and momentum=None needs one.
 
     >>> import jax, jax.numpy as jnp, jaxbn
     >>> x, (_, start) = jnp.array([[[0.0], [2.0]], [[4.0], [6.0]]]), jaxbn.init(1)
@@ -184,11 +196,11 @@ def merge_updates(states: Any, momentum: float | None = 0.99) -> Any:
             f"updates that are merged, or None for the cumulative average; write momentum=0.99."
         )
 
-    def merge(mean: jax.Array, var: jax.Array, count: jax.Array | None) -> Layer:
+    def one_update(mean: jax.Array, var: jax.Array, count: jax.Array | None) -> Statistics:
         if momentum is None and count is None:
             raise ValueError(
                 "merge_updates: momentum=None, but the states hold no count of updates; expected "
-                "those of the cumulative average, or the momentum of the updates: momentum=0.99."
+                "states with a count, or the momentum of the updates; write momentum=0.99."
             )
         share = 1 / count[0].astype(jnp.float32) if momentum is None else 1 - momentum  # type: ignore[index]
         means, middle = mean.astype(wide(mean.dtype)), mean.astype(wide(mean.dtype)).mean(0)
@@ -197,27 +209,22 @@ def merge_updates(states: Any, momentum: float | None = 0.99) -> Any:
         last = None if count is None else count[0]
         return middle, pooled, last
 
-    return _by_layer("merge_updates", merge, states)
+    return _by_layer("merge_updates", one_update, states)
 
 
-Layer = tuple[jax.Array, jax.Array, jax.Array | None]  # mean, var, and count where it is kept
+Statistics = tuple[jax.Array, jax.Array, jax.Array | None]  # mean, var, and count if it is kept
 
 
-def _by_layer(call: str, f: Callable[..., Layer], tree: Any) -> Any:
-    """The tree with `f(mean, var, count or None)` in place of every layer's statistics."""
+def _by_layer(call: str, f: Callable[..., Statistics], tree: Any) -> Any:
+    """The tree with `f(mean, var, count or None)` in place of every layer's statistics.
+
+    JAX walks the tree, so it may be of any kind, a dataclass for example.
+    """
 
     def update(v: Any) -> Any:
         if not holds_statistics(v):
             return v
-        old = v._asdict() if isinstance(v, State) else v
-        boxes = [old.get(name) for name in State._fields]  # arrays, or nnx variables around them
-        arrays = (None if box is None else jnp.asarray(*jax.tree.leaves(box)) for box in boxes)
-        new = {
-            name: jax.tree.unflatten(jax.tree.structure(box), [array])
-            for name, box, array in zip(State._fields, boxes, f(*arrays), strict=True)
-            if box is not None
-        }
-        return v._replace(**new) if isinstance(v, State) else type(v)({**old, **new})
+        return with_state(v, State(*f(*jax.tree.map(jnp.asarray, state_of(v)))))
 
     leaves = jax.tree.leaves(tree, is_leaf=holds_statistics)
     if leaves and not any(map(holds_statistics, leaves)):

@@ -1,4 +1,4 @@
-"""Checkpoints as data: orbax folders, safetensors, Flax msgpack → nested dicts of arrays."""
+"""Checkpoints read as data: orbax folders, safetensors, Flax msgpack → nested dicts of arrays."""
 
 import json
 import math
@@ -11,29 +11,29 @@ from jaxbn._checkpoints.nesting import children, split_at_dots
 from jaxbn._extras import need
 from jaxbn._text import first_line, printable
 
-# No byte of a file stands for more values than this many bytes: the best that zstd, which orbax
-# writes, can do (blocks of 128 KiB in 4 bytes).
+# One byte of a file holds at most so many bytes of an array. orbax compresses by zstd, which packs
+# at best a block of 128 KiB into 4 bytes.
 COMPRESSION = 2**15
-# What orbax' _METADATA lists beside arrays.
+# The types in orbax' _METADATA that are no arrays.
 NO_ARRAYS = ("None", "Dict", "List", "Tuple", "NamedTuple", "string", "placeholder")
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The arrays of a checkpoint, as nested dicts; nothing in it is executed.
+    """The arrays of a checkpoint as nested dicts. Nothing in the checkpoint is executed.
 
     Args:
-      path: an orbax folder (one checkpoint, or a manager's folder of steps: the latest), a
-        `.safetensors` file, or a file that `flax.serialization.to_bytes` made.
+      path: an orbax folder, a `.safetensors` file, or a file of `flax.serialization.to_bytes`.
+        Of a CheckpointManager's folder of steps the latest step is read.
 
     Returns:
-      Nested dicts of NumPy arrays. Names with dots in a flat tree become nesting, and lists and
-      tuples dicts of "0", "1", …; a name that continues an array's (`fc.weight.absmax` beside
-      `fc.weight`) keeps the dot after which it does.
+      Nested dicts of NumPy arrays. Names are split at their dots. Lists and tuples become dicts
+      with the keys "0", "1", …. A name that continues the name of an array keeps its dot:
+      `fc.weight.absmax` beside `fc.weight`.
 
     Raises:
-      FileNotFoundError: nothing is there.
-      ValueError: it is none of these, or broken, or declares more than it can hold, or a link in
-        the folder leads out of it.
+      FileNotFoundError: `path` does not exist.
+      ValueError: the file is none of these, is damaged, declares more values than it can hold, or
+        a link in the folder leads out of the folder.
       ModuleNotFoundError: the package that reads such files is missing.
 
     >>> import pathlib, tempfile, numpy as np
@@ -74,7 +74,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, without tensorstore's list of all its settings."""
+    """The first line of an error, without the list of all settings that tensorstore appends."""
     return first_line(error).partition(" [tensorstore_spec")[0]
 
 
@@ -87,9 +87,10 @@ def _msgpack(path: Path) -> Any:
 
 
 def _orbax(path: Path) -> Any:
-    """The arrays of a folder that orbax wrote, read by tensorstore, which it writes with.
+    """The arrays of an orbax folder, read by tensorstore, the library orbax writes with.
 
-    Not by orbax: where a file is damaged, its threads go on printing after it has raised.
+    orbax itself is not used: if a file is damaged, the threads of orbax go on printing after orbax
+    has raised.
     """
     root = path = path.resolve()
     steps = [child for child in path.iterdir() if child.is_dir() and child.name.isdecimal()]
@@ -110,7 +111,8 @@ def _orbax(path: Path) -> Any:
             for entry in listed["tree_metadata"].values()
         }
         driver = "zarr3" if listed.get("use_zarr3") else "zarr"
-        # Where this is noted, a chunk that is not there is lost; before it was, one of zeros.
+        # With this note every chunk is in the folder, so a missing chunk is lost. Older versions
+        # of orbax do not write chunks of zeros, so there a missing chunk means zeros.
         fill = not listed.get("store_array_data_equal_to_fill_value")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -121,7 +123,7 @@ def _orbax(path: Path) -> Any:
     context = tensorstore.Context()
 
     def opened(name: str) -> Any:
-        # tensorstore takes no `..` in a path.
+        # tensorstore refuses a path with `..` in it.
         inner = {"path": f"{name}/"} if ocdbt else {"path": f"{path}/{name}/"}
         store = {"driver": "ocdbt", "base": base, **inner} if ocdbt else {**base, **inner}
         spec = {"driver": driver, "kvstore": store, "fill_missing_data_reads": fill}
@@ -132,13 +134,15 @@ def _orbax(path: Path) -> Any:
     _check_declared(stores.values(), size)
     reading = {name: store.read() for name, store in stores.items()}
     return {
-        **{name: kind for name, kind in kinds.items() if kind == "string"},  # no array: by its kind
+        **{
+            name: kind for name, kind in kinds.items() if kind == "string"
+        },  # not read: the word stands for it
         **{name: v.result() for name, v in reading.items()},
     }
 
 
 def _size(folder: Path, root: Path) -> int:
-    """Bytes of the files in a folder; no link leads out of root, and nothing else is in it."""
+    """Bytes of all files in a folder. Raises at a link out of root and at devices and pipes."""
     size = 0
     for child in [folder, *folder.rglob("*")]:
         if not child.resolve().is_relative_to(root):
@@ -151,7 +155,7 @@ def _size(folder: Path, root: Path) -> int:
 
 
 def _check_declared(stores: Iterable[Any], size: int) -> None:
-    """Whether files of so many bytes, and this machine, can hold the arrays that are declared."""
+    """Raises if `size` bytes of files, or this machine, cannot hold the declared arrays."""
     declared = sum(
         max(math.prod(store.shape), math.prod(store.chunk_layout.read_chunk.shape or ()))
         * store.dtype.numpy_dtype.itemsize

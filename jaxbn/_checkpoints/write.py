@@ -1,4 +1,4 @@
-"""Trees of arrays into checkpoints that `jaxbn._checkpoints.read.read` and others read."""
+"""Checkpoints written whole or not at all: safetensors, Flax msgpack, orbax folders."""
 
 import os
 import threading
@@ -9,24 +9,27 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn._checkpoints.nesting import nested
+from jaxbn._checkpoints.nesting import leaves, nested
 from jaxbn._extras import need
 from jaxbn._files import replacing
 from jaxbn._text import first_line, printable
 
 
 def save(path: str | os.PathLike[str], tree: Mapping[str, Any]) -> None:
-    """Writes nested dicts of arrays, all or nothing: beside its place first, then renamed.
+    """Writes nested dicts of arrays to `path`, all or nothing.
+
+    The file is written beside its place first and then renamed.
 
     Args:
-      path: a `.safetensors` file, where nesting becomes dots in the names; a `.msgpack` file, as
-        of `flax.serialization.to_bytes`; without a suffix an orbax folder, which must be new.
-      tree: string keys; leaves without a value (None) and empty dicts are left out.
+      path: the suffix decides the format. `.safetensors`: nesting becomes dots in the names.
+        `.msgpack`: as `flax.serialization.to_bytes` writes it. No suffix: an orbax folder, which
+        must be new.
+      tree: nested dicts with string keys. None and empty dicts are left out.
 
     Raises:
-      ValueError: another suffix, or a leaf that is no array of numbers, or two of one name.
-      FileExistsError: the orbax folder is there.
-      OSError: it cannot be written.
+      ValueError: the suffix is another, a leaf is no array of numbers, or two leaves have one name.
+      FileExistsError: the orbax folder exists.
+      OSError: the file cannot be written.
       ModuleNotFoundError: the package that writes such files is missing.
 
     >>> import tempfile, numpy as np
@@ -38,11 +41,12 @@ def save(path: str | os.PathLike[str], tree: Mapping[str, Any]) -> None:
     {'bn': {'mean': array([0., 0.])}}
     """
     path = Path(path)
-    checked(path)
+    check_destination(path)
     arrays: dict[tuple[str, ...], np.ndarray] = {}
     names = set()
-    for keys, v in _arrays(tree):
-        # One name may not be another's in any format: two arrays would be one.
+    for keys, node in leaves(tree):
+        v = _numbers(keys, node)
+        # In a file of flat names two arrays of one name would be one array.
         if (name := ".".join(keys)) in names:
             raise ValueError(f"save: two arrays are called {name!r}, expected one; rename a layer.")
         if path.suffix == "" and not v.size:
@@ -70,8 +74,8 @@ def save(path: str | os.PathLike[str], tree: Mapping[str, Any]) -> None:
                 ) from error
 
 
-def checked(path: Path) -> None:
-    """Whether `save` can write there, before any work is done for it.
+def check_destination(path: Path) -> None:
+    """Raises if `save` cannot write to `path`. Called before any work is done for the file.
 
     Raises:
       ValueError, OSError: as in `save`.
@@ -80,7 +84,7 @@ def checked(path: Path) -> None:
     if path.suffix not in (".safetensors", ".msgpack", ""):
         raise ValueError(
             f"save: {name} ends in {printable(path.suffix)}, expected .safetensors, .msgpack, or a "
-            f"name without a suffix, which is an orbax folder."
+            f"name without a suffix for an orbax folder."
         )
     if not (folder := path.absolute().parent).is_dir():
         raise FileNotFoundError(
@@ -94,7 +98,7 @@ def checked(path: Path) -> None:
 
 @contextmanager
 def _silent_threads() -> Iterator[None]:
-    """Where a call fails, the threads that it started end first and print nothing of their own."""
+    """If the call fails, waits for the threads it started, and lets them print nothing."""
     before, hook = set(threading.enumerate()), threading.excepthook
     threading.excepthook = lambda _: None
     try:
@@ -107,18 +111,13 @@ def _silent_threads() -> Iterator[None]:
         threading.excepthook = hook
 
 
-def _arrays(tree: Mapping[str, Any], keys: tuple[str, ...] = ()) -> Iterator[Any]:
-    for key, node in tree.items():
-        here = (*keys, str(key))
-        if isinstance(node, Mapping):
-            yield from _arrays(node, here)
-        elif node is not None:
-            v = np.array(node, order="C")
-            if v.dtype.kind in "OSUM":
-                raise ValueError(
-                    f"save: {printable('/'.join(here))} is a {type(node).__name__}, expected an "
-                    f"array of numbers; save the part of the tree that holds them."
-                )
-            if v.dtype == bool:  # a file may hold other bytes than 0 and 1, which no reader takes
-                v = v.view(np.uint8) != 0
-            yield here, v
+def _numbers(keys: tuple[str, ...], node: Any) -> np.ndarray:
+    """The leaf as an array that every format can hold."""
+    v = np.array(node, order="C")
+    if v.dtype.kind in "OSUM":
+        raise ValueError(
+            f"save: {printable('/'.join(keys))} is a {type(node).__name__}, expected an array of "
+            f"numbers; save the part of the tree that holds them."
+        )
+    # Readers take no bytes but 0 and 1 for booleans; the memory of an array may hold others.
+    return v.view(np.uint8) != 0 if v.dtype == bool else v

@@ -1,7 +1,7 @@
-"""`python -m jaxbn COMMAND`: calls the tools and prints.
+"""The commands of `python -m jaxbn`: each calls a tool of the package and prints the result.
 
-Status 0; 1 for findings, or where nothing was folded or not well enough; 2 where a file could not
-be read or written, or the user's code failed.
+The exit status is 0; 1 if there are findings, nothing was folded, or the fold is not exact enough;
+2 if a file cannot be read or written, or the user's code fails.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ from jaxbn._text import distinct, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status; wrong options raise SystemExit(2).
+    """Runs a command and returns the exit status. Wrong options raise SystemExit(2).
 
     Args:
-      argv: the words after `python -m jaxbn`; None for those of this process.
+      argv: the words after `python -m jaxbn`. None: the words this process was started with.
 
     >>> from jaxbn._cli import commands
     >>> try:
@@ -50,24 +50,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if isinstance(error, SystemExit):
             error = ValueError(f"the model's code ended the program: SystemExit: {error}")
-        # Without the call's own name: the command's stands before.
+        # The error begins with the name of a function; the line printed begins with the command's.
         text = re.sub(r"^[a-z]\w*: ", "", str(error).strip()) or type(error).__name__
         lines = text.split("\n")
-        if not isinstance(error, MisfitError):  # which lists what does not fit, a line each
+        if not isinstance(error, MisfitError):  # a MisfitError has a line for each array
             lines = lines[:1]
         print(f"{args.command}: " + "\n".join(map(printable, lines)), file=sys.stderr)
         return 2
 
 
 def doctor(args: Namespace) -> int:
-    """Examines a checkpoint; 1 where there are findings."""
+    """Prints what is wrong with the norm layers of a checkpoint. Status 1 if there are findings."""
     from jaxbn import health
     from jaxbn._checkpoints import norm_layers
     from jaxbn._checkpoints.read import read
     from jaxbn._cli import picture, terminal
 
     _on_the_cpu()
-    found = norm_layers.find(read(args.checkpoint))
+    found = norm_layers.norms_in(read(args.checkpoint))
     if not found:
         raise ValueError(
             f"{printable(args.checkpoint)} holds no batch norm layer, expected arrays mean and "
@@ -90,44 +90,43 @@ def doctor(args: Namespace) -> int:
 
 
 def convert(args: Namespace) -> int:
-    """Writes a checkpoint in another format, or with the names and layouts of another library."""
+    """Writes a checkpoint in another format, or by the names and layouts of another library."""
     from jaxbn import convert as tool
     from jaxbn._checkpoints import contents, write
-    from jaxbn._checkpoints.read import read
     from jaxbn._cli import users_model
 
-    write.checked(Path(args.dest))
+    write.check_destination(Path(args.dest))
     if not args.model:
         _on_the_cpu()
-    tree = contents.part_of(read(args.source), args.part)
+    source = contents.read_model(args.source, args.part)
     report: Any = None
     new: Mapping[str, Any]
     if args.model:
-        model, report = _loaded(tree, users_model.network(args.model).model, args)
+        model, report = _loaded(source, users_model.network(args.model).model, args)
         new = contents.arrays(model)
     elif args.torch:
-        new, report = tool.to_torch(contents.variables(tree), rename=args.rename)
+        new, report = tool.to_torch(source.variables(), rename=args.rename)
     elif args.like:
-        like = contents.part_of(read(args.like))
-        if contents.is_torch(like):
-            names = contents.state_dict(like)
-            new, report = tool.to_torch(contents.variables(tree), names, rename=args.rename)
+        like = contents.read_model(args.like)
+        if like.kind == "torch":
+            names = like.state_dict()
+            new, report = tool.to_torch(source.variables(), names, rename=args.rename)
         else:
-            new, report = _loaded(tree, contents.variables(like), args)
-            new = new if contents.has_collections(like) else new["params"]
+            new, report = _loaded(source, like.variables(), args)
+            new = new if like.kind == "linen" else new["params"]
     else:
-        new = tree
+        new = source.tree
     write.save(args.dest, new)
     print(*[report] * (report is not None), f"wrote {printable(args.dest)}", sep="\n")
     return 0
 
 
 def recalibrate(args: Namespace) -> int:
-    """Running statistics computed again over data, by the user's model."""
+    """Computes running statistics again by the user's model, over the user's data."""
     import jaxbn
     from jaxbn._checkpoints import contents, write
 
-    write.checked(Path(args.dest))
+    write.check_destination(Path(args.dest))
     apply, model, batches = _network(args)
     where = args.where or "*"
     model = jaxbn.recalibrate(apply, model, batches, where=where, limit=args.batches)
@@ -137,7 +136,7 @@ def recalibrate(args: Namespace) -> int:
 
 
 def fold(args: Namespace) -> int:
-    """What would be folded, and with which error; 1 where nothing is, or the error is too large."""
+    """Prints what can be folded and the error of each. Status 1 if nothing can, or not exactly."""
     from jaxbn._folding.fold import FoldError
     from jaxbn._folding.fold import fold as tool
 
@@ -152,7 +151,7 @@ def fold(args: Namespace) -> int:
 
 
 def export(args: Namespace) -> int:
-    """A file that others serve, its norms folded."""
+    """Folds the norms of the user's model and writes a file to serve."""
     import jaxbn
     from jaxbn import export as tool
 
@@ -192,7 +191,7 @@ COMMANDS = {
 
 
 def _check_arrays(found: Mapping[str, Any]) -> None:
-    """Whether each layer's arrays are numbers, as many each, and its count counts."""
+    """Raises unless each layer's arrays are numbers of one shape, and its count is a number."""
     import jax.numpy as jnp
     import numpy as np
 
@@ -231,18 +230,17 @@ def _check_arrays(found: Mapping[str, Any]) -> None:
 
 
 def _network(args: Namespace) -> tuple[Any, Any, Any]:
-    """The user's, with the checkpoint's arrays in its model."""
-    from jaxbn._checkpoints import contents
-    from jaxbn._checkpoints.read import read
+    """The user's (apply, model, batches), with the checkpoint's arrays in the model."""
+    from jaxbn._checkpoints.contents import read_model
     from jaxbn._cli import users_model
 
-    tree = contents.part_of(read(args.source), args.part)
+    source = read_model(args.source, args.part)
     apply, model, batches = users_model.network(args.model)
-    return apply, _loaded(tree, model, args)[0], batches
+    return apply, _loaded(source, model, args)[0], batches
 
 
 def _function(args: Namespace) -> tuple[Any, Any, Any]:
-    """The user's model as a function of x, the example, and all batches, that one first."""
+    """The user's model as a function of x; the first batch; all batches, the first included."""
     apply, model, batches = _network(args)
     some = itertools.islice(batches, args.batches)
     x = next(some, None)
@@ -251,13 +249,14 @@ def _function(args: Namespace) -> tuple[Any, Any, Any]:
     return functools.partial(apply, model), x, itertools.chain([x], some)
 
 
-def _loaded(tree: Any, like: Any, args: Namespace) -> tuple[Any, Any]:
+def _loaded(source: Any, like: Any, args: Namespace) -> tuple[Any, Any]:
+    """`users_model.load` with the options of the command line; a refusal names these options."""
     from jaxbn._cli import users_model
     from jaxbn.convert._matching import MisfitError
 
     given = {"rename": args.rename, "keep": args.keep, "epsilon": args.epsilon}
     try:
-        return users_model.load(tree, like, **given)
+        return users_model.load(source, like, **given)
     except MisfitError as error:
         raise MisfitError(
             f"{error}\nHere: --rename A=B, --keep LAYER, --part PATH if the model is a part of the "
@@ -267,7 +266,7 @@ def _loaded(tree: Any, like: Any, args: Namespace) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No word of the libraries that read and write: their errors quote files as they are."""
+    """Silences logs and warnings of other libraries: they may quote the bytes of a file."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -279,7 +278,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _on_the_cpu() -> None:
-    """Reading a checkpoint must not take an accelerator's memory from the run that trains there."""
+    """Keeps JAX on the CPU: an accelerator's memory may belong to a run that trains there."""
     import jax
 
     jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")

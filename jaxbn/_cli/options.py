@@ -1,4 +1,4 @@
-"""The options of `python -m jaxbn`, and what they say of themselves."""
+"""The options of `python -m jaxbn`, and their help."""
 
 import argparse
 import math
@@ -22,13 +22,13 @@ DESTINATION = "NAME.safetensors, NAME.msgpack, or without a suffix a new orbax f
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """What the words on the command line say; the command's name is `command`.
+    """Parses the command line; `command` is the name of the command.
 
     Args:
-      argv: the words; None for those of this process.
+      argv: the words. None: the words this process was started with.
 
     Raises:
-      SystemExit: 2 after one line about what is wrong; 0 after help, for which no word is enough.
+      SystemExit: 2 after one line that says what is wrong; 0 after help. No words mean help.
 
     >>> from jaxbn._cli import options
     >>> options.parse(["doctor", "net.msgpack", "--momentum", "0.9"]).momentum

@@ -1,4 +1,4 @@
-"""A picture of what the batch norm layers of a checkpoint hold."""
+"""A picture of the batch norm layers of a checkpoint: a dot for every channel."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -23,20 +23,20 @@ def plot(
     layers: Mapping[str, Layer],
     findings: Iterable[Finding] = (),
 ) -> None:
-    """Writes a PNG: means, variances and scales of every layer, a dot a channel.
+    """Writes a PNG with the means, variances and scales of every layer, a dot for each channel.
 
-    Channels with a finding are red crosses; layers with a finding as a whole are shaded. A value
-    that an axis cannot show (not finite, or a variance that is not positive) stands on its edge.
+    Channels with a finding are red crosses. Layers with a finding as a whole are shaded. A value
+    that an axis cannot show (not finite, or a variance that is not positive) is put on the edge.
 
     Args:
-      path: ends in `.png`; replaced when the picture is complete.
-      title: above it.
-      layers: path → layer, as `jaxbn._checkpoints.norm_layers.find` gives them.
-      findings: of `jaxbn.health.check`, about these layers.
+      path: ends in `.png`. An older file is replaced once the new one is complete.
+      title: the text above the picture.
+      layers: path → layer, as `jaxbn._checkpoints.norm_layers.norms_in` returns them.
+      findings: the findings of `jaxbn.health.check` about these layers.
 
     Raises:
-      ValueError: another suffix.
-      OSError: it cannot be written.
+      ValueError: the suffix is another.
+      OSError: the file cannot be written.
       ModuleNotFoundError: matplotlib is not installed.
 
     >>> import tempfile, pathlib, numpy as np, jaxbn
@@ -90,7 +90,7 @@ def _channels(name: str, findings: Iterable[Finding]) -> set[int]:
 
 
 def _shade(ax: Any, names: list[str], findings: Iterable[Finding]) -> None:
-    """A band behind each layer with a finding as a whole; an error's covers a warning's."""
+    """Shades each layer that has a finding as a whole, by the worst of its findings."""
     whole: dict[str, str] = {}
     for finding in findings:
         if not finding.channels and whole.get(finding.layer) != ERROR:
@@ -101,7 +101,7 @@ def _shade(ax: Any, names: list[str], findings: Iterable[Finding]) -> None:
 
 
 def _panel(ax: Any, what: str, values: list[Any], sick: list[set[int]]) -> None:
-    """A dot a channel, the channels of a layer side by side."""
+    """Draws a dot for each channel, the channels of a layer side by side."""
     xs, ys, marks = [], [], []
     for i, (v, bad) in enumerate(zip(values, sick, strict=True)):
         if v is None:
@@ -126,8 +126,8 @@ def _panel(ax: Any, what: str, values: list[Any], sick: list[set[int]]) -> None:
     ax.scatter(x[shown & ~red], y[shown & ~red], size, HEALTHY, lw=0)
     ax.scatter(x[shown & red], y[shown & red], 24, SICK, "x", lw=1.2, zorder=3)
     if lost := int((~shown).sum()):
-        ax.margins(y=0.12)  # the edge is for these alone
-        edge = ax.get_xaxis_transform()  # y in parts of the axis
+        ax.margins(y=0.12)  # keeps other values off the edge
+        edge = ax.get_xaxis_transform()  # y as a fraction of the axis
         y = np.full(lost, 0.03)
         ax.scatter(x[~shown], y, 24, SICK, "x", lw=1.2, zorder=3, transform=edge)
         why = "not finite or not positive" if what == "var" else "not finite"
@@ -135,7 +135,7 @@ def _panel(ax: Any, what: str, values: list[Any], sick: list[set[int]]) -> None:
 
 
 def _legend(figure: Any, findings: list[Finding]) -> None:
-    """What the marks mean that are there."""
+    """Explains the marks that are in the picture, and no others."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 

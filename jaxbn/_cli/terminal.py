@@ -15,7 +15,7 @@ COLORS = {"error": "red", "warning": "yellow"}
 FIGURES = ("mean_max", "var_min", "var_max", "scale_min", "scale_max")
 HEADERS = ("|mean|\n/ sd", "var\nmin", "var\nmax", "scale\nmin", "scale\nmax")  # of |scale|
 
-NARROWEST = 8  # of the layers' names, which are folded
+NARROWEST = 8  # characters of the layers' names, which are wrapped
 
 
 def show(
@@ -25,16 +25,16 @@ def show(
     *,
     momentum: float | None = None,
 ) -> None:
-    """Prints a table, a row a layer, below it the findings, and what was not judged.
+    """Prints a table with a row for each layer, the findings, and what was not judged.
 
-    In colour on a terminal. Findings of one kind and remedy are told once, with the figure of the
-    worst.
+    The output has colour on a terminal. Findings of one kind with one remedy are printed once, with
+    the figure of the worst.
 
     Args:
-      source: what was examined.
-      rows: of `health.summary`, worst first.
-      findings: of `health.check`, worst first.
-      momentum: with which `health.check` was called.
+      source: the name of the checkpoint.
+      rows: the rows of `health.summary`, worst first.
+      findings: the findings of `health.check`, worst first.
+      momentum: the momentum that `health.check` was given.
 
     Raises:
       ModuleNotFoundError: rich is not installed.
@@ -59,11 +59,11 @@ def show(
 
 
 def unjudged(rows: Sequence[Row], momentum: float | None = None) -> str:
-    """What the arrays of a checkpoint do not tell, in one line.
+    """One line that names the findings which need more than the arrays of a checkpoint.
 
     Args:
-      rows: of `health.summary`.
-      momentum: with which `health.check` was called.
+      rows: the rows of `health.summary`.
+      momentum: the momentum that `health.check` was given.
 
     >>> from jaxbn._cli import terminal
     >>> terminal.unjudged([])
@@ -88,7 +88,7 @@ def _print(console: Any, source: str, rows: Sequence[Row], findings: Sequence[Fi
     console.print()
     gap = 2 if console.width >= 100 else 1
     table = _table(rows, gap)
-    # In a terminal too narrow for all columns lines go on in the next: no column is dropped.
+    # No column is dropped in a terminal that is too narrow: lines are wrapped instead.
     given = console.width
     console.width = max(given, sum(column.min_width + gap for column in table.columns))
     console.print(table)
@@ -109,7 +109,7 @@ def _print(console: Any, source: str, rows: Sequence[Row], findings: Sequence[Fi
 
 
 def verdict(findings: Sequence[Finding]) -> str:
-    """How many findings of which severity.
+    """The number of errors and of warnings.
 
     >>> from jaxbn._cli import terminal
     >>> terminal.verdict([])
@@ -127,9 +127,9 @@ def as_json(
     *,
     momentum: float | None = None,
 ) -> str:
-    """One object: `checkpoint`, `healthy`, `judged` (the number of layers), and lists as in `show`.
+    """One JSON object: `checkpoint`, `healthy`, `judged` (the number of layers), and lists.
 
-    Every layer has all keys; a figure that it lacks, NaN and infinity are null.
+    Every layer has all keys. A missing figure, NaN and infinity are null.
 
     >>> from jaxbn._cli import terminal
     >>> print(terminal.as_json("net", [], []))
@@ -193,9 +193,12 @@ def _table(rows: Sequence[Row], gap: int) -> Any:
 
 
 def _of(worst: Finding, several: bool) -> str:
-    """The figure of a finding, its threshold, and where."""
+    """The figure of a finding, its threshold, and the channels."""
     text = f"{KINDS[worst.kind]}: {_number(worst.figure)}"
-    layers_own = worst.kind in ("never_updated", "no_statistics")  # alike in all, and no threshold
+    layers_own = worst.kind in (
+        "never_updated",
+        "no_statistics",
+    )  # the same figure in every layer, and no threshold
     if not layers_own:
         text += f", threshold {_number(worst.threshold)}"
     if worst.channels:
@@ -209,7 +212,7 @@ def _layer(finding: Finding) -> str:
 
 
 def _number(v: float | None) -> str:
-    """Two digits or all that stand before the point: at most 7 characters."""
+    """Two digits, or all digits before the point: at most 7 characters."""
     if v is None:
         return "-"
     if 99.5 <= abs(v) < 1e5:

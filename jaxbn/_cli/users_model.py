@@ -1,4 +1,4 @@
-"""The arrays of a checkpoint in a model that the user's own code describes."""
+"""The user's own model: its code is imported and run here, and nowhere else in the package."""
 
 import importlib
 import traceback
@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from jaxbn import convert
-from jaxbn._checkpoints.contents import is_torch, state_dict, variables
+from jaxbn._checkpoints.contents import Contents
 from jaxbn._text import first_line, printable
 from jaxbn.convert._report import Report
 
 
 class Network(NamedTuple):
-    """What `jaxbn.recalibrate` takes: a model, how it is run, and data."""
+    """A model, the function that runs it, and data, as `jaxbn.recalibrate` takes them."""
 
     apply: Callable[..., Any]  # apply(model, batch), in eval mode
     model: Any  # linen's variables or an nnx module; shapes will do
@@ -20,10 +20,10 @@ class Network(NamedTuple):
 
 
 def network(name: str) -> Network:
-    """What the function `module:function` returns: its module is imported, and so runs.
+    """Imports the module of `module:function` and calls the function. Both run the user's code.
 
     Raises:
-      ValueError: there is no such function, it fails, or it returns something else.
+      ValueError: the function does not exist, fails, or returns something else.
 
     >>> from jaxbn._cli import users_model
     >>> users_model.network("resnet")
@@ -36,7 +36,7 @@ def network(name: str) -> Network:
         raise ValueError(f"network: {name!r} names no function, expected module:function")
     try:
         made = getattr(importlib.import_module(module), function)()
-    except (Exception, SystemExit) as error:  # `sys.exit()` of a script that runs when imported
+    except (Exception, SystemExit) as error:  # a script may call `sys.exit()` when it is imported
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise ValueError(
             f"network: {name} fails: {_called(error)} ({printable(frame.filename)}, line "
@@ -51,41 +51,42 @@ def network(name: str) -> Network:
 
 
 def load(
-    tree: Mapping[str, Any],
+    source: Contents,
     like: Any,
     *,
     rename: Mapping[str, str | None] | None = None,
     keep: Iterable[str] = (),
     epsilon: float = 1e-5,
 ) -> tuple[Any, Report]:
-    """Equals `like` with the arrays of a checkpoint, every one in its place, by `jaxbn.convert`.
+    """Equals `like` with the arrays of a checkpoint in their places, by `jaxbn.convert`.
 
     Args:
-      tree: linen's variables, an nnx state, or a PyTorch state_dict, as `checkpoints.read` gives
-        them.
+      source: the model in the checkpoint.
       like: linen's variables, an nnx module or its state; shapes will do.
       rename: layer of the checkpoint, or a beginning of its path → layer of like; None drops it.
       keep: layers of like that stay as they are.
-      epsilon: that of a PyTorch model, whose file does not say.
+      epsilon: the epsilon of a PyTorch model, which is not in its file.
 
     Raises:
-      ValueError: something does not fit; all that does not is listed.
+      ValueError: some arrays do not fit; the message lists all of them.
 
     >>> import numpy as np
+    >>> from jaxbn._checkpoints.contents import Contents
     >>> from jaxbn._cli import users_model
     >>> like = {"params": {"fc": {"kernel": np.zeros((3, 2))}}}
-    >>> new, _ = users_model.load({"fc": {"weight": np.ones((2, 3))}}, like)
+    >>> source = Contents("torch", {"fc": {"weight": np.ones((2, 3))}})
+    >>> new, _ = users_model.load(source, like)
     >>> new["params"]["fc"]["kernel"].shape
     (3, 2)
     """
     options: dict[str, Any] = {"rename": rename, "keep": keep}
-    if is_torch(tree):
-        return convert.from_torch(state_dict(tree), like, eps=epsilon, **options)
+    if source.kind == "torch":
+        return convert.from_torch(source.state_dict(), like, eps=epsilon, **options)
     call = convert.nnx_to_linen if isinstance(like, Mapping) else convert.linen_to_nnx
-    return call(variables(tree), like, **options)
+    return call(source.variables(), like, **options)
 
 
 def _called(error: BaseException) -> str:
-    """The kind of an error and what it says, on one line."""
+    """The type of an error and its first line, on one line."""
     kind, line = type(error).__name__, first_line(error)
     return line if line.startswith(kind) else f"{kind}: {line}"

@@ -1,4 +1,4 @@
-"""What no argument reaches, computed in float64 while folding."""
+"""Values that depend on no argument, computed in float64 while folding."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -10,7 +10,7 @@ import numpy as np
 from jaxbn._folding.chains import CONTRACTIONS, transparent
 from jaxbn._folding.constants import ARITHMETIC, floating, known
 from jaxbn._folding.program import Program, evaluate, trace
-from jaxbn._folding.rewrite import Rewrite, Row
+from jaxbn._folding.rewrite import Rewrite, SiteOutcome
 from jaxbn._folding.training_mode import batch_statistics
 from jaxbn._op.axes import promote
 from jaxbn._text import aligned
@@ -66,9 +66,9 @@ class FoldReport(NamedTuple):
 
 
 class Folded:
-    """What `fold` makes of fn: a jitted function, with `trace` and `lower` as of `jax.jit`.
+    """The function that `fold` returns: jitted, with the methods `trace` and `lower` of `jax.jit`.
 
-    It pickles where fn does, which is traced and folded again when it is loaded.
+    It pickles if fn pickles. Unpickling traces and folds fn again.
 
     >>> import jax.numpy as jnp
     >>> from jaxbn._folding.fold import Folded
@@ -113,10 +113,10 @@ class Folded:
 
 
 class FoldError(ValueError):
-    """`fold` makes no function of fn: nothing is to be folded, or an error is above tolerance.
+    """`fold` refuses fn: there is nothing to fold, or an error is above tolerance.
 
     Attributes:
-      report: what there is, and the error of each.
+      report: the `FoldReport`, with every site and its error.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> try:
@@ -234,33 +234,33 @@ def _measure(
     fn: Callable[..., Any], args: Sequence[Any], kept: dict[Any, jax.Array], tolerance: float
 ) -> FoldReport:
     """The report: each site runs alone on its input in fn, then all sites run together."""
-    rows: list[Row] = []
+    outcomes: list[SiteOutcome] = []
 
     def differences(*args: Any) -> Any:
         program, leaves = trace(fn, args, transparent), jax.tree.leaves(args)
         values, rewrite = evaluate(program, leaves), Rewrite(program, kept)
         results = rewrite.run(leaves)
-        rows[:] = [rewrite.rows[i] for i in sorted(rewrite.rows)]
+        outcomes[:] = [rewrite.outcomes[i] for i in sorted(rewrite.outcomes)]
         alone = [
-            _difference(row.alone(values[row.reads]), values[row.gives])
-            for row in rows
-            if row.alone is not None
+            _largest_error(outcome.alone(values[outcome.reads]), values[outcome.gives])
+            for outcome in outcomes
+            if outcome.alone is not None
         ]
         pairs = ((y, values[i]) for y, i in zip(results, program.outputs, strict=True))
-        return alone, [_difference(y, r) for y, r in pairs if jnp.issubdtype(r, jnp.inexact)]
+        return alone, [_largest_error(y, r) for y, r in pairs if jnp.issubdtype(r, jnp.inexact)]
 
     # Accelerators multiply float32 in fewer bits by default. The fold is not to blame for that.
     with jax.default_matmul_precision("highest"):
         alone, together = jax.device_get(jax.jit(differences)(*args))
     errors = iter(alone)
     sites = []
-    for i, row in enumerate(rows):
-        error = _worst([next(errors)]) if row.folded else (None, None)
-        sites.append(FoldSite(f"{i} {row.name}", row.folded, row.note, *error))
+    for i, outcome in enumerate(outcomes):
+        error = _worst([next(errors)]) if outcome.folded else (None, None)
+        sites.append(FoldSite(f"{i} {outcome.name}", outcome.folded, outcome.note, *error))
     return FoldReport(tuple(sites), *_worst(together), tolerance)
 
 
-def _difference(y: jax.Array, reference: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _largest_error(y: jax.Array, reference: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Largest error and largest value. Equal infinities do not differ, nor do two NaNs."""
     wide = promote(y.dtype, jnp.float32)
     y, reference = y.astype(wide), reference.astype(wide)

@@ -1,5 +1,6 @@
-"""A traced function as one flat list of operations, and its values that are constants."""
+"""A traced function as one flat list of operations."""
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -61,10 +62,12 @@ def trace(fn: Callable, args: Sequence[Any], inline: Callable[["JaxprEqn"], bool
     """
     from jax.extend.core import Literal  # slow to import; `import jaxbn` must stay fast
 
+    # JAX keeps the trace of a function it has seen. The lambda is a new function, so fn is traced
+    # again, with the weights that it closes over now.
     closed, shapes = jax.make_jaxpr(lambda *args: fn(*args), return_shape=True)(*args)
     consts: dict[int, Any] = {}
     ops: list[Op] = []
-    number = iter(range(2**62))
+    number = itertools.count()
 
     def constant(value: Any) -> int:
         consts[i := next(number)] = value

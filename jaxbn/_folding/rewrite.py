@@ -13,7 +13,7 @@ from jaxbn._folding.constants import Known, compute, known
 from jaxbn._folding.program import CUSTOM, Op, Program, bodies, run, shape_of
 
 
-class Row(NamedTuple):
+class SiteOutcome(NamedTuple):
     """What became of one site, and a function that runs a folded site alone."""
 
     name: str
@@ -25,12 +25,12 @@ class Row(NamedTuple):
 
 
 class Rewrite:
-    """One run of a program with its affines folded. `rows` records what became of each site."""
+    """One run of a program with its affines folded. `outcomes` records what became of each site."""
 
     def __init__(self, program: Program, kept: dict[Any, jax.Array]):
         self.program = program
         self.kept = kept
-        self.rows: dict[int, Row] = {}  # by the number of the site's first result
+        self.outcomes: dict[int, SiteOutcome] = {}  # by the number of the site's first result
         self.origin = dict.fromkeys(program.inputs, "the input")
         self.readers: dict[int, list[str]] = {i: ["the caller"] for i in program.outputs}
         for op in program.ops:
@@ -151,7 +151,7 @@ class Rewrite:
         alone: Callable[[Any], Any] | None = None,
     ) -> None:
         name = f"{what} {op.path}".rstrip()
-        self.rows[op.outputs[0]] = Row(name, folded, note, reads, gives, alone)
+        self.outcomes[op.outputs[0]] = SiteOutcome(name, folded, note, reads, gives, alone)
 
     def _emit(self, chain: Chain) -> Callable[[Any], Any]:
         """The site with its chain in kernel and bias, as a function of the site's input."""

@@ -1,6 +1,6 @@
-"""What passes through the batch norm layers of a Flax model, seen without changing the model.
+"""A hook sees, and may answer, every call of a batch norm layer; the model stays as it is.
 
-For Flax's own layers and for those of this library, linen and nnx.
+The layers may be Flax's own or those of this library, linen's or nnx's.
 """
 
 import functools
@@ -10,35 +10,45 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxbn._inspection.layers import is_nnx, nnx_layers
+from jaxbn._inspection import nnx_classes
+from jaxbn._inspection.layers import is_nnx, join, nnx_layers
 from jaxbn._op.moments import moments
 from jaxbn._op.pooling import merge
 from jaxbn._op.state import Moments
 
-OBSERVED = "jaxbn_observed"  # the variable beside a layer's mean and var, while it is observed
-PATH = "jaxbn_path"  # an attribute of an nnx layer meanwhile: its place, which it knows not itself
+OBSERVED = "jaxbn_observed"  # name of the variable, beside mean and var, that holds the record
+PATH = "jaxbn_path"  # attribute of a hooked nnx layer: its path, which the layer does not know
 
 
 class Call(NamedTuple):
-    """One call of a batch norm layer.
+    """One call of a batch norm layer, as a hook gets it.
 
     >>> from jaxbn import calls
     >>> calls.Call._fields
     ('layer', 'x', 'mask', 'train', 'path')
     """
 
-    layer: Any  # the Flax module: axis, momentum, epsilon, axis_name, …
+    layer: Any  # the Flax module, with axis, momentum, epsilon, axis_name
     x: jax.Array
-    mask: jax.Array | None
-    train: bool  # by statistics of the batch
-    path: str = ""  # as in layers.find
+    mask: jax.Array | None  # of the call; True for cells that count
+    train: bool  # whether the model asked the layer to normalize by the batch
+    path: str = ""  # as in `layers.find`
 
 
 Hook = Callable[[Call, Callable[[bool], jax.Array]], tuple[jax.Array, Any]]
 
 
 def batch_moments(call: Call, run: Callable[[bool], jax.Array]) -> tuple[jax.Array, Any]:
-    """The hook that changes nothing and records the moments of x, over devices as the layer does.
+    """The default hook: run the layer as called, and record the moments of x.
+
+    The moments are pooled over devices exactly where the layer pools its own.
+
+    Args:
+      call: the call of the layer.
+      run: `run(train)` is the layer itself.
+
+    Returns:
+      `(y, Moments)`, with count [] and mean and var [C].
 
     >>> import jaxbn, jax.numpy as jnp
     >>> from jaxbn import calls
@@ -51,7 +61,17 @@ def batch_moments(call: Call, run: Callable[[bool], jax.Array]) -> tuple[jax.Arr
 
 
 def pooled(call: Call, mask: jax.Array | None) -> Moments:
-    """The moments of the cells of x that the mask takes, over devices as the layer does.
+    """The moments of those cells of x where the mask is True.
+
+    The moments are pooled over devices exactly where the layer pools its own. Use it in a hook that
+    needs another mask than the call's.
+
+    Args:
+      call: the call of the layer.
+      mask: booleans that broadcast to the shape of x; None for all cells.
+
+    Returns:
+      `Moments` with count [] and mean and var [C].
 
     >>> import jaxbn, jax.numpy as jnp
     >>> from jaxbn import calls
@@ -65,7 +85,20 @@ def pooled(call: Call, mask: jax.Array | None) -> Moments:
 
 
 def check_apply(call: str, apply: Any, write: str) -> None:
-    """A linen model's `apply` may be any function, but no module and no variables."""
+    """Refuse what is not a linen model's `apply`; any function may be one.
+
+    Args:
+      call: the public call that was given `apply`, for the error.
+      apply: what was given.
+      write: the line to write instead, for the error.
+
+    Raises:
+      TypeError: apply is a module, or cannot be called, as variables cannot.
+
+    >>> import jaxbn
+    >>> from jaxbn import calls
+    >>> calls.check_apply("watch", jaxbn.linen.BatchNorm().apply, "watch(model.apply)")
+    """
     if not callable(apply) or is_nnx(apply) or hasattr(apply, "apply"):
         raise TypeError(
             f"{call}: called with {type(apply).__name__}, expected a linen model's apply; write "
@@ -76,13 +109,21 @@ def check_apply(call: str, apply: Any, write: str) -> None:
 def hooked_apply(
     apply: Callable[..., Any], hook: Hook = batch_moments, combine: Callable[..., Any] = merge
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """A linen model's `apply` that returns `(what apply returns, path → what the hook recorded)`.
+    """A linen model's `apply` whose batch norm layers are run by a hook.
 
-    `hook(call, run)` returns `(y, record)`: `run(train)` is the layer itself, in either mode; in
-    train mode it updates the statistics, so where both are wanted eval mode comes first. Records
-    of a layer that is called twice are combined. Works under every Flax and JAX transform,
-    `nn.scan` (records stacked as its variables are), `nn.remat` and `nn.vmap` among them, and for
-    a model that was called in eval mode.
+    Use it to look at what reaches the layers, or to let them answer otherwise. It works under every
+    transform of Flax and JAX, `nn.scan`, `nn.remat` and `nn.vmap` among them.
+
+    Args:
+      apply: `net.apply`, or a function that passes its keywords on to it.
+      hook: `hook(call, run)` returns `(y, record)`. `run(train)` is the layer itself, in the mode
+        that you pass. Train mode updates the statistics, so a hook that wants both modes runs eval
+        mode first. A record is a pytree of arrays, or None to record nothing.
+      combine: `combine(record, record)` gives the record of a layer that is called twice.
+
+    Returns:
+      A function with apply's arguments that returns `(what apply returns, path → record)`. Under
+      `nn.scan` a layer's records are stacked as its variables are.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> from jaxbn import calls
@@ -105,18 +146,20 @@ def hooked_apply(
         mode = nn.merge_param("use_running_average", constructed, given)
 
         def run(train: bool) -> jax.Array:
-            # A mode in the constructor refuses another one in the call.
+            # A layer with a mode in its constructor refuses a mode in its call.
             object.__setattr__(layer, "use_running_average", None)
             try:
                 return layer_call(x, not train, mask=mask)
             finally:
                 object.__setattr__(layer, "use_running_average", constructed)
-                # As Flax after a call: a second one meets the variables of the first.
+                # Flax rewinds the scope after a call, so that a second call finds the variables
+                # of the first. This does the same between two runs in one call.
                 object.__setattr__(layer, "scope", layer.scope.rewound())
 
-        y, record = hook(Call(layer, x, mask, not mode, "/".join(layer.path)), run)
+        y, record = hook(Call(layer, x, mask, not mode, join("", *layer.path)), run)
         if record is not None:
-            # In batch_stats, for that is the collection every transform of the model carries.
+            # The record is stored in batch_stats, because nn.scan, nn.vmap and nn.remat carry that
+            # collection already. They would drop a collection of our own.
             if layer.has_variable("batch_stats", OBSERVED):
                 record = combine(layer.get_variable("batch_stats", OBSERVED), record)
             layer.put_variable("batch_stats", OBSERVED, record)
@@ -145,11 +188,19 @@ def hooked_apply(
 def hooked_nnx(
     model: Any, hook: Hook = batch_moments, combine: Callable[..., Any] = merge
 ) -> Iterator[dict[str, Any]]:
-    """Within it, calls of an nnx model go through the hook; after it, the dict holds the records.
+    """A context in which a hook runs the batch norm layers of an nnx model.
 
-    The model itself, not a copy: its variables, statistics and gradients are its own. May stand
-    inside a jitted step. `hook` and `combine` as in `hooked_apply`; give the same function each
-    time, or `nnx.jit` compiles anew.
+    Use it for nnx as `hooked_apply` for linen. The model is not copied, so calls in the context
+    update the model's own statistics. The context may stand inside a jitted step.
+
+    Args:
+      model: an nnx model.
+      hook: as in `hooked_apply`. Pass the same function each time: nnx.jit compiles a step again
+        for a new function.
+      combine: as in `hooked_apply`.
+
+    Yields:
+      A dict that is filled when the context ends: path → record of each layer that was called.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
@@ -161,18 +212,20 @@ def hooked_nnx(
     [0.5, 0.5]
     """
     found = list(nnx_layers(model))
-    classes = [type(layer) for _, layer in found]
-    named = [layer for _, layer in found if not hasattr(layer, PATH)]  # not by a hook around this
+    # A context around this one has set its layers' paths already, and will delete them.
+    named = [layer for _, layer in found if not hasattr(layer, PATH)]
     seen: dict[str, Any] = {}
     for path, layer in found:
         cls: Any = type(layer)
-        object.__setattr__(layer, "__class__", _hooked_class(cls, hook, combine))
+        nnx_classes.exchange(
+            layer, nnx_classes.subclass(cls, cls.__name__, _hooked_call, hook, combine)
+        )
         setattr(layer, PATH, path)
     try:
         yield seen
     finally:
-        for (path, layer), cls in zip(found, classes, strict=True):
-            object.__setattr__(layer, "__class__", cls)
+        for path, layer in found:
+            nnx_classes.restore(layer)
             if hasattr(layer, OBSERVED):
                 seen[path] = getattr(layer, OBSERVED).get_value()
                 delattr(layer, OBSERVED)
@@ -180,8 +233,8 @@ def hooked_nnx(
             delattr(layer, PATH)
 
 
-@functools.lru_cache(maxsize=64)
-def _hooked_class(cls: Any, hook: Hook, combine: Callable[..., Any]) -> Any:
+def _hooked_call(cls: Any, hook: Hook, combine: Callable[..., Any]) -> Callable[..., Any]:
+    """The `__call__` of an nnx layer that lets the hook run the layer, and keeps the record."""
     from flax import nnx
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> jax.Array:  # noqa: N807
@@ -197,8 +250,7 @@ def _hooked_class(cls: Any, hook: Hook, combine: Callable[..., Any]) -> Any:
             setattr(self, OBSERVED, nnx.Intermediate(record))
         return y
 
-    # No mixin: Python refuses to assign a class of another layout to an object.
-    return type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
+    return __call__
 
 
 def _arguments(x: Any, use_running_average: Any = None, *, mask: Any = None) -> tuple[Any, ...]:
@@ -206,7 +258,7 @@ def _arguments(x: Any, use_running_average: Any = None, *, mask: Any = None) -> 
 
 
 def _without_records(stats: Any, path: str = "") -> tuple[Any, dict[str, Any]]:
-    """batch_stats as the model keeps them, and path → record."""
+    """batch_stats without records, and the records: path → record."""
     if not isinstance(stats, Mapping):
         return stats, {}
     kept, seen = {}, {}
@@ -214,6 +266,6 @@ def _without_records(stats: Any, path: str = "") -> tuple[Any, dict[str, Any]]:
         if key == OBSERVED:
             seen[path] = node
             continue
-        kept[key], inner = _without_records(node, f"{path}/{key}".lstrip("/"))
+        kept[key], inner = _without_records(node, join(path, key))
         seen |= inner
     return kept, seen

@@ -1,4 +1,4 @@
-"""The batch norm layers of a model that a tool is asked to work on."""
+"""The batch norm layers that `where=` selects."""
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
@@ -10,13 +10,13 @@ from jaxbn._text import listed
 Where = str | Sequence[str] | Callable[[str], bool]
 
 
-def match(where: Where, path: str) -> bool:
+def selects(where: Where, path: str) -> bool:
     """Whether `where` (a glob, several globs, or a predicate) selects the layer at `path`.
 
     `*` matches any text, slashes included: "stage1/*" selects everything inside stage1.
 
     >>> from jaxbn._inspection import selection
-    >>> [selection.match("*/bn", p) for p in ("a/bn", "a/b/bn", "bn")]
+    >>> [selection.selects("*/bn", p) for p in ("a/bn", "a/b/bn", "bn")]
     [True, True, False]
     """
     if callable(where):
@@ -43,10 +43,10 @@ def select(call: str, tree: Any, where: Where) -> dict[str, Layer]:
             f"{call}: no batch norm layer in this {type(tree).__name__}; expected variables with "
             f'"batch_stats", an nnx model that holds a BatchNorm, or a tree of jaxbn.State.'
         )
-    chosen = {path: layer for path, layer in found.items() if match(where, path)}
+    chosen = {path: layer for path, layer in found.items() if selects(where, path)}
     if not chosen:
         raise ValueError(
-            f"{call}: where={where!r} means none of the batch norm layers {listed(found)}; "
+            f"{call}: where={where!r} selects none of the batch norm layers {listed(found)}; "
             f'expected a glob such as "{next(iter(found))}", several of them, or a function of the '
             f"path."
         )

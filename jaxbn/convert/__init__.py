@@ -1,16 +1,16 @@
-"""Weights and running statistics from PyTorch, Keras, Haiku and Equinox to Flax, between Flax's
-linen and nnx, and back to PyTorch.
+"""Weights and statistics of PyTorch, Keras, Haiku and Equinox into Flax, and back to PyTorch.
 
-Every call takes the source and `like`, a model of the target kind that says which arrays there are
-and of what shape. It returns a new one with the source's values, and a `Report`. Either all arrays
-fit, or one error lists all that do not. What is brought over is arrays; the arguments with which
-batch norm goes on as in the source are in the report: momentum, epsilon, `unbiased`.
+Every call takes a source and `like`, a model of the target kind whose arrays say what is wanted:
+their names and shapes. The call returns a new model with the source's values, and a `Report`.
+Either all arrays fit, or one error lists all that do not. Arguments are not converted; the report
+lists the momentum, epsilon and `unbiased` with which each batch norm continues as in the source.
 
-Layers are matched by name, up to separators (`layer1.0.conv1` is `layer1_0/conv1` and
-`layer1/0/conv1`). Where no name is shared at all, by the numbers in the names (`conv1`, `conv2` are
-`Conv_0`, `Conv_1`; ResNets of torchvision and timm in the order of their forward pass), or by
-shapes that occur once; every shape must agree. Otherwise `rename` says it: a mapping of layers or
-beginnings of their names, or a function; None for a name drops a layer.
+Layers are matched by name, up to separators: `layer1.0.conv1` is `layer1_0/conv1` and
+`layer1/0/conv1`. If the two sides share no name at all, layers are matched by the numbers in their
+names (`conv1`, `conv2` are `Conv_0`, `Conv_1`; ResNets of torchvision and timm in the order of
+their forward pass), or by shapes that occur once. Every shape must agree. In all other cases
+`rename` gives the names: a mapping of layers or beginnings of their names, or a function. None for
+a name drops the layer.
 """
 
 from jaxbn.convert._into_flax import (

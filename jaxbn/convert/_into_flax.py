@@ -1,4 +1,4 @@
-"""Weights and statistics of PyTorch, Keras, Haiku and Equinox, into Flax; linen to nnx and back."""
+"""From PyTorch, Keras, Haiku and Equinox into Flax; between linen and nnx."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -8,12 +8,12 @@ import jax
 from jaxbn._inspection.layers import is_nnx, nnx_layers
 from jaxbn._text import short
 from jaxbn.convert import _sources
-from jaxbn.convert._arrays import Tensor
-from jaxbn.convert._matching import Rename, match, refuse, report_of
+from jaxbn.convert._arrays import Rename, Request, Tensor
+from jaxbn.convert._matching import match_arrays, refuse, report_of
 from jaxbn.convert._norm_arguments import torch_arguments
 from jaxbn.convert._report import Report
-from jaxbn.convert._state_dicts import Source, read
-from jaxbn.convert._targets import Variables, flatten
+from jaxbn.convert._state_dicts import Source, read_state_dict
+from jaxbn.convert._targets import flatten
 
 
 def from_torch(
@@ -30,27 +30,28 @@ def from_torch(
     """Equals `like` with the weights and statistics of a PyTorch model.
 
     Args:
-      source: `model.state_dict()` or a mapping of names to arrays, or the path of a `.safetensors`
-        file or of a PyTorch file (`.pt`, `.pth`, `.bin`), which is read with weights_only=True.
-      like: linen's variables, an nnx module or its state; shapes alone will do.
+      source: `model.state_dict()`, a mapping of names to arrays, or the path of a file:
+        `.safetensors`, or PyTorch's `.pt`, `.pth`, `.bin`, which are read with weights_only=True.
+      like: linen's variables, an nnx module or its state. Shapes are enough (`jax.eval_shape`).
       rename: PyTorch layer, or a beginning of its name → name of the layer in like; None drops it.
       keep: layers of like that stay as they are: a new head.
-      transposed: layer of like → its `transpose_kernel`, for every transposed convolution of
-        linen; nnx modules tell their own.
-      flattened: layer of like → (H, W, C), for a dense layer after a flattened image: its inputs
-        come in PyTorch's order, (C, H, W), and shapes cannot tell.
-      momentum: PyTorch's, of its batch norm layers; it is not in a state_dict.
-      eps: PyTorch's; nor is this.
+      transposed: layer of like → its `transpose_kernel`, for every transposed convolution of a
+        linen model. An nnx module has the setting itself.
+      flattened: layer of like → (H, W, C), for a dense layer that follows a flattened image.
+        PyTorch flattens (C, H, W), Flax (H, W, C), and the shapes are the same.
+      momentum: the momentum of the PyTorch model's batch norm layers; a state_dict has none.
+      eps: the eps of these layers; a state_dict has none.
 
     Returns:
-      `(new, report)`: new is of like's kind and shares no memory with the source; like stays.
-      `num_batches_tracked` becomes `count` where like counts updates, else it is dropped.
+      `(new, report)`. `new` is of the kind of `like` and shares no memory with the source; `like`
+      is unchanged. `num_batches_tracked` becomes `count` if like counts updates; otherwise the
+      array is dropped.
 
     Raises:
-      ValueError: keys are unknown, missing or misshapen, all of which are listed; an nnx batch norm
-        of like has another epsilon; a cumulative average (momentum=None) meets a like without
-        count; the file is none, cut off, or would run code.
-      TypeError: source or like is of another kind.
+      ValueError: arrays are unknown, missing or misshapen (the message lists all of them); an nnx
+        batch norm of like has another epsilon; momentum=None, and like has no count; the file is
+        not of this kind, is cut off, or would run code.
+      TypeError: source or like is of another type.
 
     >>> import numpy as np
     >>> from jaxbn import convert
@@ -59,17 +60,16 @@ def from_torch(
     >>> new["params"]["fc"]["kernel"].tolist()
     [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
     """
-    call = "from_torch"
-    arguments = torch_arguments(call, momentum, eps)
-    tensors = _sources.torch(read(call, source))
-    target = flatten(call, like, transposed, flattened)
+    request = Request("from_torch", like, rename, keep, transposed, flattened)
+    arguments = torch_arguments(request.call, momentum, eps)
+    tensors = _sources.torch(read_state_dict(request.call, source))
     notes = [
         f"momentum: {momentum} of PyTorch (weight of the new) is {arguments['momentum']} here "
         f"(weight of the old)"
         if momentum is not None
         else "momentum: None in both, the cumulative average of all updates"
     ]
-    return into_flax(call, tensors, like, target, rename, keep, lambda _: arguments, notes)
+    return _into_flax(request, tensors, lambda _: arguments, notes)
 
 
 def from_keras(
@@ -82,13 +82,14 @@ def from_keras(
 ) -> tuple[Any, Report]:
     """Equals `like` with the weights and statistics of a Keras 3 model, whatever its backend.
 
-    Momentum, epsilon and the kinds of convolutions are read from its layers. A layer's name is its
-    path (`block/conv`); a separable convolution is two, `…/depthwise` and `…/pointwise`.
+    Momentum, epsilon and the kinds of convolutions are read from the Keras layers. The name of a
+    layer is its path (`block/conv`). A separable convolution counts as two layers, `…/depthwise`
+    and `…/pointwise`.
 
     Args:
-      model: `keras.Model` or layer, built.
+      model: a built `keras.Model` or layer.
       like: linen's variables, an nnx module or its state.
-      rename: layer there, or a beginning of its path → layer of like; None drops it.
+      rename: Keras layer, or a beginning of its path → layer of like; None drops it.
       keep: layers of like that stay as they are.
       transposed: as in `from_torch`.
 
@@ -98,15 +99,13 @@ def from_keras(
     >>> from jaxbn import convert
     >>> new, report = convert.from_keras(keras_model, like)  # doctest: +SKIP
     """
-    call = "from_keras"
     tensors, norms = _sources.keras(model)
     if not tensors:
         raise ValueError(
-            f"{call}: a {type(model).__name__} without weights came; expected a Keras model that "
-            f"is built; call it once, or give it a keras.Input."
+            f"from_keras: a {type(model).__name__} without weights came; expected a Keras model "
+            f"that is built; call it once, or give it a keras.Input."
         )
-    target = flatten(call, like, transposed)
-    return into_flax(call, tensors, like, target, rename, keep, norms.get, [])
+    return _into_flax(Request("from_keras", like, rename, keep, transposed), tensors, norms.get)
 
 
 def from_haiku(
@@ -122,17 +121,17 @@ def from_haiku(
 ) -> tuple[Any, Report]:
     """Equals `like` with the weights and statistics of a Haiku model.
 
-    The running statistics are Haiku's debiased averages, those of its inference. Training goes on
-    without debiasing, which after t updates weighs the past by at most decay_rate**t more. Where
-    nothing was ever updated (counter 0), they are 0 and 1.
+    The running statistics are Haiku's debiased averages, which Haiku uses in inference. If no
+    update was made (counter 0), mean is 0 and var is 1. Further training in Flax does not debias:
+    after t updates in Haiku the past weighs at most decay_rate**t more than it would there.
 
     Args:
-      params: as `hk.transform_with_state` gives them; `~` in a name is left out.
-      state: likewise.
+      params: the parameters of `hk.transform_with_state`; `~` in a name is left out.
+      state: the state of `hk.transform_with_state`.
       like: linen's variables, an nnx module or its state.
-      decay_rate: that of `hk.BatchNorm`; it is not in its state.
-      eps: that of `hk.BatchNorm`.
-      rename: layer there, or a beginning of its path → layer of like; None drops it.
+      decay_rate: the decay_rate of the model's `hk.BatchNorm`; the state has none.
+      eps: the eps of the model's `hk.BatchNorm`.
+      rename: Haiku layer, or a beginning of its path → layer of like; None drops it.
       keep: layers of like that stay as they are.
       transposed: as in `from_torch`.
 
@@ -147,12 +146,11 @@ def from_haiku(
     >>> report.moves[0].source, report.moves[0].target
     ('linear/w', 'params/Dense_0/kernel')
     """
-    call = "from_haiku"
     tensors, updates = _sources.haiku(params, state)
     arguments = {"momentum": decay_rate, "epsilon": eps, "unbiased": False}
     notes = [f"{layer}: debiased averages of {count} updates" for layer, count in updates.items()]
-    target = flatten(call, like, transposed)
-    return into_flax(call, tensors, like, target, rename, keep, lambda _: arguments, notes)
+    request = Request("from_haiku", like, rename, keep, transposed)
+    return _into_flax(request, tensors, lambda _: arguments, notes)
 
 
 def from_equinox(
@@ -167,17 +165,17 @@ def from_equinox(
 ) -> tuple[Any, Report]:
     """Equals `like` with the weights and statistics of an Equinox model.
 
-    The running statistics are those of Equinox's inference: in mode "ema" the averages, in mode
-    "batch" the debiased ones. Where nothing was ever updated, they are 0 and 1.
+    The running statistics are those that Equinox uses in inference: the averages in mode "ema",
+    the debiased averages in mode "batch". If no update was made, mean is 0 and var is 1.
 
     Args:
-      model: as `eqx.nn.make_with_state` gives it.
-      state: likewise.
+      model: the model of `eqx.nn.make_with_state`.
+      state: the state of `eqx.nn.make_with_state`.
       like: linen's variables, an nnx module or its state.
-      rename: layer there, or a beginning of its path → layer of like; None drops it.
+      rename: Equinox layer, or a beginning of its path → layer of like; None drops it.
       keep: layers of like that stay as they are.
       transposed: as in `from_torch`.
-      flattened: as in `from_torch`; Equinox flattens (C, H, W) too.
+      flattened: as in `from_torch`; Equinox flattens (C, H, W), as PyTorch does.
 
     Raises:
       ValueError: as in `from_torch`.
@@ -185,10 +183,9 @@ def from_equinox(
     >>> from jaxbn import convert
     >>> new, report = convert.from_equinox(model, state, like)  # doctest: +SKIP
     """
-    call = "from_equinox"
     tensors, norms = _sources.equinox(model, state)
-    target = flatten(call, like, transposed, flattened)
-    return into_flax(call, tensors, like, target, rename, keep, norms.get, [])
+    request = Request("from_equinox", like, rename, keep, transposed, flattened)
+    return _into_flax(request, tensors, norms.get)
 
 
 def linen_to_nnx(
@@ -207,7 +204,7 @@ def linen_to_nnx(
     >>> bool((model.kernel[...] == variables["params"]["kernel"]).all())
     True
     """
-    return _between("linen_to_nnx", variables, like, rename, keep)
+    return _between(variables, Request("linen_to_nnx", like, rename, keep))
 
 
 def nnx_to_linen(
@@ -226,29 +223,29 @@ def nnx_to_linen(
     >>> variables["params"]["kernel"].shape
     (3, 2)
     """
-    return _between("nnx_to_linen", model, like, rename, keep)
+    return _between(model, Request("nnx_to_linen", like, rename, keep))
 
 
-def _between(
-    call: str, source: Any, like: Any, rename: Rename | None, keep: Iterable[str]
-) -> tuple[Any, Report]:
-    tensors, target = flatten(call, source).tensors(), flatten(call, like)
+def _between(source: Any, request: Request) -> tuple[Any, Report]:
+    """From Flax to Flax: every array keeps its layout, and a norm its arguments."""
+    tensors = flatten(request.call, source).tensors()
     notes = ["momentum, epsilon and unbiased are arguments, not variables: write the same in both"]
-    return into_flax(call, tensors, like, target, rename, keep, lambda _: None, notes)
+    return _into_flax(request, tensors, lambda _: None, notes)
 
 
-def into_flax(
-    call: str,
+def _into_flax(
+    request: Request,
     tensors: Iterable[Tensor],
-    like: Any,
-    target: Variables,
-    rename: Rename | None,
-    keep: Iterable[str],
-    arguments_of: Callable[[str], Mapping[str, Any] | None],  # of a layer of the source
-    notes: Iterable[str],
+    arguments_of: Callable[[str], Mapping[str, Any] | None],
+    notes: Iterable[str] = (),
 ) -> tuple[Any, Report]:
-    """`like` with its variables replaced by the tensors, and the report."""
-    found = match(tensors, target.slots, rename, keep)
+    """`request.like` with its variables replaced by the tensors, and the report.
+
+    `arguments_of` gives momentum, epsilon and unbiased of a norm layer of the source.
+    """
+    like = request.like
+    target = flatten(request.call, like, request.transposed, request.flattened)
+    found = match_arrays(tensors, target.slots, request.rename, request.keep)
     problems, notes = target.problems + found.problems, list(notes)
     kept = set(found.kept)
     for slot, leaf in zip(target.slots, target.leaves, strict=True):
@@ -258,7 +255,7 @@ def into_flax(
     counted = {slot.layer for slot in target.slots if slot.role.leaf == "count"}
     modules = dict(nnx_layers(like)) if is_nnx(like) else {}
     batch_norm: dict[str, Mapping[str, Any]] = {}
-    others: dict[str, list[str]] = {}  # arguments of `like` that differ from the source's → layers
+    others: dict[str, list[str]] = {}  # arguments of like that differ → layers
     for layer in (slot.layer for slot in target.slots if slot.role.leaf == "mean"):
         if layer not in source_of or (arguments := arguments_of(source_of[layer])) is None:
             continue
@@ -268,7 +265,7 @@ def into_flax(
                 f"missing, in the target: a count in {layer!r}: BatchNorm(momentum=None)"
             )
         has: dict[str, Any] = {"momentum": None} if layer in counted else {}
-        if layer in modules:  # Flax's own layer has no `unbiased`
+        if layer in modules:  # Flax's own layer has no attribute `unbiased`
             has = {name: getattr(modules[layer], name, False) for name in arguments}
         if has.get("epsilon", arguments["epsilon"]) != arguments["epsilon"]:
             problems.append(
@@ -277,5 +274,5 @@ def into_flax(
         if other := [f"{name}={v!r}" for name, v in has.items() if v != arguments[name]]:
             others.setdefault(", ".join(other), []).append(layer)
     notes += [f"like has {text} in {short(layers)}" for text, layers in others.items()]
-    refuse(call, problems)
+    refuse(request.call, problems)
     return target.build(found.values), report_of(found, batch_norm, notes)

@@ -8,11 +8,11 @@ import numpy as np
 
 from jaxbn._inspection.layers import is_nnx, nnx_layers
 from jaxbn.convert import _layouts
-from jaxbn.convert._arrays import Role, Slot, Tensor
-from jaxbn.convert._matching import Rename, match, refuse, renamed, report_of
+from jaxbn.convert._arrays import Rename, Role, Slot, Tensor
+from jaxbn.convert._matching import match_arrays, refuse, renamed, report_of
 from jaxbn.convert._norm_arguments import one_minus
 from jaxbn.convert._report import Report
-from jaxbn.convert._state_dicts import Source, read
+from jaxbn.convert._state_dicts import Source, read_state_dict
 from jaxbn.convert._targets import Variables, flatten
 
 COUNT = "num_batches_tracked"
@@ -28,25 +28,25 @@ def to_torch(
     momentum: float | None = 0.99,
     epsilon: float = 1e-5,
 ) -> tuple[dict[str, np.ndarray], Report]:
-    """The state_dict, as NumPy arrays, of a PyTorch model with the values of Flax's variables.
+    """A PyTorch state_dict, of NumPy arrays, with the values of Flax's variables.
 
     Load it with `model.load_state_dict({k: torch.from_numpy(v) for k, v in new.items()})`, or write
     it with `safetensors.numpy.save_file(new, path)`.
 
     Args:
       variables: linen's variables, an nnx module or its state.
-      like: the state_dict, or the file, whose names and shapes are wanted; None names layers by
-        `rename`, or as in Flax with dots.
+      like: a state_dict, or a file of one, with the names and shapes of the PyTorch model. None:
+        layers are named by `rename`, or as in Flax with dots.
       rename: Flax layer, or a beginning of its path → PyTorch layer.
-      transposed: as in `from_torch`, by Flax's layers.
-      flattened: likewise.
-      momentum: that of linen's batch norm layers; nnx modules tell theirs. The report has
-        PyTorch's.
-      epsilon: likewise.
+      transposed: Flax layer → its `transpose_kernel`, as in `from_torch`.
+      flattened: Flax layer → (H, W, C), as in `from_torch`.
+      momentum: the momentum of linen's batch norm layers. nnx modules have theirs. The report says
+        what PyTorch calls momentum.
+      epsilon: the epsilon of linen's batch norm layers.
 
     Returns:
-      `(new, report)`. `num_batches_tracked` is `count`, or where Flax counts no updates that of
-      like, or 0.
+      `(new, report)`. `num_batches_tracked` is Flax's `count`. If Flax counts no updates, it is
+      that of `like`, or 0.
 
     Raises:
       ValueError, TypeError: as in `from_torch`.
@@ -64,12 +64,12 @@ def to_torch(
     for slot, v in zip(source.slots, map(np.asarray, source.leaves), strict=True):
         name, how, value = _layouts.to_torch(slot.role, v)
         tensors.append(Tensor(slot.path, slot.layer, partial(_if_called, name, (how, value)), v))
-    given = _named(call, source, rename) if like is None else read(call, like)
+    given = _named(call, source, rename) if like is None else read_state_dict(call, like)
     slots = []
     for key, v in given.items():
         layer, _, leaf = key.rpartition(".")
         slots.append(Slot(key, layer, Role(leaf), v.shape, v.dtype))
-    found = match(tensors, slots, rename, ())
+    found = match_arrays(tensors, slots, rename, ())
     refuse(call, source.problems + found.problems)
     new = {key: np.array(found.values.get(key, v)) for key, v in given.items()}
 
@@ -84,7 +84,7 @@ def to_torch(
 
 
 def _named(call: str, source: Variables, rename: Rename | None) -> dict[str, np.ndarray]:
-    """The state_dict whose layers are called by rename, or as in Flax."""
+    """The state_dict without a `like`: layers are called as `rename` says, or as in Flax."""
     names = {slot.layer: slot.layer for slot in source.slots}
     if rename is not None:
         names, _ = renamed(names, rename)

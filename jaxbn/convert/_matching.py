@@ -1,18 +1,17 @@
-"""Which array of one model is which of the other: by name, by order and shape, or as told."""
+"""Which array of one model is which of another: by name, by order and shape, or by `rename`."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._text import printable
-from jaxbn.convert._arrays import Role, Slot, Tensor
+from jaxbn.convert._arrays import Rename, Role, Slot, Tensor
 from jaxbn.convert._report import Move, Report
 
-Rename = Mapping[str, str | None] | Callable[[str], str | None]
-COUNTS = ("count", "num_batches_tracked")  # where the target keeps none, the source's is dropped
+COUNTS = ("count", "num_batches_tracked")  # dropped if the target keeps none
 STATISTICS = ("mean", "running_mean")
 NOWHERE = "\0"  # the name of no layer
 
@@ -22,7 +21,7 @@ Targets = dict[str, list[Slot]]
 
 
 class Match(NamedTuple):
-    """The arrays in the target's layout, or the problems for which there are none."""
+    """The source's arrays in the target's layout, or the problems that prevent this."""
 
     values: dict[str, np.ndarray]  # path → value
     moves: list[Move]
@@ -33,13 +32,14 @@ class Match(NamedTuple):
     problems: list[str]
 
 
-def match(
+def match_arrays(
     tensors: Iterable[Tensor], slots: Iterable[Slot], rename: Rename | None, keep: Iterable[str]
 ) -> Match:
-    """Every tensor in its slot.
+    """Puts every tensor in its slot.
 
-    Layers are matched by `rename` where it is given; else by name, up to separators, where the two
-    sides share one at all; else by order and shape where these leave one way only.
+    With `rename` layers are matched by the names it gives. Without `rename` they are matched by
+    their own names, up to separators. If the two sides share no name at all, they are matched by
+    order and shape, provided these allow one way only.
     """
     sources: Sources = {}
     targets: Targets = {}
@@ -64,7 +64,7 @@ def match(
     pair, before = _by_order if found.by == "order" else _by_name, len(found.problems)
     found.layers.update(pair(sources, targets, names, found))
     if found.by == "order" and len(found.problems) > before:
-        return found  # they list both sides
+        return found  # these problems list both sides already
     for source, group in sources.items():
         if source in names:
             _place(group, targets.get(found.layers.get(source, NOWHERE), []), found)
@@ -82,7 +82,7 @@ class MisfitError(ValueError):
 
 
 def refuse(call: str, problems: Iterable[str]) -> None:
-    """An error with every problem, if there are any."""
+    """Raises one error that lists all problems, if there are any."""
     if problems := list(problems):
         raise MisfitError(
             f"{call}: the source does not fit the target; nothing was converted.\n  "
@@ -93,16 +93,16 @@ def refuse(call: str, problems: Iterable[str]) -> None:
 
 
 def _tokens(name: str) -> tuple[str, ...]:
-    """`layer1.0.conv1`, `layer1_0/conv1` and `layer1/layers/0/conv1` give the same."""
+    """Words and numbers of a name: the same for `layer1.0.conv1` and `layer1_0/conv1`."""
     tokens = re.findall(r"[^\W\d_]+|\d+", name)
     after = [*tokens[1:], ""]
-    # Sequential puts its list, `layers`, between its own name and the number.
+    # `layers` before a number is the list inside an nnx.Sequential, no word of the name.
     pairs = zip(tokens, after[: len(tokens)], strict=True)
     return tuple(token for token, then in pairs if not (token == "layers" and then.isdigit()))
 
 
 def renamed(sources: Iterable[str], rename: Rename) -> tuple[dict[str, str], list[str]]:
-    """Source → its name in the target, without those dropped; and what in rename fits no source."""
+    """Source → its name in the target, without dropped ones; and the keys of rename not used."""
     names: dict[str, str] = {}
     used: set[str] = set()
     for source in sources:
@@ -124,7 +124,7 @@ def renamed(sources: Iterable[str], rename: Rename) -> tuple[dict[str, str], lis
 def _by_name(
     sources: Sources, targets: Targets, names: Mapping[str, str], found: Match
 ) -> dict[str, str]:
-    """Layers whose names are the same up to separators."""
+    """Source → target, for layers whose names are the same up to separators."""
     here: dict[tuple[str, ...], str] = {}
     for target in targets:
         if (twin := here.setdefault(_tokens(target), target)) != target:
@@ -143,7 +143,7 @@ def _by_name(
 def _by_order(
     sources: Sources, targets: Targets, names: Mapping[str, str], found: Match
 ) -> dict[str, str]:
-    """Layers of one kind, in both sides' order; or, where there is no order, of unique shapes."""
+    """Source → target, for layers of one kind: by their order, or by unique shapes."""
 
     def kind(ranks: Iterable[int], statistics: bool) -> tuple[int, bool]:
         return max(ranks), statistics
@@ -195,9 +195,10 @@ RESNET = re.compile(
 
 
 def _order(names: list[str]) -> list[str] | None:
-    """The names in the order of their numbers, if they differ in these alone; ResNets' by name.
+    """The names sorted by their numbers; None if the names differ in more than numbers.
 
-    The order in which a state_dict, a file or a jitted `init` lists them means nothing.
+    Names of ResNets are sorted by their forward pass. The order in which the names come is not
+    used: a state_dict, a file and a jitted `init` list layers in any order.
     """
     resnet = [RESNET.fullmatch(name) for name in names]
     if all(resnet):
@@ -222,7 +223,7 @@ def _order(names: list[str]) -> list[str] | None:
 
 
 def _place(tensors: Iterable[Tensor], slots: Iterable[Slot], found: Match) -> None:
-    """The tensors of one layer in the slots of another, or why they do not fit."""
+    """Puts the tensors of one layer into the slots of another, or notes why they do not fit."""
     free = {slot.path: slot for slot in slots}
     known = bool(free)
     for tensor in tensors:
@@ -251,7 +252,7 @@ def _place(tensors: Iterable[Tensor], slots: Iterable[Slot], found: Match) -> No
             cast = [] if value.dtype == slot.dtype else [f"{value.dtype} → {slot.dtype}"]
             how = ", ".join([how] * bool(how) + cast) or "as it is"
             found.moves.append(Move(tensor.key, slot.path, slot.shape, how))
-            # A copy: the source may be the memory of a model that goes on training.
+            # A copy: the source may be the memory of a model that is still training.
             found.values[slot.path] = np.array(value, slot.dtype, order="C")
     for slot in free.values():
         if slot.role.leaf == "num_batches_tracked":

@@ -1,17 +1,18 @@
-"""Momentum and epsilon: theirs in ours."""
+"""Arguments of PyTorch's batch norm in Flax's terms: momentum, epsilon, unbiased."""
 
 from typing import Any
 
 
 def norm_arguments(momentum: float | None = 0.1, eps: float = 1e-5) -> dict[str, Any]:
-    """The arguments of `jaxbn.linen.BatchNorm` and `jaxbn.nnx.BatchNorm` that equal PyTorch's.
+    """The arguments with which jaxbn's `BatchNorm` trains as PyTorch's does.
 
-    PyTorch's momentum is the weight of the new value, here it is that of the old; PyTorch's running
-    variance takes n / (n - 1).
+    For `jaxbn.linen.BatchNorm` and `jaxbn.nnx.BatchNorm`. PyTorch's momentum is the weight of the
+    new value; Flax's is the weight of the old value. PyTorch multiplies the variance by n / (n - 1)
+    before it enters the running variance; Flax does so with unbiased=True.
 
     Args:
-      momentum: PyTorch's; None is the cumulative average in both.
-      eps: PyTorch's.
+      momentum: PyTorch's momentum; None is the cumulative average in both.
+      eps: PyTorch's eps.
 
     Raises:
       ValueError: momentum is not in [0, 1], or eps is negative.
@@ -24,7 +25,7 @@ def norm_arguments(momentum: float | None = 0.1, eps: float = 1e-5) -> dict[str,
 
 
 def torch_arguments(call: str, momentum: float | None, eps: float) -> dict[str, Any]:
-    """PyTorch's momentum and eps in Flax's terms, or an error that names the call."""
+    """As `norm_arguments`; the errors name the call."""
     if momentum is not None and not 0 <= momentum <= 1:
         raise ValueError(
             f"{call}: momentum={momentum!r}, expected PyTorch's, in [0, 1], or None for "
@@ -36,5 +37,5 @@ def torch_arguments(call: str, momentum: float | None, eps: float) -> dict[str, 
 
 
 def one_minus(momentum: float | None) -> float | None:
-    """Weight of the new value ↔ of the old; 1 - 0.9 is 0.09999999999999998 in floating point."""
+    """The weight of the new value ↔ that of the old. Rounded: 1 - 0.9 is 0.09999999999999998."""
     return None if momentum is None else round(1 - momentum, 12)

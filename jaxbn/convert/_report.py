@@ -1,4 +1,4 @@
-"""The arrays of two models: a source, a target, and a report of what was moved."""
+"""What a conversion did: every array that was moved, as a table."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxbn._inspection.layers import join
 from jaxbn.convert import _layouts
 from jaxbn.convert._arrays import Tensor
 
@@ -41,7 +42,7 @@ def keras(model: Any) -> tuple[list[Tensor], Norms]:
                 part = "/depthwise" if variable.name == "depthwise_kernel" else "/pointwise"
             v = np.asarray(variable)
             form = partial(_layouts.from_keras, kind, variable.name, v)
-            tensors.append(Tensor(f"{path}/{variable.name}".lstrip("/"), path + part, form, v))
+            tensors.append(Tensor(join(path, variable.name), path + part, form, v))
     return tensors, norms
 
 
@@ -51,7 +52,7 @@ def _keras_layers(model: Any) -> Iterator[tuple[str, Any, list[Any]]]:
 
     def walk(layer: Any, path: str) -> Iterator[tuple[str, Any, list[Any]]]:
         for inner in getattr(layer, "_layers", ()):
-            yield from walk(inner, f"{path}/{inner.name}".lstrip("/"))
+            yield from walk(inner, join(path, inner.name))
         own = [v for v in layer.weights if id(v) not in seen]
         seen.update(map(id, own))
         if own:

@@ -1,4 +1,4 @@
-"""PyTorch's state_dicts, from memory or from files: read as data, never run."""
+"""PyTorch's state_dicts, from memory or from files, read as data: nothing in a file is run."""
 
 import os
 import pathlib
@@ -17,29 +17,28 @@ TORCH = (".pt", ".pth", ".bin")
 Source = Mapping[str, Any] | str | os.PathLike[str]
 
 
-def read(call: str, source: Source) -> dict[str, np.ndarray]:
-    """Name → array, of a mapping, a `.safetensors` file or a PyTorch file that holds a state_dict.
+def read_state_dict(call: str, source: Source) -> dict[str, np.ndarray]:
+    """Name → array, of a mapping, a `.safetensors` file, or a PyTorch file with a state_dict.
 
-    A PyTorch file is a pickle: it is read by `torch.load(weights_only=True)`, which builds tensors
-    and runs nothing else, so it takes an importable torch.
-
-    Values of a mapping are shared, not copied.
+    A PyTorch file is a pickle, which can run code. `torch.load(weights_only=True)` reads it: that
+    builds tensors and runs nothing, but torch must be installed. Arrays of a mapping are shared,
+    not copied.
 
     Raises:
-      FileNotFoundError: no file is there.
+      FileNotFoundError: the file does not exist.
       ImportError: the package that reads such files is missing.
-      ValueError: the file is of another kind, cut off, holds something else than tensors by name,
-        or would run code.
+      ValueError: the file is of another kind, is cut off, holds anything but tensors by name, or
+        would run code.
     """
     if not isinstance(source, (str, os.PathLike)):
-        return checked(call, source)
+        return _arrays(call, source)
     path = pathlib.Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"{call}: no file {str(path)!r}.")
     if path.suffix == ".safetensors":
         return _read_safetensors(call, path)
     if path.suffix in TORCH:
-        return checked(call, _read_torch(call, path), str(path))
+        return _arrays(call, _read_torch(call, path), str(path))
     raise ValueError(
         f"{call}: {str(path)!r} is no file of weights by its name; expected .safetensors, or "
         f"PyTorch's {', '.join(TORCH)}; write "
@@ -47,11 +46,12 @@ def read(call: str, source: Source) -> dict[str, np.ndarray]:
     )
 
 
-def checked(call: str, tensors: Any, source: str = "the source") -> dict[str, np.ndarray]:
+def _arrays(call: str, tensors: Any, source: str = "the source") -> dict[str, np.ndarray]:
     """Name → array of a mapping of arrays or torch tensors.
 
     Raises:
-      TypeError, ValueError: it is no mapping, or holds something else than arrays by name.
+      TypeError: it is no mapping.
+      ValueError: it is empty, or holds anything but arrays.
     """
     if not isinstance(tensors, Mapping):
         raise TypeError(
@@ -72,7 +72,7 @@ def checked(call: str, tensors: Any, source: str = "the source") -> dict[str, np
 
 
 def _array(value: Any) -> np.ndarray:
-    """Equals value on the host; of a torch tensor too, whose bfloat16 NumPy has no name for."""
+    """The value as a NumPy array. A bfloat16 torch tensor goes by float32: NumPy lacks bfloat16."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         if str(value.dtype) == "torch.bfloat16":

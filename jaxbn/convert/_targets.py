@@ -1,4 +1,4 @@
-"""Flax's variables, linen's or nnx's, as named slots, and new ones of the same kind."""
+"""Flax's variables, linen's or nnx's, as slots; and new variables of the same kind."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -12,15 +12,17 @@ from jaxbn.convert._arrays import Role, Slot, Tensor
 
 
 class Variables(NamedTuple):
-    """Parameters and running statistics, by path."""
+    """Parameters and running statistics of a Flax model, one slot an array."""
 
     slots: list[Slot]
     leaves: list[Any]  # arrays or shapes, one for each slot
-    build: Callable[[Mapping[str, np.ndarray]], Any]  # path → value; the rest stays
+    build: Callable[
+        [Mapping[str, np.ndarray]], Any
+    ]  # path → value gives a new model; all else stays
     problems: list[str]
 
     def tensors(self) -> list[Tensor]:
-        """Each as a source whose form is its own."""
+        """The variables as a source: each array fits a slot of its own role, unchanged."""
 
         def form(slot: Slot, array: np.ndarray) -> Callable[[Role], tuple[str, np.ndarray] | None]:
             return lambda role: ("", array) if role.leaf == slot.role.leaf else None
@@ -36,18 +38,18 @@ def flatten(
     transposed: Mapping[str, bool] | None = None,
     flattened: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Variables:
-    """The variables of linen (`params` and `batch_stats`), of an nnx module, or of its state.
+    """The slots of linen's `params` and `batch_stats`, of an nnx module, or of an nnx state.
 
-    Other collections and types of variables (caches, random keys) are no slots and stay.
+    Other collections and types of variables (caches, random keys) have no slots and stay.
 
     Args:
       call: the public call, for errors.
       tree: arrays or shapes (`jax.eval_shape`, `nnx.eval_shape`).
-      transposed: layer → `transpose_kernel`, of transposed convolutions; nnx modules tell theirs.
-      flattened: layer → (H, W, C), of dense layers that see these flattened.
+      transposed: layer → `transpose_kernel`, of transposed convolutions. nnx modules have it.
+      flattened: layer → (H, W, C), of dense layers after a flattened image.
     """
     transposed, flattened = dict(transposed or {}), dict(flattened or {})
-    nnx = sys.modules.get("flax.nnx")  # no nnx is at hand where it was never imported
+    nnx = sys.modules.get("flax.nnx")  # if nnx was never imported, tree is none of its objects
     if nnx is not None and isinstance(tree, nnx.Module):
         graph, mine, rest = nnx.split(tree, (nnx.Param, nnx.BatchStat), ...)
         for path, module in nnx.iter_modules(tree):
@@ -72,14 +74,14 @@ def flatten(
 def _slots(
     tree: Any,
     build: Callable[[Any], Any],
-    depth: int,  # parts of a path before the layer's: linen's collection
+    depth: int,  # parts of a path before the layer's name: 1 in linen, the collection
     transposed: Mapping[str, bool],
     flattened: Mapping[str, tuple[int, ...]],
 ) -> Variables:
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
     slots, leaves = [], [leaf for _, leaf in paths]
     for keys, leaf in paths:
-        # An attribute is not part of the name: the value in a variable or a box around an array.
+        # Attributes are no part of a name: they are boxes around an array (`.value`).
         parts = [str(k.key) for k in keys if isinstance(k, jax.tree_util.DictKey)]
         layer, name = "/".join(parts[depth:-1]), parts[-1]
         role = Role(name)
@@ -105,7 +107,7 @@ def _slots(
 
 
 def _placed(value: np.ndarray, like: Any) -> jax.Array:
-    """The value on the devices where like lies."""
+    """The value on the devices where `like` is."""
     sharding = getattr(like, "sharding", None)
     if sharding is None or (isinstance(like, jax.Array) and not like.committed):
         return jnp.asarray(value)

@@ -1,4 +1,4 @@
-"""A trained network as a file that others serve: StableHLO, ONNX, ONNX in int8."""
+"""A trained network as a file to serve: StableHLO, ONNX, ONNX in int8."""
 
 from jaxbn.export._checked_file import Exported
 from jaxbn.export._int8 import int8

@@ -1,4 +1,4 @@
-"""A file written beside its place, compared with the function, then put in place."""
+"""A file is written beside its place, run, compared with the function, and then renamed."""
 
 import os
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from jaxbn._folding.training_mode import batch_statistics
 
 
 class Exported(NamedTuple):
-    """A file that was written, and how far it is from the function it was made of.
+    """A written file, and how far its results are from those of the function.
 
     >>> from pathlib import Path
     >>> from jaxbn import export
@@ -26,12 +26,12 @@ class Exported(NamedTuple):
 
     path: Path
     bytes: int
-    absolute: float  # largest error on the example
-    relative: float  # the same over the function's largest value
+    absolute: float  # largest error on the example batch
+    relative: float  # absolute over the function's largest value
 
 
-def checked(call: str, fn: Any, x: Any, *packages: str) -> jax.Array:
-    """Equals x; when fn is an inference function of it, and the packages are there."""
+def inference_input(call: str, fn: Any, x: Any, *packages: str) -> jax.Array:
+    """Returns x as a jax array. Raises if fn is in training mode or a package is missing."""
     for package in packages:
         need(call, package)
     if not isinstance(x, jax.Array | np.ndarray) or not x.ndim:
@@ -58,7 +58,10 @@ def written(
     x: Any,
     tolerance: float,
 ) -> Exported:
-    """Writes beside `path`, compares what was written with fn on x, and moves it to its place."""
+    """Writes a file beside `path`, compares it with fn on x, and renames it to `path`.
+
+    `run` returns the file's result on x, or None if this machine cannot run the file.
+    """
     path = Path(path)
     with replacing(path) as file:
         write(file)
@@ -70,7 +73,7 @@ def written(
             raise ValueError(
                 f"{call}: the file's result differs from the function's by {relative:.1e} of its "
                 f"largest value, expected {tolerance:.1e} at most; nothing was written. If that "
-                f"will do, write tolerance={relative * 2:.0e}."
+                f"is enough, write tolerance={relative * 2:.0e}."
             )
         size = file.stat().st_size
     return Exported(path, size, float(error), relative)

@@ -1,4 +1,4 @@
-"""ONNX in int8: calibrated, written, and compared with the function."""
+"""ONNX in int8: quantized by onnxruntime, calibrated on batches, compared with the float file."""
 
 import os
 import tempfile
@@ -21,22 +21,23 @@ def int8(
     per_channel: bool = True,
     tolerance: float = 0.1,
 ) -> Exported:
-    """Writes an ONNX file in int8: weights and activations, by onnxruntime's static quantizer.
+    """Writes an ONNX file with weights and activations in int8, by onnxruntime's quantizer.
 
-    The ranges of activations are those seen on `batches`; some hundred real inputs will do.
-    Errors are those on the first batch, against the source.
+    The quantizer takes the ranges of the activations from `batches`; some hundred real inputs are
+    enough. The errors reported are those on the first batch, compared with the source.
 
     Args:
-      source: the ONNX file in float32; its norms folded.
+      source: the ONNX file in float32, with its norms folded.
       batches: arrays as the network takes them.
-      path: the file; replaced when all is written.
-      per_channel: a range for each channel of a kernel, not one for all.
-      tolerance: the largest error over the source's largest value. The rounding of 8 bits costs
-        about 1 %; measure the accuracy of the task.
+      path: the file; an older file is replaced once the new one is complete.
+      per_channel: give each channel of a kernel a range of its own.
+      tolerance: the largest error over the source's largest value. Rounding to 8 bits costs about
+        1 %; measure the accuracy of the task too.
 
     Raises:
-      FileNotFoundError, ValueError: source is no ONNX file, there is no batch, or one of another
-        shape, or the error is above tolerance; then nothing is written.
+      FileNotFoundError: source does not exist.
+      ValueError: source is no ONNX file, there is no batch, the batches differ in shape, or the
+        error is above tolerance. Nothing is written then.
       ModuleNotFoundError: onnx or onnxruntime is missing.
 
     >>> from jaxbn import export
@@ -92,7 +93,7 @@ def int8(
 
 
 def _run_or_refuse(run: Callable[..., np.ndarray], batches: Sequence[np.ndarray]) -> np.ndarray:
-    """The source on the first batch; all batches are of one shape but for their rows."""
+    """The source's result on the first batch. Raises unless all batches have the shape of a row."""
     for i, batch in enumerate(batches):
         if batch.shape[1:] != batches[0].shape[1:]:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""ONNX in float: written, and compared with the function."""
+"""ONNX in float: `onnx` writes a file, `session` runs one."""
 
 import os
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxbn._extras import need
 from jaxbn._folding.program import evaluate, trace
-from jaxbn.export._checked_file import Exported, checked, written
+from jaxbn.export._checked_file import Exported, inference_input, written
 
 
 def onnx(
@@ -23,21 +23,21 @@ def onnx(
 ) -> Exported:
     """Writes `fn` as ONNX, for any batch size.
 
-    Converted by jax2onnx, checked by ONNX's own checker, and run by onnxruntime with its
-    optimizations off against fn on x before the file takes its place. Fold first
-    (`jaxbn.fold`): then a convolution and its norm are one node.
+    jax2onnx converts the function, and ONNX's own checker checks the file. Before the file takes
+    its place, onnxruntime runs it on x without optimizations, and the result is compared with fn.
+    Fold first (`jaxbn.fold`), so that a convolution and its norm become one node.
 
     Args:
       fn: an inference function of one array, batch first.
       x: an example batch.
-      path: the file; replaced when all is written.
+      path: the file; an older file is replaced once the new one is complete.
       opset: version of ONNX's operators.
       tolerance: the largest error over fn's largest value.
 
     Raises:
       TypeError: x is no array.
-      ValueError: fn is in training mode, or the file differs from fn by more than tolerance;
-        then nothing is written.
+      ValueError: fn is in training mode, or the file differs from fn by more than tolerance.
+        Nothing is written then.
       ModuleNotFoundError: jax2onnx, onnx or onnxruntime is missing.
 
     >>> from jaxbn import export
@@ -46,7 +46,7 @@ def onnx(
         ...
     TypeError: onnx: x is a list, expected an example batch, batch first; write jnp.asarray(x).
     """
-    x = checked("onnx", fn, x, "onnx", "onnxruntime", "jax2onnx")
+    x = inference_input("onnx", fn, x, "onnx", "onnxruntime", "jax2onnx")
     jax2onnx, library = need("onnx", "jax2onnx"), need("onnx", "onnx")
     fn_ops = _as_operations(fn, x)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -66,7 +66,7 @@ def onnx(
 
 
 def _add_biases_in_gemm(model: Any) -> None:
-    """`Gemm(x, w, 0) + bias` becomes `Gemm(x, w, bias)`: quantizers want a bias for each column."""
+    """Turns `Gemm(x, w, 0) + bias` into `Gemm(x, w, bias)`: quantizers need a bias a column."""
     from onnx import numpy_helper
 
     graph = model.graph
@@ -99,14 +99,14 @@ def _add_biases_in_gemm(model: Any) -> None:
 
 
 def _as_operations(fn: Callable[..., Any], x: jax.Array) -> Callable[..., Any]:
-    """Equals fn, as the operations of its trace: jax2onnx replaces functions of jax in its own."""
+    """Equals fn, by the operations of its trace: inside fn jax2onnx would patch jax's functions."""
     size = jax.export.symbolic_shape("B")
     shape = jax.ShapeDtypeStruct((*size, *x.shape[1:]), x.dtype)
     program = trace(fn, [shape], lambda eqn: True)
 
     def replay(x: Any) -> Any:
         def renamed(v: Any) -> Any:
-            """The size in the scope of jax2onnx's own batch."""
+            """The symbolic size v, in the scope of the batch that jax2onnx made."""
             if not jax.export.is_symbolic_dim(v):
                 return v
             return jax.export.symbolic_shape(str(v), scope=x.shape[0].scope)[0]
@@ -121,11 +121,11 @@ def _as_operations(fn: Callable[..., Any], x: jax.Array) -> Callable[..., Any]:
 
 
 def session(path: str | os.PathLike[str], *, optimize: bool = True) -> Callable[..., np.ndarray]:
-    """An ONNX file as a function of one NumPy batch, run by onnxruntime on the CPU.
+    """Returns an ONNX file as a function of one NumPy batch; onnxruntime runs it on the CPU.
 
     Raises:
-      FileNotFoundError: nothing is there.
-      ValueError: onnxruntime cannot read it.
+      FileNotFoundError: the file does not exist.
+      ValueError: onnxruntime cannot read the file.
 
     >>> from jaxbn import export
     >>> export.session("nothing.onnx")

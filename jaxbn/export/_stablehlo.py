@@ -1,4 +1,4 @@
-"""StableHLO: a file that any XLA runs, for any batch size."""
+"""StableHLO: a file that any XLA runs, at any batch size."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxbn.export._checked_file import Exported, checked, written
+from jaxbn.export._checked_file import Exported, inference_input, written
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -20,22 +20,23 @@ def stablehlo(
     platforms: Sequence[str] = PLATFORMS,
     tolerance: float = 1e-5,
 ) -> Exported:
-    """Writes `fn` as StableHLO, for any batch size; `load_stablehlo` reads it.
+    """Writes `fn` as StableHLO, for any batch size. `load_stablehlo` reads the file.
 
-    Weights are closed over and become part of the file. The file is read again and compared with
-    fn on x before it takes its place. One that a newer jax wrote may not load in an older one.
+    `fn` closes over its weights, so they become part of the file. Before the file takes its place,
+    it is read again and compared with fn on x. An older jax may not be able to read a file that a
+    newer jax wrote.
 
     Args:
       fn: an inference function of one array, batch first.
       x: an example batch.
-      path: the file; replaced when all is written.
-      platforms: those it can run on; what is not at hand is compiled for, not run.
+      path: the file; an older file is replaced once the new one is complete.
+      platforms: the platforms that can run the file. Only that of this machine is compared.
       tolerance: the largest error over fn's largest value.
 
     Raises:
       TypeError: x is no array.
-      ValueError: fn is in training mode, or the file differs from fn by more than tolerance;
-        then nothing is written.
+      ValueError: fn is in training mode, or the file differs from fn by more than tolerance.
+        Nothing is written then.
       ModuleNotFoundError: flatbuffers is missing.
 
     >>> import tempfile, jax, jax.numpy as jnp
@@ -45,7 +46,7 @@ def stablehlo(
     ...     export.load_stablehlo(done.path)(jnp.ones((1, 3))).tolist()
     [[2.0, 2.0, 2.0]]
     """
-    x = checked("stablehlo", fn, x, "flatbuffers")
+    x = inference_input("stablehlo", fn, x, "flatbuffers")
     batch = jax.export.symbolic_shape("batch")
     shape = jax.ShapeDtypeStruct((*batch, *x.shape[1:]), x.dtype)
     program = jax.export.export(jax.jit(fn), platforms=platforms)(shape)
@@ -62,10 +63,10 @@ def stablehlo(
 
 
 def load_stablehlo(path: str | os.PathLike[str]) -> Callable[..., jax.Array]:
-    """The function in a file that `stablehlo` wrote.
+    """Reads a file of `stablehlo` and returns the function in it.
 
     Raises:
-      FileNotFoundError: nothing is there.
+      FileNotFoundError: the file does not exist.
       ValueError: the file is no StableHLO of `jax.export`.
 
     >>> import tempfile, jax.numpy as jnp

@@ -1,7 +1,7 @@
-"""Is a checkpoint, a batch, or a served model in trouble? Findings as data, with remedies.
+"""What is wrong with a checkpoint, a model or the data that a model is served.
 
-What is wrong with what the layers hold: `check`, `summary`. With a model and a batch: `gap`.
-With a stream of served data: `drift`. Thresholds are `Limits`, explained in docs/health.md.
+`check` and `summary` look at the arrays of the layers. `gap` runs a model on a batch. `drift` looks
+at a stream of served data. All give `Finding`s, each with a remedy, by the thresholds in `Limits`.
 """
 
 from jaxbn.health._check import Row, check, summary

@@ -30,23 +30,30 @@ def check(
 ) -> list[Finding]:
     """What is wrong with the batch norm layers of a model or a checkpoint, worst first.
 
-    An empty list is a healthy one. Pure: nothing is changed, no model is run.
+    Use it after training, after a conversion, and before a checkpoint is served. The call reads
+    arrays only: no model runs and nothing changes. docs/health.md explains each finding.
 
     Args:
-      tree: linen's variables or batch_stats, an nnx module or state, or any tree with `State` or
-        mappings that hold "mean" and "var" (`jaxbn.layers.find`). Of an nnx module, momentum,
-        epsilon and dtype are its layers' own.
-      moments: path → moments of the x that came to the layer, from
-        `jaxbn.calls.hooked_apply(model.apply)(variables, x)` or `hooked_nnx`; some layers or all.
-        Of train mode: in eval mode sick statistics change what comes to the layers after.
-      momentum: the one of the training, for counted statistics; None where unknown or cumulative.
-      epsilon: the layers'.
-      dtype: of x, in which large means cost digits.
-      rows: independent rows (images, not pixels) behind the moments; None: each value is one.
-      limits: the thresholds, `Limits()._replace(dead_sd=0.01)`.
+      tree: linen's variables or batch_stats, an nnx module or state, or any tree that
+        `jaxbn.layers.find` reads. The layers of an nnx module say their own momentum, epsilon and
+        dtype.
+      moments: path → moments [C] of the x that reaches the layer, from
+        `jaxbn.calls.hooked_apply(model.apply)(variables, x)` or `hooked_nnx`, for some layers or
+        all. Run the model in train mode: in eval mode a layer with wrong statistics changes what
+        reaches the layers after it.
+      momentum: of the training, for statistics with a count; None if it is unknown, or for the
+        cumulative average.
+      epsilon: of the layers.
+      dtype: of x. The narrower the dtype, the smaller the means that cost digits.
+      rows: the number of independent rows (images, not pixels) behind the moments; None: each value
+        is independent.
+      limits: the thresholds, for example `Limits()._replace(dead_sd=0.01)`.
+
+    Returns:
+      A list of `Finding`; empty if nothing is wrong.
 
     Raises:
-      ValueError: the tree holds no batch norm layer, or moments of another model.
+      ValueError: the tree holds no batch norm layer, or the moments are of another model.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> stats = {"bn": {"mean": jnp.zeros(3), "var": jnp.array([1.0, -2.0, 1.0])}}
@@ -54,20 +61,21 @@ def check(
     >>> finding.layer, finding.kind, finding.severity, finding.figure, finding.channels
     ('bn', 'negative_variance', 'error', -2.0, (1,))
     """
-    found = _layers("check", tree)
+    found = _layers_of("check", tree)
     moments = {} if moments is None else moments
     for path, of_x in moments.items():
         if path not in found:
             raise ValueError(
                 f"check: moments are of a layer {path!r}, but the layers are {list(found)}; pass "
-                f"what calls.hooked_apply(model.apply)(variables, x) returned for this model."
+                f"the moments that calls.hooked_apply(model.apply)(variables, x) returns for this "
+                f"model."
             )
         shape = np.shape(found[path].state.mean)
         if np.shape(of_x.mean) != shape:
             raise ValueError(
                 f"check: moments of {path!r} have shape {np.shape(of_x.mean)}, but its statistics "
-                f"have shape {shape}; pass what calls.hooked_apply(model.apply)(variables, x) "
-                f"returned for this model."
+                f"have shape {shape}; pass the moments that "
+                f"calls.hooked_apply(model.apply)(variables, x) returns for this model."
             )
     given = Setting(momentum, epsilon, dtype, False, rows)
     modules = layers.nnx_layers(tree) if layers.is_nnx(tree) else ()
@@ -84,7 +92,7 @@ def check(
 
 
 class Row(NamedTuple):
-    """One layer in one line of a table.
+    """One layer as a row of a table.
 
     >>> from jaxbn import health
     >>> health.Row("bn", (64,), None, None, 0, {"var_min": 0.5}).layer
@@ -93,21 +101,26 @@ class Row(NamedTuple):
 
     layer: str
     features: tuple[int, ...]
-    count: int | None  # type: ignore[assignment]  # updates; None where they are not counted
+    count: int | None  # type: ignore[assignment]  # updates; None if they are not counted
     worst: Finding | None
     findings: int
-    figures: dict[
-        str, float
-    ]  # mean_max (in sd), var_min, var_max, scale_min, scale_max (of |scale|)
+    # mean_max (of |mean|, in sd), var_min, var_max, scale_min, scale_max (of |scale|)
+    figures: dict[str, float]
 
 
 def summary(tree: Any, findings: Sequence[Finding] = (), *, epsilon: float = 1e-5) -> list[Row]:
-    """A row a layer, those with the worst findings first, the others as they stand in the tree.
+    """The batch norm layers as rows of a table, those with the worst findings first.
+
+    Use it to print or plot a model's layers. Layers without findings come last, in the tree's
+    order.
 
     Args:
       tree: as in `check`.
-      findings: those of `check`, about layers of this tree.
-      epsilon: the layers'.
+      findings: what `check` returned for this tree.
+      epsilon: of the layers.
+
+    Returns:
+      A list of `Row`, one for each layer.
 
     Raises:
       ValueError: the tree holds no batch norm layer.
@@ -120,7 +133,7 @@ def summary(tree: Any, findings: Sequence[Finding] = (), *, epsilon: float = 1e-
     """
     rows = []
     order = worst_first(findings)
-    for path, (params, state) in _layers("summary", tree).items():
+    for path, (params, state) in _layers_of("summary", tree).items():
         own = [finding for finding in order if finding.layer == path]
         ranges = {}
         if state.mean is not None:
@@ -143,13 +156,12 @@ def summary(tree: Any, findings: Sequence[Finding] = (), *, epsilon: float = 1e-
     return sorted(rows, key=lambda r: len(order) if r.worst is None else order.index(r.worst))
 
 
-def _layers(call: str, tree: Any) -> dict[str, layers.Layer]:
+def _layers_of(call: str, tree: Any) -> dict[str, layers.Layer]:
     found = layers.find(tree)
     if not found:
         raise ValueError(
             f"{call}: no batch norm layer in a tree with {len(jax.tree.leaves(tree))} leaves; "
-            f"expected linen's "
-            f'variables, an nnx model, or a tree with a State (or a mapping with "mean" and '
-            f'"var") for each layer; write {call}(variables).'
+            f"expected linen's variables, an nnx model, or a tree with a State (or a mapping with "
+            f'"mean" and "var") for each layer; write {call}(variables).'
         )
     return found

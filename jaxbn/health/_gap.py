@@ -1,4 +1,4 @@
-"""How far a model in eval mode is from the same model in train mode, layer by layer, and why."""
+"""How far each layer's output in eval mode is from its output in train mode, and why."""
 
 import math
 import operator
@@ -28,49 +28,64 @@ from jaxbn.health._layer import of_layer
 
 
 class LayerGap(NamedTuple):
-    """One layer in train and in eval mode."""
+    """One layer's output in train mode against its output in eval mode.
 
-    layer: str  # path
-    gap: float  # RMS of train minus eval output, by the sd of train's; each in its own model
-    own: float  # the same where both modes take the x of train mode: what the layer itself adds
-    limit: float  # what `own` may be, for a batch of so many rows
-    cause: Finding | None  # why `own` is past it
+    >>> from jaxbn import health
+    >>> health.LayerGap("bn", gap=0.4, own=0.1, limit=0.3, cause=None).gap  # from layers before it
+    0.4
+    """
+
+    layer: str  # the path
+    gap: float  # RMS of train output minus eval output of the whole model, in sd of train's output
+    own: float  # the same for one x, that of train mode, in both modes: the layer's own share
+    limit: float  # for `own`, by the number of rows of the batch
+    cause: Finding | None  # why `own` is above its limit
 
 
 class Gap(NamedTuple):
-    """The layers in the order of their calls; `first` is where the gap opens."""
+    """What `gap` returns: the layers in the order of their calls, and the first with a gap.
+
+    >>> from jaxbn import health
+    >>> fine = health.LayerGap("bn", 0.1, 0.1, 0.3, None)
+    >>> health.Gap((fine,), None, (), {}).first is None
+    True
+    """
 
     layers: tuple[LayerGap, ...]
-    first: LayerGap | None  # the first whose own gap is past its limit
-    findings: tuple[Finding, ...]  # causes first, then what else is wrong with the layers
+    first: LayerGap | None  # the first layer whose own gap is above its limit
+    findings: tuple[Finding, ...]  # causes of gaps first, then the layers' other findings
     outputs: dict[str, tuple[jax.Array, jax.Array]]  # path → y in train mode, y in eval mode
 
 
-class _Seen(NamedTuple):
-    """What is seen of one call in train mode."""
+class _TrainCall(NamedTuple):
+    """What one call of a layer gave while the model ran in train mode."""
 
     y: jax.Array
-    y_eval: jax.Array  # by the running statistics, of the same x
-    valid: jax.Array  # [..., 1]: cells that the mask takes
+    y_eval: jax.Array  # of the same x in eval mode
+    valid: jax.Array  # broadcasts to y: True for the cells that the mask takes
     moments: Moments
-    other: Moments  # with a mask: of all cells; without: of those that are no trailing padding
+    other: Moments  # with a mask: of all cells; without: of the cells that are not trailing padding
 
 
 def gap(model: Any, *args: Any, limits: Limits = Limits(), **kwargs: Any) -> Gap:  # noqa: B008
-    """The outputs of every batch norm layer in train and in eval mode, how far apart, and why.
+    """How far every batch norm layer's output in eval mode is from that in train mode, and why.
 
-    Runs the model twice on the batch: all its batch norm layers in train mode, then all in eval
-    mode, whatever mode the call asks for. The model and its statistics stay as they are.
+    Use it when a model does well in training and badly in evaluation. The model runs twice on the
+    batch: once with all its batch norm layers in train mode, once with all in eval mode, whatever
+    mode the call asks for. The model and its statistics do not change.
 
     Args:
       model: linen's `model.apply`, or an nnx model.
-      *args: what it is called with: linen's variables and the batch; the batch for nnx.
+      *args: the arguments of the model: linen's variables and the batch, or the batch for nnx.
       limits: the thresholds.
-      **kwargs: go to the model as well: `gap(model.apply, variables, x, train=False)`.
+      **kwargs: keywords of the model: `gap(model.apply, variables, x, train=False)`.
+
+    Returns:
+      A `Gap`. `first` is the layer where the gap opens; its `cause` says why.
 
     Raises:
-      TypeError: model is neither, or its variables or the batch are missing.
-      ValueError: the model has no batch norm layer, or the batch no rows.
+      TypeError: model is neither of the two, or the variables or the batch are missing.
+      ValueError: the model has no batch norm layer, or the batch has no rows.
 
     >>> import jax, jax.numpy as jnp, flax.linen as nn, jaxbn
     >>> model = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=True)])
@@ -81,7 +96,8 @@ def gap(model: Any, *args: Any, limits: Limits = Limits(), **kwargs: Any) -> Gap
     """
     _check_model(model, args, kwargs)
     run, held = _runner(model, args, kwargs)
-    # Path → how the layer is used, in the order of the calls, which the records do not keep.
+    # Path → how the layer is used. The hook fills it in the order of the calls, which the records
+    # do not keep.
     used: dict[str, tuple[Setting, bool]] = {}
 
     def train(call: hooks.Call, run: Callable[[bool], jax.Array]) -> tuple[jax.Array, Any]:
@@ -92,9 +108,9 @@ def gap(model: Any, *args: Any, limits: Limits = Limits(), **kwargs: Any) -> Gap
         other = _no_padding(x, layer.axis) if call.mask is None else None
         both = (hooks.pooled(call, mask) for mask in (call.mask, other))
         valid = jnp.ones((1,) * x.ndim, bool) if call.mask is None else call.mask
-        y_eval = run(False)  # first: train mode updates what it reads
+        y_eval = run(False)  # before train mode, which updates the statistics
         y = run(True)
-        return y, (_Seen(y, y_eval, valid, *both),)
+        return y, (_TrainCall(y, y_eval, valid, *both),)
 
     def evaluate(_: hooks.Call, run: Callable[[bool], jax.Array]) -> tuple[jax.Array, Any]:
         y = run(False)
@@ -103,16 +119,18 @@ def gap(model: Any, *args: Any, limits: Limits = Limits(), **kwargs: Any) -> Gap
     seen, evaluated = run(train), run(evaluate)
     if not seen:
         raise ValueError(
-            "gap: the model called no batch norm layer; expected one with Flax's BatchNorm, or "
-            "with jaxbn.linen.BatchNorm or jaxbn.nnx.BatchNorm."
+            "gap: the model called no batch norm layer; expected a model with Flax's BatchNorm, "
+            "jaxbn.linen.BatchNorm or jaxbn.nnx.BatchNorm."
         )
     reports, causes, others = [], [], []
     for path, (setting, unbiased) in used.items():
         layer, first = held[path], seen[path][0]
         sd = _output_sd(layer, first.moments, setting)
         pairs = zip(seen[path], evaluated[path], strict=True)
-        whole = max(_relative(_apart(one.y, y, one.valid), sd) for one, y in pairs)
-        own = max(_relative(_apart(one.y, one.y_eval, one.valid), sd) for one in seen[path])
+        whole = max(_relative(_rms_difference(one.y, y, one.valid), sd) for one, y in pairs)
+        own = max(
+            _relative(_rms_difference(one.y, one.y_eval, one.valid), sd) for one in seen[path]
+        )
         limit = math.sqrt(limits.gap**2 + limits.gap_noise / rows_of(first.moments, setting))
         found = [
             *_padding(path, layer, first, setting, limits),
@@ -143,7 +161,7 @@ def _check_model(model: Any, args: Any, kwargs: Any) -> None:
 
 
 def _runner(model: Any, args: Any, kwargs: Any) -> tuple[Callable[[hooks.Hook], Any], Any]:
-    """`run(hook)` → what the hook recorded; and what the layers hold."""
+    """`run(hook)`, which runs the model and returns the records, and the layers' `Layer`s."""
     if layers.is_nnx(model):
         from flax import nnx
 
@@ -164,15 +182,16 @@ def _runner(model: Any, args: Any, kwargs: Any) -> tuple[Callable[[hooks.Hook], 
 def _refuse_empty(x: jax.Array) -> None:
     if x.size == 0:
         raise ValueError(
-            f"gap: x of a batch norm layer has shape {x.shape}, which holds no value; pass a batch "
-            f"as in training."
+            f"gap: x of a batch norm layer has shape {x.shape}, which holds no values; pass a "
+            f"batch as in training."
         )
 
 
 def _no_padding(x: jax.Array, axis: Any) -> jax.Array:
-    """Cells that differ from the last one: padding stands last, and its cells are all alike."""
+    """The cells that differ from the last cell. Padding is at the end, and its cells are equal."""
     axes = resolve("gap", x, axis)
-    # In one piece: where shardings are types, no slice of a part is taken.
+    # On a mesh with Explicit axes JAX refuses to slice an axis that is sharded, so the reduced axes
+    # are gathered first.
     last = sharded_as(x, x, [a if a in axes.features else None for a in range(x.ndim)])
     for a in axes.reduced:
         last = jax.lax.slice_in_dim(last, -1, None, axis=a)
@@ -180,13 +199,13 @@ def _no_padding(x: jax.Array, axis: Any) -> jax.Array:
 
 
 def _output_sd(layer: layers.Layer, of_x: Moments, setting: Setting) -> float:
-    """Of y in train mode about its channels' means, from the formula: scale² var / (var + eps)."""
+    """The sd of y in train mode within a channel, RMS over channels: scale² var / (var + eps)."""
     var = np.asarray(of_x.var, np.float64)
     scale = 1.0 if layer.params.scale is None else np.abs(np.asarray(layer.params.scale))
     return float(np.sqrt((scale**2 * var / (var + setting.epsilon)).mean()))
 
 
-def _apart(a: jax.Array, b: jax.Array, valid: jax.Array) -> float:
+def _rms_difference(a: jax.Array, b: jax.Array, valid: jax.Array) -> float:
     """RMS of a - b over the valid cells."""
     d = np.where(valid, np.abs(np.asarray(a - b)), 0).astype(np.float64)
     return float(np.sqrt((d**2).sum() / np.broadcast_to(valid, d.shape).sum()))
@@ -197,9 +216,9 @@ def _relative(apart: float, sd: float) -> float:
 
 
 def _padding(
-    path: str, layer: layers.Layer, seen: _Seen, setting: Setting, limits: Limits
+    path: str, layer: layers.Layer, seen: _TrainCall, setting: Setting, limits: Limits
 ) -> list[Finding]:
-    """Statistics that are right, but for other cells than those that the layer takes here."""
+    """Statistics that fit the batch if the mask is dropped, or if its padding is masked."""
     n, others = map(values_of, (seen.moments, seen.other))
     if not others or abs(others - n) < 2:
         return []
@@ -217,7 +236,7 @@ def _padding(
 
 
 def _unbiased(path: str, of_x: Moments, limits: Limits) -> list[Finding]:
-    """A running var of n / (n - 1) times the batch's, where n is small enough to matter."""
+    """A running var that is n / (n - 1) times the batch's, with an n small enough to matter."""
     n = rows_of(of_x, Setting())
     factor = math.sqrt(n / (n - 1)) if n > 1 else math.inf
     if not limits.bessel < factor - 1 < math.inf:
@@ -233,7 +252,7 @@ CAUSES = (
 
 
 def _cause(path: str, found: list[Finding], own: float, limit: float) -> Finding:
-    """Of the findings about a layer whose gap is open the one that explains it."""
+    """The finding that explains a layer's gap; a finding "gap" if no other does."""
     causes = sorted((f for f in found if f.kind in CAUSES), key=lambda f: CAUSES.index(f.kind))
     if causes:
         return causes[0]

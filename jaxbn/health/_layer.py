@@ -10,10 +10,10 @@ import numpy as np
 from jaxbn._inspection.layers import Layer
 from jaxbn._op.devices import one_row_a_device
 from jaxbn._op.state import Moments, Params, State
-from jaxbn.health._distances import divergence, initial_share, values_of, wide
+from jaxbn.health._distances import divergence, in_double, initial_share, values_of
 from jaxbn.health._findings import ERROR, RECALIBRATE, WARNING, Finding, Limits, Setting
 
-# With momentum 1 updates are counted, and nothing is learned.
+# With momentum 1 an update is counted and changes nothing.
 BELOW_1 = "a momentum below 1, the share of the old statistics that an update keeps"
 
 
@@ -24,15 +24,28 @@ def of_layer(
     setting: Setting = Setting(),  # noqa: B008
     limits: Limits = Limits(),  # noqa: B008
 ) -> list[Finding]:
-    """All findings about one layer; `jaxbn.health.check` asks it of every layer.
+    """All findings about one layer, in no order.
+
+    `jaxbn.health.check` calls it for every layer. Use it for a layer outside of a tree.
 
     Args:
       path: of the layer, for the findings.
-      layer: what it holds; arrays of which devices hold copies are compared. Statistics are None
-        where a checkpoint has none.
-      moments: of the x that came to it, for what only a batch can tell.
+      layer: what the layer holds, arrays [C] or, of a scanned layer, [layers, C]. If devices hold
+        copies of an array, the copies are compared. `state.mean` is None if a checkpoint has no
+        statistics.
+      moments: of the x that reaches the layer, [C]; None leaves out what only a batch can tell.
       setting: how the layer is used.
       limits: the thresholds.
+
+    Returns:
+      A list of `Finding`; empty if nothing is wrong.
+
+    >>> import jax.numpy as jnp, jaxbn
+    >>> from jaxbn import health
+    >>> params, state = jaxbn.init(2)
+    >>> layer = jaxbn.layers.Layer(params, state._replace(count=jnp.asarray(3)))
+    >>> [finding.kind for finding in health.of_layer("bn", layer)]
+    ['never_updated']
     """
     if layer.state.mean is None:
         remedy = (
@@ -49,7 +62,7 @@ def of_layer(
         channels = tuple(map(int, where))
         return Finding(path, kind, severity, float(figure), float(threshold), channels, remedy)
 
-    # What is not finite makes every other figure void, and so do the initial values.
+    # Where values are not finite, or are the initial ones, the other figures mean nothing.
     narrow = _narrow(layer.state, found)
     if broken := _not_finite(copies, found):
         return broken + narrow
@@ -69,6 +82,7 @@ Found = Callable[..., Finding]
 
 
 def _not_finite(layer: Layer, found: Found) -> list[Finding]:
+    """Values that are NaN or infinite, and variances below 0."""
     mean, var = layer.state.mean, layer.state.var
     arrays = [v for v in (mean, var, *layer.params) if v is not None]
     bad = [~np.isfinite(v) for v in arrays]
@@ -87,42 +101,36 @@ def _not_finite(layer: Layer, found: Found) -> list[Finding]:
     with np.errstate(invalid="ignore"):
         if (var < 0).any():
             least = np.nanmin(var)
-            findings += [
-                found(
-                    "negative_variance",
-                    ERROR,
-                    least,
-                    0,
-                    f"{RECALIBRATE}; it is no update's "
-                    "doing: look at the conversion or the averaging of the weights",
-                    var < 0,
-                )
-            ]
+            remedy = (
+                f"{RECALIBRATE}; no update makes a variance negative: check the conversion or the "
+                f"averaged weights"
+            )
+            findings += [found("negative_variance", ERROR, least, 0, remedy, var < 0)]
     return findings
 
 
 def _narrow(state: State, found: Found) -> list[Finding]:
-    """Statistics in a dtype in which they stop, or never move."""
+    """Statistics in a dtype too narrow for updates: small changes are rounded away."""
     eps = max(_rounding(v) for v in (state.mean, state.var))
     widest = float(np.finfo(np.float32).eps)
     if eps <= widest:
         return []
     remedy = (
         "cast mean and var to float32 before training goes on, or updates are rounded away; "
-        f"for what was rounded already {RECALIBRATE}"
+        f"if updates were rounded away already, {RECALIBRATE}"
     )
-    severity = ERROR if eps >= 1 else WARNING  # of integers
+    severity = ERROR if eps >= 1 else WARNING  # eps of integers is 1
     return [found("narrow_statistics", severity, eps, widest, remedy)]
 
 
 def _rounding(v: Any) -> float:
-    """Eps of the dtype of v, 1 of integers."""
+    """The eps of v's dtype; 1 for integers."""
     dtype = getattr(v, "dtype", np.float64)
     return float(jax.numpy.finfo(dtype).eps) if jax.numpy.issubdtype(dtype, np.inexact) else 1.0
 
 
 def _updates(state: Any, setting: Setting, limits: Limits, found: Found) -> list[Finding]:
-    """Statistics that never moved, or kept too much of where they began."""
+    """Statistics that never changed, or still hold too much of the initial values."""
     count = None if state.count is None else int(np.min(state.count))
     initial = bool((state.mean == 0).all() and (state.var == 1).all())
     if count == 0 or initial:
@@ -139,6 +147,7 @@ def _updates(state: Any, setting: Setting, limits: Limits, found: Found) -> list
 
 
 def _hardly(share: float, momentum: float | None, limits: Limits, found: Found) -> list[Finding]:
+    """A share of the initial values above its limit."""
     if share <= limits.initial_share:
         return []
     severity = ERROR if share > 0.5 else WARNING
@@ -151,10 +160,10 @@ def _hardly(share: float, momentum: float | None, limits: Limits, found: Found) 
 
 
 def _batch(moments: Moments, setting: Setting, limits: Limits, found: Found) -> list[Finding]:
-    """Statistics of the batch that are no statistics, or over too little."""
-    bad = ~(np.isfinite(wide(moments.mean)) & np.isfinite(wide(moments.var)))
+    """Moments of the batch that are not finite, or of too few values."""
+    bad = ~(np.isfinite(in_double(moments.mean)) & np.isfinite(in_double(moments.var)))
     if bad.any():
-        remedy = "look at the data, and at the layers before: what comes to this one is not finite"
+        remedy = "look at the data and at the layers before: this layer's x is not finite"
         return [found("not_finite", ERROR, bad.sum(), 0, remedy, bad[None])]
     n = values_of(moments)
     if not 0 < n < limits.values:
@@ -166,7 +175,7 @@ def _batch(moments: Moments, setting: Setting, limits: Limits, found: Found) -> 
 def _stale(
     state: Any, moments: Moments, setting: Setting, limits: Limits, found: Found
 ) -> list[Finding]:
-    """Running statistics far from those of the batch, and whether their start explains it."""
+    """Running statistics far from those of the batch; or too few updates, if those explain it."""
     figure, limit, apart = divergence(state, moments, setting, limits)
     if not figure > limit:
         return []
@@ -177,12 +186,13 @@ def _stale(
             learned = State(mean, np.maximum(var, 0), None)
             if divergence(learned, moments, setting, limits)[0] <= limit:
                 return _hardly(share, setting.momentum, limits, found)
-    remedy = f"{RECALIBRATE}, of the data that it will serve"
+    remedy = f"{RECALIBRATE}, with batches of the data that the model will serve"
     severity = ERROR if figure > 1 + limit else WARNING
     return [found("stale", severity, figure, limit, remedy, (apart > limit)[None])]
 
 
 def _replicas(layer: Layer, setting: Setting, limits: Limits, found: Found) -> list[Finding]:
+    """Copies of the statistics that differ between devices."""
     mean, var = layer.state.mean, layer.state.var
     if len(mean) == 1:
         return []
@@ -195,12 +205,12 @@ def _replicas(layer: Layer, setting: Setting, limits: Limits, found: Found) -> l
 
 
 def _values(layer: Layer, setting: Setting, limits: Limits, found: Found) -> list[Finding]:
-    """Values that cost digits, overflow, or leave a channel without effect."""
+    """Values that lose digits, may overflow, or leave a channel without effect."""
     findings = []
     (mean, var, _), (scale, bias) = layer.state, layer.params
     sd = np.sqrt(np.maximum(var, 0) + setting.epsilon)
     eps = float(jax.numpy.finfo(setting.dtype).eps)
-    # x itself is rounded by |mean| eps / 2; E[x²] - E[x]² in float32 by mean² eps.
+    # Rounding changes x by up to |mean| eps / 2, and E[x²] - E[x]² in float32 by mean² eps.
     limit = 2 * limits.rounding / eps
     if not setting.exact:
         limit = min(limit, math.sqrt(limits.rounding / np.finfo(np.float32).eps))
@@ -231,22 +241,22 @@ def _values(layer: Layer, setting: Setting, limits: Limits, found: Found) -> lis
         bound = limits.dead_scale * rms
         if (small := np.abs(scale) <= bound).any():
             least = np.abs(scale).min() / rms if rms else 0.0
-            remedy = "the channel gives bias alone: no decay of scale, by jaxbn.decay_mask(params)"
+            remedy = "y is only the bias: take scale out of weight decay, jaxbn.decay_mask(params)"
             findings += [found("dead", WARNING, least, limits.dead_scale, remedy, small)]
     return findings
 
 
 def _copies(leaf: Any) -> Any:
-    """What the devices hold of an array, [copies, ...] in float64; one copy where none is twice.
+    """The copies of an array that devices hold, [copies, ...] in float64; one if there is one only.
 
-    Rows of an array [devices, ...] with a row on each are copies, as in `pmap`.
+    The rows of an array [devices, ...] with one row on each device are copies too, as in `pmap`.
     """
     if leaf is None:
         return None
     if not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1:
-        return wide(leaf)[None]
+        return in_double(leaf)[None]
     if one_row_a_device(leaf):
-        return wide(np.concatenate([shard.data for shard in leaf.addressable_shards]))
+        return in_double(np.concatenate([shard.data for shard in leaf.addressable_shards]))
     parts: dict[str, list[Any]] = {}
     for shard in leaf.addressable_shards:
         parts.setdefault(str(shard.index), []).append(shard)

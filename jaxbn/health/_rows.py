@@ -1,8 +1,8 @@
-"""What comes to the batch norm layers of a served model: moments of rows, put together.
+"""What reaches the batch norm layers of a served model: the moments of rows, merged.
 
-Values of one image are no independent sample: neighbouring pixels agree. So the unit here is the
-row (the image): each gives one mean and one variance per channel, and how much these differ from
-row to row says what their average is worth.
+The values of one image are not independent, because neighbouring pixels are alike. So the unit here
+is the row (the image). Each row gives one mean and one variance per channel. The spread of these
+between rows gives the standard error of their average.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,15 +20,25 @@ from jaxbn._op.state import Moments, State
 
 
 class Seen(NamedTuple):
-    """What has come to one layer, in running sd: of rows, weighed by their valid cells."""
+    """What has reached one layer: moments over rows, each weighted by its valid cells.
 
-    weight2: jax.Array  # [C]: sum of the squared weights
-    shift: Moments  # [C]: over rows, of (row mean - mean) / sd
-    spread: Moments  # [C]: over rows, of (mean square distance from mean - var) / sd²
+    mean, var and sd are the running ones.
+
+    >>> import jax, jax.numpy as jnp, jaxbn
+    >>> state = {"bn": jaxbn.State(jnp.zeros(1), jnp.ones(1), None)}
+    >>> rows = jax.vmap(jaxbn.moments, out_axes=-1)(jnp.full((4, 2, 1), 0.5))
+    >>> seen = jaxbn.health.seen(state, {"bn": rows}, epsilon=0.0)["bn"]
+    >>> seen.shift.mean.tolist(), seen.spread.mean.tolist()
+    ([0.5], [-0.75])
+    """
+
+    weight2: jax.Array  # [C]: the sum of the squared weights
+    shift: Moments  # [C]: of (row's mean - mean) / sd
+    spread: Moments  # [C]: of (row's mean square distance from mean - var) / sd²
 
 
 def row_moments(call: hooks.Call, run: Callable[[bool], jax.Array]) -> tuple[jax.Array, Any]:
-    """The hook that runs a layer in eval mode and records the moments of each row [C, rows].
+    """The hook that runs a layer in eval mode and records the moments [C, rows] of each row.
 
     >>> import jaxbn, jax.numpy as jnp
     >>> from jaxbn import calls
@@ -53,15 +63,20 @@ def row_moments(call: hooks.Call, run: Callable[[bool], jax.Array]) -> tuple[jax
 
 
 def incoming(model: Any) -> Callable[..., tuple[Any, dict[str, Moments]]]:
-    """The model in eval mode that returns `(y, path → moments of each row that came there)`.
+    """The model in eval mode, which also returns the moments of each row at each layer.
 
-    May be jitted: `jax.jit(incoming(model.apply))`, or within an `nnx.jit` of the model.
+    Use it in place of the model where the model is served, and give the moments to `drift` or
+    `seen`. It may be jitted: `jax.jit(incoming(model.apply))`, or inside an `nnx.jit` of the model.
 
     Args:
       model: linen's `model.apply`, or an nnx model.
 
+    Returns:
+      A function with the model's arguments that returns `(y, path → Moments)`, with a count of
+      [rows] and mean and var [C, rows].
+
     Raises:
-      TypeError: model is neither.
+      TypeError: model is neither of the two.
 
     >>> import jax, jax.numpy as jnp, flax.linen as nn, jaxbn
     >>> model = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=True)])
@@ -83,13 +98,19 @@ def incoming(model: Any) -> Callable[..., tuple[Any, dict[str, Moments]]]:
 
 
 def seen(state: Any, rows: Mapping[str, Moments], *, epsilon: float = 1e-5) -> dict[str, Seen]:
-    """What one batch of rows says of the running statistics; a few numbers per channel.
+    """The rows of one batch against the running statistics: path → `Seen`.
+
+    Use it for a stream that goes on: merge the results of all batches, and give them to `decide`.
 
     Args:
-      state: the running statistics: linen's variables, an nnx model, or as `jaxbn.layers.find`.
-      rows: path → `Moments` of each row, [C, rows], as `incoming` gives them; of an x without a
-        model `jax.vmap(jaxbn.moments, out_axes=-1)(x)`.
-      epsilon: the layers'.
+      state: the running statistics: linen's variables, an nnx model, or any tree that
+        `jaxbn.layers.find` reads.
+      rows: path → `Moments` [C, rows] of each row, as `incoming` returns them. For an x without a
+        model, `jax.vmap(jaxbn.moments, out_axes=-1)(x)`.
+      epsilon: of the layers.
+
+    Returns:
+      Path → `Seen`, a few numbers per channel.
 
     Raises:
       ValueError: a path or a shape does not fit the state.
@@ -107,7 +128,14 @@ def seen(state: Any, rows: Mapping[str, Moments], *, epsilon: float = 1e-5) -> d
 
 
 def merge(a: Mapping[str, Seen], b: Mapping[str, Seen]) -> dict[str, Seen]:
-    """Equals what both streams have seen, put together; `{}` has seen nothing.
+    """Equals `seen` of the rows of both streams; `{}` is a stream without rows.
+
+    Args:
+      a: path → `Seen`.
+      b: path → `Seen`, of the same model.
+
+    Returns:
+      Path → `Seen`, for the layers of either.
 
     >>> from jaxbn import health
     >>> health.merge({}, {})
@@ -122,14 +150,14 @@ def merge(a: Mapping[str, Seen], b: Mapping[str, Seen]) -> dict[str, Seen]:
 
 
 def rows_in(seen: Seen) -> np.ndarray:
-    """Rows of equal weight that an average over these is worth: (Σ w)² / Σ w² (Kish 1965)."""
+    """The number of equally weighted rows that these are worth: (Σ w)² / Σ w² (Kish 1965)."""
     weight2 = np.asarray(seen.weight2, np.float64).ravel()
     total = np.asarray(seen.shift.count, np.float64).ravel()
     return total**2 / np.where(weight2 > 0, weight2, 1)
 
 
 def _more_rows(a: Moments, b: Moments) -> Moments:
-    """Of a layer that is called twice, the rows of both calls."""
+    """The rows of both calls, for a layer that is called twice."""
     return jax.tree.map(lambda v, w: jnp.concatenate([v, w], -1), a, b)
 
 
@@ -154,13 +182,13 @@ def _over_rows(weight: jax.Array, v: jax.Array) -> Moments:
 def _check_fits(held: Mapping[str, layers.Layer], path: str, rows: Moments) -> None:
     if path not in held:
         raise ValueError(
-            f"drift: moments came of a layer {path!r}, but the state has {sorted(held)}; pass what "
-            f"health.incoming(model.apply)(variables, x)[1] gives for these variables."
+            f"drift: moments are of a layer {path!r}, but the state has {sorted(held)}; pass the "
+            f"result of health.incoming(model.apply)(variables, x)[1] for these variables."
         )
     shape, features = np.shape(rows.mean), np.shape(held[path].state.mean)
     if shape[:-1] != features:
         raise ValueError(
-            f"drift: moments of {path!r} have shape {shape}, expected {(*features, 'rows')}: "
-            f"those of each row, as health.incoming(model.apply) gives them, or "
+            f"drift: moments of {path!r} have shape {shape}, expected {(*features, 'rows')}, "
+            f"the moments of each row; write health.incoming(model.apply)(variables, x)[1], or "
             f"jax.vmap(jaxbn.moments, out_axes=-1)(x)."
         )

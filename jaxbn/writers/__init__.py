@@ -1,4 +1,4 @@
-"""Where the figures of a watched training run go, when, from which process, and if that fails."""
+"""Writers of the figures of a watched training run: JSON lines, TensorBoard, Prometheus."""
 
 from jaxbn.writers._json_lines import JSONLines
 from jaxbn.writers._log import NAMES, Log, open

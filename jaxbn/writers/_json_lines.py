@@ -1,4 +1,4 @@
-"""Figures as lines of JSON."""
+"""Figures as lines of JSON in a file."""
 
 import json
 import math
@@ -12,10 +12,14 @@ from jaxbn.writers._writer import Figures, Writer, append, new_or_there
 
 
 class JSONLines(Writer):
-    """A line a step, `{"step": 50, "layers": {"bn1": {"batch_var_min": 0.25, …}, …}}`.
+    """A line for each step: `{"step": 50, "layers": {"bn1": {"batch_var_min": 0.25, …}, …}}`.
 
-    NaN and infinity, which JSON has not, are null. A file that is there is continued; half a
-    line, which a kill may leave at its end, is cut off.
+    Use it to keep all figures in one file that any program can read. NaN and infinity become null,
+    because JSON has neither. An existing file is continued. If a killed program left half a line at
+    the end, that half is cut off.
+
+    Args:
+      path: of the file; missing folders are made.
 
     Raises:
       OSError: the file cannot be written.
@@ -47,7 +51,7 @@ class JSONLines(Writer):
         append(self.path, line.encode())
 
     def rewind(self, step: int) -> None:
-        """Drop the lines of this step and of later ones."""
+        """Drop the lines of this step and later ones."""
         lines = self.path.read_text().splitlines(keepends=True)
         with replacing(self.path) as file:
             file.write_text("".join(x for x in lines if json.loads(x)["step"] < step))

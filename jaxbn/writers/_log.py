@@ -1,4 +1,4 @@
-"""The writers of a training loop: when they write, in which process, and what if one fails."""
+"""The writers of a training loop: when and in which process they write; a writer that fails."""
 
 import os
 import warnings
@@ -18,12 +18,17 @@ from jaxbn.writers._writer import Writer, reason
 
 
 class Log:
-    """The writers of a training loop: what they write, when, and in which process.
+    """The writers of a training loop.
 
-    Process 0 writes; `due` is the same in all, as it must be where the watched step is a program
-    of its own with collectives in it. A writer that fails in the middle of training is closed
-    and dropped with a RuntimeWarning that names it, the step and the error, and training goes
-    on; what it had written stays whole.
+    Use `open` for the writers of this package, or `Log` itself with writers of your own. Only
+    process 0 writes. `due(step)` is the same in every process. It must be: a watched step may
+    contain collectives, so all processes run the watched step or none does. A writer that fails
+    during training is closed and dropped. A RuntimeWarning then names the writer, the step and the
+    error, and training goes on. What the writer has written before stays whole.
+
+    Args:
+      writers: instances of `Writer`.
+      every: the number of steps from one watched step to the next; 0 for none.
 
     Raises:
       ValueError: every is negative.
@@ -35,7 +40,7 @@ class Log:
     """
 
     def __init__(self, writers: Sequence[Writer], every: int = 50):
-        """`every=0`: never."""
+        """Keep the writers in process 0, and none in other processes."""
         if every < 0:
             raise ValueError(
                 f"Log: every={every!r}, expected a number of steps, or 0 for never; write every=50."
@@ -44,23 +49,26 @@ class Log:
         self.writers = list(writers) if jax.process_index() == 0 else []
 
     def due(self, step: int) -> bool:
-        """Whether this step is to be watched."""
+        """Whether to watch this step."""
         return self.every > 0 and step % self.every == 0
 
     def write(self, step: int, records: Mapping[str, Record] | Drift) -> None:
-        """Bring the records of a watched step to the host and give their figures to the writers.
+        """Give the figures of a watched step to the writers.
 
-        Of a `jaxbn.health.Drift`, the verdict on served data, its layers' figures are written:
-        `drift_alarm` (1 or 0), `drift_figure` and the others, no arrays.
+        Args:
+          step: the training step.
+          records: path → `jaxbn.watch.Record`, which are brought to the host; or a
+            `jaxbn.health.Drift`, the verdict on served data. Of the latter the layers' figures are
+            written, `drift_alarm` (1 or 0), `drift_figure` and so on, and no arrays.
 
         Raises:
           TypeError: records are something else.
-          ValueError: there are none.
+          ValueError: records are empty.
         """
         if isinstance(records, Drift):
             figures, arrays = {layer.layer: _verdict(layer) for layer in records.layers}, {}
         else:
-            _check(records)
+            _check_records(records)
             if not self.writers:
                 return
             on_host: dict[str, Record] = jax.device_get(dict(records))
@@ -69,7 +77,7 @@ class Log:
         self._each(f"at step {step}", lambda writer: writer.write(step, figures, arrays))
 
     def rewind(self, step: int) -> None:
-        """Training goes on from this step: void what was written of it and of later ones."""
+        """Drop what was written for this step and later ones, because training repeats them."""
         self._each(f"going back to step {step}", lambda writer: writer.rewind(step))
 
     def close(self) -> None:
@@ -93,7 +101,8 @@ class Log:
                 with suppress(Exception):
                     writer.close()
                 failed.append(f"{type(writer).__name__}: {reason(error)}")
-        # After all have had their turn: a warning may be an error in this program.
+        # Warnings come after all writers have written, because a program may turn a warning into
+        # an error.
         for what in failed:
             warnings.warn(
                 f"watching: a writer failed {when} and is closed; training and the other writers "
@@ -107,18 +116,18 @@ def _verdict(layer: LayerDrift) -> dict[str, float]:
     return {name: float(getattr(layer, name.removeprefix("drift_"))) for name in DRIFT}
 
 
-def _check(records: Any) -> None:
-    """Whether these are records, and some."""
+def _check_records(records: Any) -> None:
+    """Raises unless these are records, at least one."""
     if not isinstance(records, Mapping) or not all(
         isinstance(record, Record) for record in records.values()
     ):
         raise TypeError(
-            f"Log.write: a {type(records).__name__}, expected path → watch.Record, or a "
+            f"Log.write: called with {type(records).__name__}, expected path → watch.Record, or a "
             f"health.Drift; write log.write(step, watch.records(seen, variables, grads))."
         )
     if not records:
         raise ValueError(
-            "Log.write: no records, expected those of a watched step; write "
+            "Log.write: no records, expected the records of a watched step; write "
             "watch.linen(model.apply, on=True), or watch.nnx(model, on=True), in that step."
         )
 
@@ -134,20 +143,24 @@ def open(
     port: int = 9464,
     address: str = "127.0.0.1",
 ) -> Log:
-    """The `Log` with these writers: `watch.jsonl` and TensorBoard's event file in the folder.
+    """A `Log` with the writers of these names.
 
-    In processes other than the first nothing is opened.
+    Use it before the training loop, in every process; only the first process opens writers. The
+    files are `watch.jsonl` and TensorBoard's event file, in the folder.
 
     Args:
       names: some of "jsonl", "prometheus", "tensorboard".
-      folder: made where it is not there.
-      every: steps from one record to the next.
-      port: of Prometheus.
-      address: of Prometheus, on which only this machine is served.
+      folder: of the files; it is made if it is missing.
+      every: the number of steps from one watched step to the next.
+      port: of `Prometheus`.
+      address: of `Prometheus`; by default only this machine can read the figures.
+
+    Returns:
+      The `Log`, which is a context that closes the writers at its end.
 
     Raises:
       ValueError: a name is unknown.
-      OSError, ModuleNotFoundError: as of the writers. None is left open then.
+      OSError, ModuleNotFoundError: a writer cannot be opened. The others are closed then.
 
     >>> import tempfile
     >>> from jaxbn import writers

@@ -1,4 +1,4 @@
-"""Figures for Prometheus."""
+"""Figures for Prometheus, over HTTP."""
 
 import socket
 import threading
@@ -12,8 +12,8 @@ from jaxbn.watch import METRICS, Channels
 from jaxbn.writers._writer import Figures, Writer, labelled, reason
 
 HELP = {name: metric.help for name, metric in METRICS.items()}
-DRIFT = {  # metric → what it is; each a field of `jaxbn.health.LayerDrift`
-    "drift_alarm": "1 where what comes to the layer has drifted, else 0.",
+DRIFT = {  # metric → its help; each is a field of `jaxbn.health.LayerDrift`
+    "drift_alarm": "1 if the layer's input has drifted, else 0.",
     "drift_figure": "Shift beyond the tolerance, in standard errors.",
     "drift_threshold": "Figure above which there is an alarm.",
     "drift_shift": "Shift of the mean in sd, RMS over channels.",
@@ -21,22 +21,28 @@ DRIFT = {  # metric → what it is; each a field of `jaxbn.health.LayerDrift`
     "drift_rows": "Independent rows seen.",
     "drift_values": "Independent values of a channel that these rows are worth.",
 }
-PATIENCE = 10.0  # seconds that a scrape may take: one that never ends would hold a thread for good
+PATIENCE = 10.0  # seconds that a scrape may take; one that never ended would hold a thread forever
 
 
 class Prometheus(Writer):
-    """The latest figures at `http://127.0.0.1:PORT/metrics`, from a registry of their own.
+    """An HTTP server of the latest figures, at `http://127.0.0.1:PORT/metrics`.
 
-    Gauges `jaxbn_layer_<metric>{layer="…"}` and `jaxbn_step`. A scrape sees one step's figures,
-    never parts of two, and has PATIENCE seconds from its first byte to its last. Other machines
-    are served where `address` is one of this machine's that they reach, or "0.0.0.0" or "::"; there
-    is no password, so that is for a network you trust.
+    Use it to watch a long run, or a served model, on a dashboard. The figures are the gauges
+    `jaxbn_layer_<metric>{layer="…"}` and `jaxbn_step`, in a registry of their own. A scrape sees
+    the figures of one step, never parts of two. A scrape that takes longer than PATIENCE seconds
+    is cut off.
+
+    Args:
+      port: 0 for any free port.
+      address: an address of this machine. By default only this machine can read the figures. With
+        an address that other machines reach, or "0.0.0.0" or "::", they can too. There is no
+        password, so use such an address only in a network that you trust.
 
     Attributes:
       url: where the figures are.
 
     Raises:
-      OSError: the port is taken, or address and port are none.
+      OSError: the port is taken, or this machine does not have the address or port.
       ModuleNotFoundError: prometheus-client is not installed.
 
     >>> import urllib.request
@@ -70,15 +76,15 @@ class Prometheus(Writer):
         return self.url
 
     def write(self, step: int, figures: Figures, arrays: Mapping[str, Channels]) -> None:
-        """Show these figures from the next scrape on."""
+        """Serve these figures from the next scrape on."""
         self._latest = step, labelled(figures)
 
     def rewind(self, step: int) -> None:
-        """Show nothing until the next `write`."""
+        """Serve no figures until the next `write`."""
         self._latest = None
 
     def collect(self) -> Iterator[Any]:
-        """What a scrape gets; prometheus_client calls it."""
+        """Give a scrape its figures; prometheus_client calls this method."""
         from prometheus_client.core import GaugeMetricFamily
 
         if self._latest is None:
@@ -94,14 +100,14 @@ class Prometheus(Writer):
             yield family
 
     def close(self) -> None:
-        """End the server; the port is free again."""
+        """Stop the server, which frees the port."""
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
 
 
 def _served(app: Any, address: str, port: int) -> Any:
-    """A server of the WSGI app at the address, IPv4 or IPv6, a thread a request."""
+    """A server of the WSGI app at the address, IPv4 or IPv6, with a thread for each request."""
     from socketserver import ThreadingMixIn
     from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -120,18 +126,18 @@ def _served(app: Any, address: str, port: int) -> Any:
             since.pop(request, None)
             super().shutdown_request(request)
 
-        def service_actions(self) -> None:  # twice a second
+        def service_actions(self) -> None:  # `serve_forever` calls this twice a second
             for request, start in list(since.items()):
                 if time.monotonic() - start > PATIENCE:
                     with suppress(OSError):
                         request.shutdown(socket.SHUT_RDWR)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
-            """A scrape that breaks off is no news."""
+            """Ignore a scrape that was broken off."""
 
     class Silent(WSGIRequestHandler):
         def log_message(self, format: str, *args: Any) -> None:
-            """Of a scrape no line is written."""
+            """Write no line for each scrape."""
 
     since: dict[Any, float] = {}  # connection → when it was accepted
     return make_server(str(where[0]), port, app, Server, Silent)

@@ -17,10 +17,14 @@ BINS = 16
 
 
 class TensorBoard(Writer):
-    """An event file in the folder: scalars `metric/layer`, histograms `array/layer` of channels.
+    """An event file with scalars `metric/layer` and, over channels, histograms `array/layer`.
 
-    Needs tensorboardX, whose formats it takes and whose thread it does not: after a full disk
-    that thread would be dead, its queue full, and the training run waiting on it for good.
+    Use it to see the figures beside those of the training run in TensorBoard. It needs tensorboardX
+    for the file format, but does not use tensorboardX's writer thread. On a full disk that thread
+    dies, its queue fills, and training would block forever.
+
+    Args:
+      folder: of the event file; missing folders are made.
 
     Raises:
       ModuleNotFoundError: tensorboardX is not installed.
@@ -36,7 +40,7 @@ class TensorBoard(Writer):
 
     def __init__(self, folder: str | os.PathLike[str]):
         need("TensorBoard", "tensorboardX.proto.event_pb2")
-        # To the nanosecond: a second file of the same second must not be the first one.
+        # The time is in nanoseconds, so that two files of one second have two names.
         name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
         self.path = new_or_there("TensorBoard", Path(folder) / name)
         self._event(file_version="brain.Event:2")
@@ -45,7 +49,7 @@ class TensorBoard(Writer):
         return str(self.path)
 
     def write(self, step: int, figures: Figures, arrays: Mapping[str, Channels]) -> None:
-        """Append the step's scalars and histograms, in one event."""
+        """Append the step's scalars and histograms as one event."""
         from tensorboardX.proto.summary_pb2 import HistogramProto, Summary
 
         values = [
@@ -62,7 +66,7 @@ class TensorBoard(Writer):
         self._event(step=step, summary=Summary(value=values))
 
     def rewind(self, step: int) -> None:
-        """Tell the reader to drop the events of this step and of later ones."""
+        """Append an event that tells TensorBoard to drop this step and later ones."""
         from tensorboardX.proto.event_pb2 import SessionLog
 
         self._event(step=step, session_log=SessionLog(status=SessionLog.START))
@@ -79,16 +83,17 @@ class TensorBoard(Writer):
 
 
 def _histogram(v: np.ndarray) -> dict[str, Any]:
-    """The fields of TensorBoard's histogram: counts of BINS equal bins, each up to its limit.
+    """The fields of TensorBoard's histogram: counts in BINS equal bins, and each bin's upper limit.
 
-    `np.histogram` takes five times as long, which at 8 arrays a layer is most of a record.
+    `np.histogram` is not used, because it takes five times as long. With 8 arrays a layer, that
+    would be most of the time of a record.
     """
     low, high = v.min(), v.max()
     width = (high - low) / BINS or 1.0
     counts = np.bincount(np.minimum((v - low) / width, BINS - 1).astype(int), minlength=BINS)
     limits = [*(low + width * np.arange(1, BINS)), high]
     moments = {"num": v.size, "sum": v.sum(), "sum_squares": v @ v}
-    # The first, empty bin is where TensorBoard takes the lower edge of the second from.
+    # TensorBoard reads a bin's lower edge from the bin before, so an empty bin comes first.
     return moments | {
         "min": low,
         "max": high,

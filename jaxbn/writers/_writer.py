@@ -1,4 +1,4 @@
-"""What a writer of figures is, and what all of them share."""
+"""The contract of a writer, and what the writers share."""
 
 import os
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ Figures = Mapping[str, Mapping[str, float]]  # layer → metric → figure
 
 
 class Writer:
-    """Where figures go; a class of your own with `write` does for `Log` as well.
+    """The base class of writers. A class of your own needs `write`, and goes to `Log` as well.
 
     >>> from jaxbn import writers
     >>> class Print(writers.Writer):
@@ -24,28 +24,34 @@ class Writer:
     """
 
     def write(self, step: int, figures: Figures, arrays: Mapping[str, Channels]) -> None:
-        """All of a step or nothing: layer → metric → figure, and layer → name → [C]."""
+        """Write all of a step, or raise and write nothing.
+
+        Args:
+          step: the training step.
+          figures: layer → metric → figure, as from `jaxbn.watch.metrics`.
+          arrays: layer → name → array [C], as from `jaxbn.watch.channels`.
+        """
         raise NotImplementedError
 
     def rewind(self, step: int) -> None:
-        """Training goes on from this step: what was written of it and of later ones is void."""
+        """Drop what was written for this step and later ones, because training repeats them."""
 
     def close(self) -> None:
-        """Nothing more will be written."""
+        """Release what the writer holds; nothing more will be written."""
 
     def __str__(self) -> str:
-        """Where to look."""
+        """Where to look for the figures."""
         return type(self).__name__
 
 
 def labelled(of_layers: Mapping[str, Any]) -> dict[str, Any]:
-    """The layers by names that any encoding and any terminal takes."""
+    """The layers by printable, distinct names, which every encoding and terminal can show."""
     names = distinct(printable(layer) or "." for layer in of_layers)
     return dict(zip(names, of_layers.values(), strict=True))
 
 
 def new_or_there(call: str, path: Path) -> Path:
-    """The path of a file that can be appended to, made if it was not there."""
+    """The path, after making sure that the file exists and can be appended to."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("ab").close()
@@ -58,7 +64,7 @@ def new_or_there(call: str, path: Path) -> Path:
 
 
 def append(path: Path, data: bytes) -> None:
-    """All of data at the end of the file, or none of it."""
+    """Append all of data to the file, or raise and append nothing."""
     size = path.stat().st_size
     try:
         with path.open("ab") as file:
@@ -70,5 +76,5 @@ def append(path: Path, data: bytes) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, without its number."""
+    """The text of an error, without the number of an OSError."""
     return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"

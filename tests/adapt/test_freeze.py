@@ -166,7 +166,7 @@ def test_linen_returns_what_apply_returns(mutable):
         np.testing.assert_array_equal(a, b)
 
 
-def test_scanned_linen_layers():
+def test_scanned_linen_layers_freeze_together():
     class Block(linen.Module):
         @linen.compact
         def __call__(self, x, _=None):
@@ -218,7 +218,7 @@ def test_nnx_frozen_layers_survive_what_modules_go_through():
     assert type(model.norms[1]) is jaxbn.nnx.BatchNorm
 
 
-def test_masks_pass():
+def test_a_frozen_layer_accepts_a_mask():
     norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
     norm(X)
     frozen = jaxbn.freeze(nnx.clone(norm))
@@ -264,7 +264,7 @@ def test_labels_of_linen_nnx_and_functional_parameters():
         assert jax.tree.leaves(got) == inner + norms + out
 
 
-def test_every_flax_norm_is_one():
+def test_every_norm_of_flax_is_labelled_as_a_norm():
     norms = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.InstanceNorm)
     for norm in (*norms, functools.partial(nnx.GroupNorm, num_groups=1)):
         labels = jaxbn.labels(nnx.to_pure_dict(nnx.state(norm(4, rngs=nnx.Rngs(0)), nnx.Param)))
@@ -287,7 +287,7 @@ def test_no_weight_decay_on_norms(masked):
     assert moved["stem"]["bn"] == {"scale": False, "bias": False}
 
 
-def test_the_decay_mask_of_a_part_of_the_tree():
+def test_the_decay_mask_of_a_part_of_the_tree_is_that_part_of_the_mask():
     """`multi_transform` shows each transform its own leaves alone: here no norm's."""
     rest = optax.adamw(0.1, weight_decay=0.1, mask=jaxbn.decay_mask)
     kinds = {"rest": rest, "scale": optax.set_to_zero(), "bias": optax.set_to_zero()}
@@ -307,9 +307,9 @@ def test_norms_have_a_learning_rate_of_their_own():
 # Bad input
 
 FRESH = (
-    "freeze: the statistics of {} were never updated (mean 0 and var 1, or count 0), so the layers "
-    "would be frozen at no normalization at all. Restore a checkpoint with its statistics, train, "
-    "or jaxbn.recalibrate first; or write allow_untrained=True."
+    "freeze: the statistics of {} were never updated (mean 0 and var 1, or count 0), so the frozen "
+    "layers would not normalize at all. Restore a checkpoint with its statistics, train, or call "
+    "jaxbn.recalibrate first; or write allow_untrained=True."
 )
 
 
@@ -332,22 +332,27 @@ def test_never_updated_layers_are_refused_all_at_once(kind):
     jaxbn.freeze(model.apply if kind == "linen" else model, variables, where, allow_untrained=True)
 
 
-def test_a_count_tells_more_than_the_values():
+@pytest.mark.parametrize(
+    ("mean", "count"),
+    [(1.0, 0), (0.0, 3)],  # values of no batch; batches that momentum 1 counted and did not learn
+    ids=["count-0", "initial-values"],
+)
+def test_a_count_and_initial_values_both_say_untrained(mean, count):
     norm = jaxbn.nnx.BatchNorm(2, momentum=None, rngs=nnx.Rngs(0))
-    norm.mean[...] = jnp.ones(2)  # count 0: no batch did this
+    norm.mean[...] = jnp.full(2, mean)
+    norm.count[...] = jnp.asarray(count)
     with pytest.raises(ValueError) as error:
         jaxbn.freeze(norm)
     assert str(error.value) == FRESH.format([""])
-    norm = jaxbn.nnx.BatchNorm(2, momentum=None, rngs=nnx.Rngs(0))
-    norm.count[...] = jnp.asarray(3)  # mean 0 and var 1, and batches were
+    norm.mean[...], norm.count[...] = jnp.ones(2), jnp.asarray(3)
     jaxbn.freeze(norm)
 
 
-def test_values_that_nobody_knows():
+def test_traced_statistics_are_refused():
     message = (
         "freeze: the statistics of ['norms/0', 'norms/1'] have no values while they are traced, so "
-        "nobody knows whether they were ever updated; freeze outside of jit and eval_shape, or "
-        "write allow_untrained=True."
+        "freeze cannot see whether they were ever updated; freeze outside of jit and eval_shape, "
+        "or write allow_untrained=True."
     )
     model, _, _ = trained("nnx", "flax")
     with pytest.raises(ValueError) as error:
@@ -358,20 +363,20 @@ def test_values_that_nobody_knows():
     assert str(error.value) == message
 
 
-def test_bad_calls():
+def test_bad_calls_are_told_what_to_write():
     net, variables, _ = trained("linen", "flax")
     bad = [
         (
             lambda: jaxbn.freeze(net.apply),
             TypeError,
-            "freeze: method without variables, expected an nnx model, or linen's apply and the "
-            "variables whose statistics freeze: freeze(net.apply, variables).",
+            "freeze: method without variables, expected an nnx model, or linen's apply and its "
+            "variables; write freeze(net.apply, variables).",
         ),
         (
             lambda: jaxbn.freeze(net.apply, variables, "head*"),
             ValueError,
-            "freeze: where='head*' means none of the batch norm layers ['stem', 'top']; expected a "
-            'glob such as "stem", several of them, or a function of the path.',
+            "freeze: where='head*' selects none of the batch norm layers ['stem', 'top']; expected "
+            'a glob such as "stem", several of them, or a function of the path.',
         ),
         (
             lambda: jaxbn.freeze(nnx.Linear(2, 2, rngs=nnx.Rngs(0))),
@@ -382,8 +387,8 @@ def test_bad_calls():
         (
             lambda: jaxbn.unfreeze(net.apply),
             TypeError,
-            "unfreeze: method is no nnx model; of linen call net.apply again, which "
-            "freeze(net.apply, variables) left as it was.",
+            "unfreeze: method is no nnx model; for linen call net.apply, which "
+            "freeze(net.apply, variables) did not change.",
         ),
         (
             lambda: jaxbn.labels({"dense": {"kernel": V, "bias": V}}),
@@ -395,8 +400,8 @@ def test_bad_calls():
         (
             lambda: jaxbn.labels(PARAMS, frozen="head*"),
             ValueError,
-            "labels: frozen='head*' means none of the norms ['shift', 'stem/bn', 'top']; expected "
-            'a glob such as "shift", several of them, or a function of the path.',
+            "labels: frozen='head*' selects none of the norms ['shift', 'stem/bn', 'top']; "
+            'expected a glob such as "shift", several of them, or a function of the path.',
         ),
     ]
     for call, kind, message in bad:
@@ -408,7 +413,7 @@ def test_bad_calls():
 # The example
 
 
-def test_the_example_runs(monkeypatch):
+def test_each_way_of_the_example_gives_a_score(monkeypatch):
     """On digits, in its smallest form: each way gives a score."""
     monkeypatch.syspath_prepend(EXAMPLES / "finetune")
     import finetune

@@ -195,7 +195,7 @@ def test_large_means_do_not_cancel():
     np.testing.assert_allclose(state.var, exact, rtol=1e-3)
 
 
-def test_scanned_layers():
+def test_scanned_layers_are_recalibrated_one_by_one():
     class Block(linen.Module):
         @linen.compact
         def __call__(self, x, _=None):
@@ -233,7 +233,7 @@ def test_statistics_of_before_play_no_part(kind):
     unchanged(fresh, jaxbn.recalibrate(apply, jaxbn.reset(spoilt), BATCHES))
 
 
-def test_reset_of_some():
+def test_reset_leaves_other_layers_as_they_are():
     apply, model, _ = make("linen")
     model = jaxbn.recalibrate(apply, model, BATCHES)
     stats = jaxbn.reset(model, where="sec*")["batch_stats"]
@@ -242,7 +242,7 @@ def test_reset_of_some():
 
 
 @pytest.mark.parametrize("kind", ["linen", "nnx", "functional"])
-def test_only_the_layers_asked_for(kind):
+def test_recalibrate_leaves_other_layers_as_they_are(kind):
     apply, model, second = make(kind)
     model = jaxbn.recalibrate(apply, model, BATCHES[:1])
     before = copies(model)
@@ -315,7 +315,7 @@ def mesh():
     return jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
 
 
-def test_sharded_batches_and_replicated_weights():
+def test_sharded_batches_give_replicated_statistics():
     apply, model, _ = make("linen")
     everywhere, rows = NamedSharding(mesh(), P()), NamedSharding(mesh(), P("d"))
     on_mesh = jax.device_put(model, everywhere)
@@ -334,7 +334,7 @@ def test_sharded_batches_and_replicated_weights():
 @pytest.mark.parametrize("pooled_by", ["layer", "recalibrate"])
 @pytest.mark.parametrize("kind", ["linen", "functional"])
 @pytest.mark.parametrize("transform", ["shard_map", "pmap"])
-def test_within_shard_map_and_pmap(transform, kind, pooled_by):
+def test_within_shard_map_and_pmap_statistics_are_of_all_devices(transform, kind, pooled_by):
     x = RNG.normal(2, 3, (4, 16, C)).astype(np.float32)  # 4 batches, 2 rows a device
     own = {"axis_name": "d"} if pooled_by == "layer" else {}
     apply, model, _ = make(kind, **own)
@@ -356,7 +356,7 @@ def test_within_shard_map_and_pmap(transform, kind, pooled_by):
     close(layers.find(new)["first"].state, flat.mean(0), flat.var(0))
 
 
-def test_a_list_of_batches_within_jit():
+def test_a_list_of_batches_is_recalibrated_within_jit():
     apply, model, _ = make("linen")
     new = jax.jit(lambda v, *x: jaxbn.recalibrate(apply, v, x))(model, *BATCHES)
     close(layers.find(new)["first"].state, ALL.mean(0), ALL.var(0))
@@ -404,7 +404,7 @@ def test_averaged_parameters_get_statistics_of_their_own():
     assert new["params"] is averaged
 
 
-def test_a_bar_when_asked(monkeypatch):
+def test_a_bar_is_shown_when_asked(monkeypatch):
     apply, model, _ = make("functional")
     err = io.StringIO()
     monkeypatch.setattr(sys, "stderr", err)
@@ -425,8 +425,8 @@ WRONG = {
     "empty": (
         [],
         {},
-        "recalibrate: no batches, expected at least one. A generator that was used up gives none: "
-        "make it anew for each call.",
+        "recalibrate: no batches, expected at least one. A generator that was used up gives none; "
+        "make a new generator for each call.",
     ),
     "another shape": (
         [BATCHES[0], BATCHES[1][:, :2]],
@@ -466,7 +466,7 @@ WRONG = {
     "where": (
         BATCHES,
         {"where": "head*"},
-        "recalibrate: where='head*' means none of the batch norm layers GIVEN; "
+        "recalibrate: where='head*' selects none of the batch norm layers GIVEN; "
         'expected a glob such as "first", several of them, or a function of the path.',
     ),
 }
@@ -485,7 +485,7 @@ def test_bad_input_changes_nothing(kind, what):
     unchanged(before, model)
 
 
-def test_a_layer_that_apply_does_not_run():
+def test_a_layer_that_apply_does_not_run_is_named():
     class Heads(linen.Module):
         @linen.compact
         def __call__(self, x, both=True):
@@ -499,14 +499,14 @@ def test_a_layer_that_apply_does_not_run():
     with pytest.raises(ValueError) as error:
         jaxbn.recalibrate(apply, variables, BATCHES)
     assert str(error.value) == (
-        "recalibrate: no value came through ['auxiliary'] in 4 batches: apply does not run them, "
-        "or every cell was masked. Run them, or leave them out by where=."
+        "recalibrate: no value came through ['auxiliary'] in 4 batches: apply does not run "
+        "these layers, or every cell was masked. Run them, or leave them out by where=."
     )
     new = jaxbn.recalibrate(apply, variables, BATCHES, where="main")["batch_stats"]
     close(jaxbn.State(**new["main"], count=None), ALL.mean(0), ALL.var(0))
 
 
-def test_a_model_without_batch_norm():
+def test_a_model_without_batch_norm_is_refused():
     expected = (
         "recalibrate: no batch norm layer in this {}; expected variables with "
         '"batch_stats", an nnx model that holds a BatchNorm, or a tree of jaxbn.State.'
@@ -521,13 +521,14 @@ def test_a_model_without_batch_norm():
         assert str(error.value) == expected.format(kind)
 
 
-def test_what_apply_must_be():
+def test_an_apply_that_reaches_no_statistics_is_refused():
     _, variables, _ = make("linen")
     with pytest.raises(TypeError) as error:
         jaxbn.recalibrate(lambda v, x: Net().apply(v, x), variables, BATCHES)
     assert str(error.value) == (
-        "recalibrate: apply does not take (variables, batch, mutable=…), by which running "
-        "statistics are reached; write functools.partial(net.apply, train=False), or "
+        "recalibrate: apply does not take (variables, batch, mutable=…), expected a "
+        "function that passes mutable= on to linen; write "
+        "functools.partial(net.apply, train=False), or "
         "lambda variables, batch, **kwargs: net.apply(variables, batch[0], **kwargs)."
     )
     _, states, _ = make("functional")
@@ -541,7 +542,7 @@ def test_what_apply_must_be():
     )
 
 
-def test_a_functional_model_in_eval_mode():
+def test_a_functional_model_in_eval_mode_is_refused():
     _, state = jaxbn.init(C)
     with pytest.raises(ValueError) as error:
         jaxbn.recalibrate(lambda s, x: jaxbn.batch_norm(x, None, s, train=False)[1], state, BATCHES)
@@ -551,7 +552,7 @@ def test_a_functional_model_in_eval_mode():
     )
 
 
-def test_a_moments_as_state_gathers():
+def test_a_moments_in_place_of_a_state_gathers_all_batches():
     """`batch_norm` merges into it, in the wider of the dtypes, whatever the momentum."""
     gathered = jaxbn.Moments(np.float32(0), np.zeros(C, np.float32), np.zeros(C, np.float32))
     for b in BATCHES:

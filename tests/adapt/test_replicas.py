@@ -80,7 +80,7 @@ def test_the_error_names_the_leaf_the_devices_and_the_difference():
     raises(jax.jit(by_device)(index), "0 and 5, by 0.25")
 
 
-def test_copies_that_differ_though_jax_believes_they_are_equal():
+def test_copies_that_jax_believes_equal_are_compared():
     """Replicated over "d", features sharded over "model"; one copy of the second half is off."""
     sharding = NamedSharding(mesh(4, 2), P("model"))
     halves = [np.zeros(4, np.float32), np.ones(4, np.float32)]
@@ -169,7 +169,7 @@ def test_sync_in_shard_map_returns_one_state(check_vma):
     jaxbn.assert_replicated(new)
 
 
-def test_sync_within_groups():
+def test_sync_stays_within_groups():
     groups = [[0, 5], [7, 2], [1, 3], [4, 6]]
     (mean, var), count = statistics(), np.arange(8, dtype=np.int32)
     new = jax.pmap(lambda s: jaxbn.sync_state(s, "d", groups), axis_name="d")(
@@ -215,7 +215,7 @@ def test_sync_finds_the_layers_of_any_tree():
 
 
 @pytest.mark.parametrize("pure", [False, True])
-def test_sync_of_an_nnx_model(pure):
+def test_sync_makes_the_states_of_an_nnx_model_equal(pure):
     model = NnxNet(jaxbn.nnx.BatchNorm, width=C, rngs=nnx.Rngs(0))
     mean, var = statistics()
     model.norm1.mean[...] = jnp.zeros(C)
@@ -324,7 +324,7 @@ def test_merged_updates_of_nnx_equal_ghost_batches_in_every_layer():
         oracle.assert_close(got, np.float64(want), 40 * oracle.tolerance("float32", 128))
 
 
-def test_errors_of_merge_updates():
+def test_merge_updates_refuses_momentum_1_and_no_count():
     states = jax.tree.map(lambda v: jnp.stack([v] * 2), jaxbn.init(3)[1])
     with pytest.raises(ValueError) as error:
         jaxbn.merge_updates(states, 1.0)
@@ -335,8 +335,8 @@ def test_errors_of_merge_updates():
     with pytest.raises(ValueError) as error:
         jaxbn.merge_updates({"mean": states.mean, "var": states.var}, None)
     assert str(error.value) == (
-        "merge_updates: momentum=None, but the states hold no count of updates; expected those "
-        "of the cumulative average, or the momentum of the updates: momentum=0.99."
+        "merge_updates: momentum=None, but the states hold no count of updates; expected "
+        "states with a count, or the momentum of the updates; write momentum=0.99."
     )
 
 

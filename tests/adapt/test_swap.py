@@ -115,7 +115,7 @@ def test_dtypes_are_kept(kind):
     assert y.dtype == jnp.bfloat16
 
 
-def test_sensible_groups():
+def test_groups_have_8_features_or_more():
     """At most 32, of 8 features or more, that divide."""
     expected = {1: 1, 7: 1, 16: 2, 24: 3, 64: 8, 96: 12, 100: 10, 256: 32, 2048: 32, 257: 1}
     for features, groups in expected.items():
@@ -124,7 +124,7 @@ def test_sensible_groups():
         assert jaxbn.swap(lambda v: v, variables).report["bn"].groups == groups
 
 
-def test_a_resnet_in_linen():
+def test_a_linen_resnet_trains_on_and_no_row_sees_another():
     """Same parameters; a training step as it was written; no statistics; no row sees another."""
     net = ResNet(jaxbn.linen.BatchNorm)
     x = RNG.normal(size=(2, 8, 8, 3)).astype(np.float32)
@@ -158,7 +158,7 @@ def test_a_resnet_in_linen():
     assert np.abs(np.asarray(net.apply(old, x, train=False) - apply(variables, x))).max() > 0
 
 
-def test_some_layers_of_linen_by_path():
+def test_linen_layers_of_other_paths_stay_batch_norm():
     net = ResNet(linen.BatchNorm)
     x = RNG.normal(size=(2, 8, 8, 3)).astype(np.float32)
     old = net.init(jax.random.key(0), x)
@@ -173,7 +173,7 @@ def test_some_layers_of_linen_by_path():
     )
 
 
-def test_scanned_linen_layers_and_one_called_twice():
+def test_scanned_linen_layers_and_one_called_twice_are_swapped():
     class Block(linen.Module):
         @linen.compact
         def __call__(self, x, _=None):
@@ -193,7 +193,7 @@ def test_scanned_linen_layers_and_one_called_twice():
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_network_in_nnx():
+def test_an_nnx_network_keeps_its_objects():
     """In place: shared layers stay shared, parameters stay the objects the optimizer knows."""
     net = NnxNet(jaxbn.nnx.BatchNorm, rngs=nnx.Rngs(0))
     net.norm2 = net.norm1
@@ -235,7 +235,7 @@ BAD = {
         lambda: jaxbn.swap(linen.BatchNorm().apply),
         TypeError,
         "swap: method without variables, expected an nnx model, or linen's apply and its "
-        'variables, "params" and "batch_stats": swap(net.apply, variables).',
+        'variables, "params" and "batch_stats"; write swap(net.apply, variables).',
     ),
     "no such norm": (
         lambda: jaxbn.swap(lambda v: v, THREE, "batch"),
@@ -246,18 +246,19 @@ BAD = {
         lambda: jaxbn.swap(lambda v: v, THREE, groups=16),
         ValueError,
         "swap: groups=16 does not divide the features of ['b (24)']; expected one of [1, 2, 4, 8], "
-        "which divide those of all, or None to choose for each layer.",
+        "which divide the features of all layers, or None to choose for each layer.",
     ),
     "no groups at all": (
         lambda: jaxbn.swap(lambda v: v, THREE, groups=0),
         ValueError,
         "swap: groups=0 does not divide the features of ['a (16)', 'b (24)']; expected one of "
-        "[1, 2, 4, 8], which divide those of all, or None to choose for each layer.",
+        "[1, 2, 4, 8], which divide the features of all layers, or None to choose for each layer.",
     ),
     "groups of a layer norm": (
         lambda: jaxbn.swap(lambda v: v, THREE, "layer", groups=2),
         ValueError,
-        "swap: groups=2 with to='layer', which has none; to=\"group\".",
+        "swap: groups=2 with to='layer', which has no groups; write to=\"group\", or leave groups "
+        "out.",
     ),
     "no batch norm": (
         lambda: jaxbn.swap(nnx.Linear(2, 2, rngs=nnx.Rngs(0))),
@@ -268,30 +269,30 @@ BAD = {
     "an instance of one position": (
         lambda: swapped("nnx", "flax", "instance")[0](ROWS),
         ValueError,
-        "swap: InstanceNorm of x with shape (40, 16), but it normalizes over the positions between "
-        'the first axis and the last, and there are none; write to="group".',
+        "swap: InstanceNorm of x with shape (40, 16), but InstanceNorm normalizes over the axes "
+        'between the first and the last, and x has none; write to="group".',
     ),
     "an instance of one position, linen": (
         lambda: swapped("linen", "flax", "instance")[0](ROWS),
         ValueError,
-        "swap: InstanceNorm of x with shape (40, 16), but it normalizes over the positions between "
-        'the first axis and the last, and there are none; write to="group".',
+        "swap: InstanceNorm of x with shape (40, 16), but InstanceNorm normalizes over the axes "
+        'between the first and the last, and x has none; write to="group".',
     ),
 }
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_calls(what):
+def test_bad_calls_are_told_what_to_write(what):
     call, kind, message = BAD[what]
     with pytest.raises(kind) as error:
         call()
     assert str(error.value) == message
 
 
-def test_features_that_are_not_last():
+def test_features_that_are_not_last_are_refused():
     message = (
-        "swap: GroupNorm has its features on the last axis, but not so ['{} (axis=1)']; write "
-        "axis=-1 where they are, or leave the layers out by where=."
+        "swap: GroupNorm has its features on the last axis, but ['{} (axis=1)'] have theirs "
+        "elsewhere; write axis=-1 in the model, or leave these layers out by where=."
     )
     model = nnx.Sequential(nnx.BatchNorm(5, axis=1, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError) as error:

@@ -59,7 +59,7 @@ def test_what_was_saved_is_read_and_its_layer_found(kind, variables, tmp_path):
     assert jax.tree.all(
         jax.tree.map(np.array_equal, {k: tree[k] for k in variables}, dict(variables))
     )
-    found = norm_layers.find(tree)
+    found = norm_layers.norms_in(tree)
     assert list(found) == ["layers_1"]
     layer = found["layers_1"]
     stats, params = variables["batch_stats"]["layers_1"], variables["params"]["layers_1"]
@@ -76,7 +76,7 @@ def test_an_nnx_state_saved_from_eight_devices(tmp_path):
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
     state = jax.tree.map(lambda v: jax.device_put(v, spread), nnx.state(nnx.Dict(bn=norm)))
     save_orbax(tmp_path / "nnx", state)
-    layer = norm_layers.find(read(tmp_path / "nnx"))["bn"]
+    layer = norm_layers.norms_in(read(tmp_path / "nnx"))["bn"]
     np.testing.assert_array_equal(layer.state.var, np.ones(16))
     np.testing.assert_array_equal(layer.params.scale, np.ones(16))
 
@@ -86,7 +86,7 @@ def test_the_names_of_pytorch(tmp_path):
     tensors = {f"layer1.bn.{name}": np.full(3, i, np.float32) for i, name in enumerate(names)}
     tensors |= {"layer1.bn.num_batches_tracked": np.array(5), "fc.weight": np.ones((2, 3))}
     save_file(tensors, tmp_path / "torch.safetensors")
-    found = norm_layers.find(read(tmp_path / "torch.safetensors"))
+    found = norm_layers.norms_in(read(tmp_path / "torch.safetensors"))
     assert list(found) == ["layer1/bn"]
     params, state = found["layer1/bn"]
     fields = (state.mean, state.var, params.scale, params.bias)

@@ -179,7 +179,7 @@ def test_the_table_of_a_sick_checkpoint(tmp_path, capsys, monkeypatch):
     }
     new = {"mean": np.zeros(200, np.float32), "var": np.ones(200, np.float32)}
     tree = tree_of({"a": new, "b": arrays, "c": new})
-    tree["a"]["count"] = np.array(1500)
+    tree["a"] |= {"count": np.array(1500), "var": 2 * new["var"]}
     write_.save(tmp_path / "net.msgpack", tree)
     monkeypatch.chdir(tmp_path)
     status, out, err = run(capsys, "doctor", "net.msgpack")
@@ -191,15 +191,15 @@ def test_the_table_of_a_sick_checkpoint(tmp_path, capsys, monkeypatch):
         "layer   C updates   / sd   min max   min   max finding\n"
         "b       2       -    949 -0.25   4 0.001   1.5 negative_variance\n"
         "c     200       -      0     1   1     -     - never_updated\n"
-        "a     200    1500      0     1   1     -     - -\n"
+        "a     200    1500      0     2   2     -     - -\n"
         "\n"
         "error    negative_variance in b\n"
         "         smallest running variance: -0.25, threshold 0, channel 1\n"
-        "         remedy: jaxbn.recalibrate(apply, variables, batches); it is no update's\n"
-        "         doing: look at the conversion or the averaging of the weights\n"
+        "         remedy: jaxbn.recalibrate(apply, variables, batches); no update makes a\n"
+        "         variance negative: check the conversion or the averaged weights\n"
         "\n"
         "error    never_updated in c\n"
-        "         updates so far: 0\n"
+        "         updates that were learned: 0\n"
         '         remedy: train with mutable=["batch_stats"] and keep what apply returns\n'
         "         (nnx: model.train()), or jaxbn.recalibrate(apply, variables, batches)\n"
         "\n"
@@ -344,11 +344,14 @@ def test_the_doctor_sees_every_layer(tree, form, tmp_path, capsys):
 def test_lists_as_msgpack_has_them_and_layers_in_a_tree_that_was_never_in_a_file(tmp_path):
     packed = serialization.msgpack_serialize({"blocks": [norm(), [norm()]]})
     (tmp_path / "net.msgpack").write_bytes(packed)
-    assert list(norm_layers.find(read.read(tmp_path / "net.msgpack"))) == [
+    assert list(norm_layers.norms_in(read.read(tmp_path / "net.msgpack"))) == [
         "blocks/0",
         "blocks/1/0",
     ]
-    assert list(norm_layers.find({"blocks": [state(), (state(),)]})) == ["blocks/0", "blocks/1/0"]
+    assert list(norm_layers.norms_in({"blocks": [state(), (state(),)]})) == [
+        "blocks/0",
+        "blocks/1/0",
+    ]
 
 
 def test_scale_and_bias_without_statistics_are_a_finding(tmp_path, capsys):
@@ -646,7 +649,14 @@ MISSING = {
     ],
     "tensorstore": [(lambda: read.read("a"), "read", "orbax-checkpoint")],
     "orbax": [(lambda: write_.save("b", {"a": ONE}), "save", "orbax-checkpoint")],
-    "rich": [(lambda: terminal.show("net", [], []), "show", "'jaxbn[doctor]'")],
+    "rich": [
+        (lambda: terminal.show("net", [], []), "show", "'jaxbn[doctor]'"),
+        (
+            lambda: jaxbn.recalibrate(lambda s, _: s, state(), [ONE], progress=True),
+            "recalibrate",
+            "'jaxbn[doctor]'",
+        ),
+    ],
     "matplotlib": [(lambda: picture_.plot("a.png", "", {}), "plot", "'jaxbn[doctor]'")],
     "prometheus_client": [(lambda: jaxbn.writers.Prometheus(0), "Prometheus", "'jaxbn[watch]'")],
     "tensorboardX": [(lambda: jaxbn.writers.TensorBoard("b"), "TensorBoard", "'jaxbn[watch]'")],
@@ -969,7 +979,7 @@ def test_errors_of_the_commands_that_write(net, capsys, tmp_path):
         ),
         ("recalibrate", "net.msgpack", "new.pt", "--model", "net:network"): (
             "recalibrate: new.pt ends in .pt, expected .safetensors, .msgpack, or a name without a "
-            "suffix, which is an orbax folder."
+            "suffix for an orbax folder."
         ),
         ("convert", "net.msgpack", "no/new.msgpack"): (
             f"convert: no folder {tmp_path}/no to write new.msgpack in"

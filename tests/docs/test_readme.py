@@ -1,5 +1,6 @@
 """Every python block of the README and the docs runs as pasted, those of a page in order."""
 
+import json
 import pathlib
 
 import jax
@@ -20,3 +21,13 @@ def test_blocks_run(page, tmp_path, monkeypatch):
         for block in BLOCK.finditer(text):
             above = text[: block.start(1)].count("\n")  # tracebacks name the line of the page
             exec(compile("\n" * above + block[1], page, "exec"), names)
+
+
+@pytest.mark.parametrize("notebook", sorted((ROOT / "docs").rglob("*.ipynb")), ids=lambda p: p.stem)
+def test_a_notebook_is_its_page(notebook):
+    """The same blocks in the same order, after a cell that installs: `python docs/notebook.py`."""
+    cells = json.loads(notebook.read_text())["cells"]
+    install, *code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert install.startswith("%pip install")
+    blocks = [block.strip() for block in BLOCK.findall(notebook.with_suffix(".md").read_text())]
+    assert code == blocks

@@ -133,7 +133,7 @@ def test_a_file_that_differs_is_not_written(folded, tmp_path, monkeypatch):
         export.onnx(folded, X, path)
     assert str(error.value) == (
         "onnx: the file's result differs from the function's by 1.0e+00 of its largest value, "
-        "expected 1.0e-04 at most; nothing was written. If that will do, write tolerance=2e+00."
+        "expected 1.0e-04 at most; nothing was written. If that is enough, write tolerance=2e+00."
     )
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("net.onnx", "as it was")]
 

@@ -144,7 +144,7 @@ def test_channels_that_are_copies_of_one_another_make_no_more_alarms():
 
 
 @pytest.mark.parametrize("what", ["mean", "var", "one channel"])
-def test_power(what):
+def test_drift_of_each_kind_raises_the_alarm(what):
     x = images(512)
     if what == "mean":
         x = x + 0.5 * np.sqrt(STATE["bn"].var)
@@ -209,7 +209,7 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm, jaxbn.linen.BatchNorm])
-def test_rows_of_a_linen_model(norm):
+def test_rows_of_a_linen_model_are_those_of_each_layers_input(norm):
     x = RNG.normal(1, 2, (8, 3, 4, C)).astype(np.float32)
     model = Net(norm)
     variables = model.init(jax.random.key(0), x)
@@ -231,7 +231,7 @@ def test_a_model_called_in_train_mode_is_watched_in_eval_mode():
     np.testing.assert_allclose(y, Net().apply(variables, x), rtol=1e-6)
 
 
-def test_rows_of_a_scanned_model():
+def test_rows_of_a_scanned_model_stay_apart_from_its_layers():
     class Block(nn.Module):
         @nn.compact
         def __call__(self, x, _):
@@ -252,7 +252,7 @@ def test_rows_of_a_scanned_model():
     assert seen.shift.mean[7].min() > 5  # one is added by each layer before
 
 
-def test_an_nnx_model():
+def test_an_nnx_model_is_watched_and_stays_as_it_is():
     x = RNG.normal(0, 1, (64, 4, 4, 3)).astype(np.float32)
     model = NnxNet(nnx.BatchNorm, rngs=nnx.Rngs(0))
     forward = nnx.jit(lambda model, x: model(x))
@@ -335,40 +335,40 @@ def test_the_rates_of_false_alarms(example, monkeypatch):
 INCOMING = "health.incoming(model.apply)(variables, x)[1]"
 
 
-def test_errors():
+def test_bad_calls_are_told_what_to_write():
     good = rows_of(images(4))
     clean = health.drift(STATE, [{"bn": good}])
     cases = [
         (
             lambda: health.drift(STATE, []),
-            f"drift: no batches, or a model without batch norm; expected of each batch what "
-            f"{INCOMING} gives.",
+            f"drift: no batches, or a model without batch norm; expected the result of "
+            f"{INCOMING} for each batch.",
         ),
         (
             lambda: health.drift(STATE, [{"norm": good}]),
-            f"drift: moments came of a layer 'norm', but the state has ['bn']; pass what "
-            f"{INCOMING} gives for these variables.",
+            f"drift: moments are of a layer 'norm', but the state has ['bn']; pass the result of "
+            f"{INCOMING} for these variables.",
         ),
         (
             lambda: health.drift(STATE, [{"bn": jaxbn.Moments(4, np.ones(C), np.ones(C))}]),
-            "drift: moments of 'bn' have shape (5,), expected (5, 'rows'): those of each row, as "
-            "health.incoming(model.apply) gives them, or "
+            "drift: moments of 'bn' have shape (5,), expected (5, 'rows'), the moments of each "
+            f"row; write {INCOMING}, or "
             "jax.vmap(jaxbn.moments, out_axes=-1)(x).",
         ),
         (
             lambda: health.drift(STATE, [{"bn": rows_of(images(1))}]),
-            "drift: 1 rows came to layer 'bn', expected 2 at least, better 128: how much they "
-            "differ is what the test is made of; merge more batches.",
+            "drift: 1 rows came to layer 'bn', expected 2 at least and better 128, because "
+            "the test needs the spread between rows; merge more batches.",
         ),
         (
             lambda: health.drift(STATE, [{"bn": good}], false_alarm=0.5),
-            "drift: false_alarm=0.5, expected the chance of an alarm where nothing drifted, above "
+            "drift: false_alarm=0.5, expected the chance of an alarm without drift, above "
             "0 and at most 0.2; write false_alarm=0.001.",
         ),
         (
             lambda: health.decide({"other": clean.seen["bn"]}, reference=clean),
-            "drift: the reference has no layer 'other', it has ['bn']; make it by "
-            "health.drift(variables, clean_batches) of the same model.",
+            "drift: the reference has no layer 'other', it has ['bn']; write "
+            "reference=health.drift(variables, clean_batches), with the same model.",
         ),
         (
             lambda: health.incoming(nn.BatchNorm(use_running_average=True).apply)(

@@ -79,7 +79,7 @@ def test_a_trained_model_has_no_gap(variables):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_the_first_layer_where_it_opens(variables, path):
+def test_the_gap_opens_at_the_layer_that_was_changed(variables, path):
     """Layers before have no gap, those after inherit one, and only the sick one is named."""
     sick = changed(variables, path, lambda s: s._replace(mean=s.mean + 2 * jnp.sqrt(s.var)))
     gap = health.gap(Net().apply, sick, X)
@@ -129,7 +129,7 @@ CAUSES = {  # what is done to norm1's State, the cause it must be given, its sev
 
 
 @pytest.mark.parametrize("name", CAUSES)
-def test_why(variables, name):
+def test_the_cause_of_a_gap_is_named(variables, name):
     change, kind, severity = CAUSES[name]
     gap = health.gap(Net().apply, changed(variables, "norm1", change), X)
     assert gap.first.layer == "norm1"
@@ -140,14 +140,14 @@ def test_why(variables, name):
         assert gap.first.cause.remedy.startswith("29 updates at momentum 0.9")  # 0.9**29 < 0.05
 
 
-def test_statistics_that_were_not_updated_often_enough():
+def test_too_few_updates_are_named():
     gap = health.gap(Net().apply, trained(Net(), updates=5), X)
     assert {f.kind for f in gap.findings} == {"hardly_updated"}
     np.testing.assert_allclose(gap.first.cause.figure, 0.9**5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("masked_in_training", [True, False])
-def test_padding(masked_in_training):
+def test_padding_in_training_or_here_alone_is_named(masked_in_training):
     """Statistics with the padding in, a batch with it masked; and the other way round."""
     x = np.concatenate([X[:64], np.full((192, 6), 9, np.float32)])
     mask = (np.arange(256) < 64)[:, None]
@@ -162,7 +162,7 @@ def test_padding(masked_in_training):
     assert (gap.first.cause.remedy == here) == masked_in_training
 
 
-def test_unbiased_statistics_of_small_batches():
+def test_unbiased_statistics_of_small_batches_are_named():
     """Eval divides by an sd that is sqrt(n / (n - 1)) times the larger."""
     for n, unbiased in ((4, True), (4, False), (64, True)):
         model = Net(jaxbn.linen.BatchNorm, options=(("unbiased", unbiased),))
@@ -214,7 +214,7 @@ def test_a_scanned_layer_is_one_layer():
 
 
 @pytest.mark.parametrize("norm", [nnx.BatchNorm, jaxbn.nnx.BatchNorm])
-def test_nnx(norm):
+def test_an_nnx_model_stays_as_it_is_in_any_mode(norm):
     images = RNG.normal(1, 2, (64, 4, 4, 3)).astype(np.float32)
     model = NnxNet(norm, rngs=nnx.Rngs(0))
     forward = nnx.jit(lambda model, x: model(x))
@@ -235,7 +235,7 @@ def test_nnx(norm):
     assert type(model.norm1) is norm
 
 
-def test_errors(variables):
+def test_bad_calls_are_told_what_to_write(variables):
     class Plain(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -245,8 +245,8 @@ def test_errors(variables):
         (
             (Plain().apply, Plain().init(jax.random.key(0), X), X),
             ValueError,
-            "gap: the model called no batch norm layer; expected one with Flax's BatchNorm, or "
-            "with jaxbn.linen.BatchNorm or jaxbn.nnx.BatchNorm.",
+            "gap: the model called no batch norm layer; expected a model with Flax's "
+            "BatchNorm, jaxbn.linen.BatchNorm or jaxbn.nnx.BatchNorm.",
         ),
         (
             (Net(), variables, X),
@@ -265,8 +265,8 @@ def test_errors(variables):
         (
             (Net().apply, variables, X[:0]),
             ValueError,
-            "gap: x of a batch norm layer has shape (0, 32), which holds no value; pass a batch "
-            "as in training.",
+            "gap: x of a batch norm layer has shape (0, 32), which holds no values; pass a "
+            "batch as in training.",
         ),
     ]
     for args, kind, message in cases:

@@ -109,7 +109,7 @@ SICK = {
     ("dtype", "severity"), [("float16", "warning"), ("bfloat16", "warning"), ("int32", "error")]
 )
 @pytest.mark.parametrize("leaf", ["mean", "var"])
-def test_statistics_in_a_narrow_dtype(leaf, dtype, severity):
+def test_statistics_in_a_narrow_dtype_are_a_finding(leaf, dtype, severity):
     variables = with_leaf("batch_stats", "mean", 3, 1.0)
     stats = variables["batch_stats"]["bn"]
     stats[leaf] = jnp.asarray(stats[leaf] + 1, dtype)
@@ -205,7 +205,7 @@ def test_moments_tell_stale_from_hardly_updated():
     assert finding.channels == tuple(range(64))
 
 
-def test_moments_that_are_no_statistics():
+def test_moments_of_few_or_bad_values_are_a_finding():
     variables = healthy()
     (finding,) = health.check(variables, moments_of(variables, n=15))
     assert (finding.kind, finding.figure, finding.threshold) == ("few_values", 15, 16)
@@ -226,7 +226,7 @@ def mesh():
     return jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
 
 
-def test_replicas_that_disagree():
+def test_replicas_that_disagree_are_a_finding():
     rows = {"mean": np.zeros((8, C), np.float32), "var": np.full((8, C), 4, np.float32)}
     rows["mean"][5, 3] = 1
     rowwise = jax.device_put(rows, NamedSharding(mesh(), P("d")))  # as pmap returns it
@@ -249,7 +249,7 @@ def test_one_replica_with_a_nan_is_found():
     assert (finding.kind, finding.channels) == ("not_finite", (2,))
 
 
-def test_replicas_that_agree_and_features_that_are_split():
+def test_replicas_that_agree_and_features_that_are_split_are_none():
     stats = jax.tree.map(jnp.float32, healthy()["batch_stats"])
     for spec in (P(), P("d")):
         assert health.check(jax.device_put(stats, NamedSharding(mesh(), spec))) == []
@@ -260,7 +260,7 @@ def test_replicas_that_agree_and_features_that_are_split():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float64])
-def test_statistics_stored_in_another_dtype(dtype):
+def test_statistics_of_any_dtype_are_judged_in_float64(dtype):
     variables = jax.tree.map(lambda v: v.astype(dtype), healthy())
     kinds = [] if dtype == np.float64 else ["narrow_statistics"]
     assert [finding.kind for finding in health.check(variables)] == kinds
@@ -413,7 +413,7 @@ def test_few_values_are_no_staleness(n):
 # errors
 
 
-def test_a_model_without_batch_norm():
+def test_a_model_without_batch_norm_is_refused():
     for call in (health.check, health.summary):
         with pytest.raises(ValueError) as error:
             call({"params": {"dense": {"kernel": np.ones((2, 2))}}})
@@ -424,8 +424,11 @@ def test_a_model_without_batch_norm():
         )
 
 
-def test_moments_of_another_model():
-    fix = "pass what calls.hooked_apply(model.apply)(variables, x) returned for this model."
+def test_moments_of_another_model_are_refused():
+    fix = (
+        "pass the moments that calls.hooked_apply(model.apply)(variables, x) returns for this "
+        "model."
+    )
     with pytest.raises(ValueError) as error:
         health.check(healthy(), {"norm": jaxbn.Moments(1, np.ones(C), np.ones(C))})
     assert str(error.value) == (

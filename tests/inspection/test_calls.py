@@ -183,7 +183,7 @@ def test_nnx_moments_are_those_of_the_layers_input(norm, train):
     assert jax.tree.structure(nnx.state(model)) == before
 
 
-def test_nnx_under_transforms():
+def test_nnx_records_pass_jit_grad_and_remat():
     @nnx.jit
     def step(model, x):
         with calls.hooked_nnx(model) as seen:
@@ -209,7 +209,7 @@ def test_nnx_under_transforms():
     close(jax.tree.map(lambda leaf: leaf[0], seen["norms/0"]), X)
 
 
-def test_nnx_compiles_once():
+def test_a_hooked_nnx_step_compiles_once():
     traces = []
 
     @nnx.jit
@@ -232,7 +232,7 @@ def test_an_error_within_leaves_the_nnx_model_as_it_was():
 
 
 @pytest.mark.parametrize("form", ["linen", "frozen", "nnx", "state", "functional"])
-def test_find_and_replace(form):
+def test_what_is_replaced_is_found(form):
     new = jaxbn.State(np.full(4, 2.0), np.full(4, 3.0), None)
     if form in ("linen", "frozen"):
         model = linen.Sequential([linen.Dense(4), linen.BatchNorm(use_running_average=True)])

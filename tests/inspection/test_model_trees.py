@@ -14,7 +14,7 @@ from flax import nnx
 import jaxbn
 from jaxbn import calls, convert, health, layers, watch
 from jaxbn._adapt.freeze import frozen_class
-from jaxbn._adapt.swap import nnx_class
+from jaxbn._inspection import nnx_classes
 from tests.support.compiling import compiled_quickly
 from tests.support.networks import NnxNet
 
@@ -194,14 +194,13 @@ def test_modules_may_be_called_mean_and_var(kind):
 def reloaded(thing):
     """As another process loads it, which has made no classes yet."""
     text = pickle.dumps(thing)
-    frozen_class.cache_clear()
-    nnx_class.cache_clear()
+    nnx_classes.subclass.cache_clear()
     return pickle.loads(text)
 
 
 @pytest.mark.parametrize("norm", [nnx.BatchNorm, jaxbn.nnx.BatchNorm])
 @pytest.mark.parametrize("change", ["freeze", "swap"])
-def test_nnx_models_pickle(norm, change):
+def test_frozen_and_swapped_nnx_models_pickle(norm, change):
     x = np.random.default_rng(1).normal(size=(2, 4, 4, 3)).astype(np.float32)
     model = NnxNet(norm, rngs=nnx.Rngs(0))
     if change == "freeze":
@@ -235,7 +234,7 @@ def vae():
 
 
 @pytest.mark.parametrize("change", ["freeze", "swap", "both"])
-def test_linen_applies_pickle(change):
+def test_frozen_and_swapped_linen_applies_pickle(change):
     apply, variables = vae()
     new = apply if change == "swap" else jaxbn.freeze(apply, variables, "trunk")
     if change != "freeze":
