@@ -64,7 +64,7 @@ BUGS = (
     Bug(
         "a mask that is not sharded as x",
         "jaxbn/_op/arguments.py",
-        "return sharded_as(mask, x, [None if mask.shape[a] == 1 else a for a in range(x.ndim)])",
+        "return sharded_as(mask, x, range(x.ndim))",
         "return mask",
         f"{ROAD}[Explicit-features-jit-mask-as features]",
     ),

@@ -10,6 +10,7 @@ import itertools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
@@ -117,7 +118,9 @@ def variables(params, state):
 
 
 def with_moments(statistics, seen):
-    return (statistics, [m[1:] for m in seen.values()]), [m.count for m in seen.values()]
+    # Where shard_map splits features, a pooled count is typed as they are: it came with them.
+    moments = [(m.count + jnp.zeros_like(m.mean), m.mean, m.var) for m in seen.values()]
+    return (statistics, moments), ()
 
 
 CALLERS = {

@@ -102,7 +102,7 @@ def check_mask(call: str, mask: Any, x: jax.Array) -> jax.Array:
             f"that broadcasts to x. {remedy}"
         )
     mask = jnp.expand_dims(mask, tuple(range(x.ndim - mask.ndim)))
-    return sharded_as(mask, x, [None if mask.shape[a] == 1 else a for a in range(x.ndim)])
+    return sharded_as(mask, x, range(x.ndim))
 
 
 def _other_than_0_and_1(mask: Any) -> list[Any]:

@@ -105,17 +105,18 @@ def typed(v: jax.Array) -> bool:
     return AxisType.Explicit in jax.typeof(v).sharding.mesh.axis_types
 
 
-def sharded_as(v: jax.Array, like: jax.Array, axes: Iterable[int | None] = ()) -> jax.Array:
+def sharded_as(v: jax.Array, like: jax.Array, axes: Iterable[int | None]) -> jax.Array:
     """v, its axes sharded by type as these of `like`, None: as no axis is; v on Auto meshes.
 
-    What stands in one row must be, and in one select of equal shapes; a sum or a product takes the
-    sharding of either term.
-    An array on no mesh fits any, and only a trace can move it there.
+    An axis of size 1 is as no axis is: it broadcasts. What stands in one row must be sharded alike,
+    and in one select of equal shapes; a sum or a product takes the sharding of either term. An
+    array on no mesh fits any, and only a trace can move it there.
     """
     if not typed(like) or not (typed(v) or isinstance(v, jax.core.Tracer)):
         return v
     sharding = jax.typeof(like).sharding
-    spec = P(*(None if a is None else sharding.spec[a] for a in axes))
+    pairs = zip(v.shape, axes, strict=True)
+    spec = P(*(None if a is None or size == 1 else sharding.spec[a] for size, a in pairs))
     return jax.sharding.reshard(v, sharding.update(spec=spec))
 
 

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._inspection import hooks, layers
+from jaxbn._op.arguments import check_mask
 from jaxbn._op.axes import resolve
+from jaxbn._op.devices import sharded_as
 from jaxbn._op.moments import moments
 from jaxbn._op.pooling import merge as merge_moments
 from jaxbn._op.state import Moments, State
@@ -58,7 +60,9 @@ def row_moments(call: hooks.Call, run: Callable[[bool], jax.Array]) -> tuple[jax
     axis = tuple(a - 1 for a in features)
     if mask is None:
         return run(False), jax.vmap(lambda x: moments(x, axis), out_axes=-1)(x)
+    mask = check_mask("drift", mask, x)
     mask = jnp.broadcast_to(mask, (x.shape[0], *mask.shape[1:]))
+    mask = sharded_as(mask, x, range(x.ndim))
     return run(False), jax.vmap(lambda x, mask: moments(x, axis, mask), out_axes=-1)(x, mask)
 
 
