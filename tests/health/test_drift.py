@@ -224,6 +224,15 @@ def test_rows_of_a_linen_model_are_those_of_each_layers_input(norm):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+def test_a_mask_without_an_axis_of_rows_is_one_for_all_rows():
+    layer, x = jaxbn.linen.BatchNorm(use_running_average=True), RNG.normal(size=(4, 6, 2))
+    variables, mask = layer.init(jax.random.key(0), x), np.arange(6)[:, None] % 3 > 0
+    for v, cells in ((jnp.float32(x), mask), (jnp.float32(x[:, :, None]), mask[:, None])):
+        rows = health.incoming(layer.apply)(variables, v, mask=cells)[1][""]
+        assert rows.count.tolist() == [4] * 4
+        np.testing.assert_allclose(rows.mean.T, x[:, mask[:, 0]].mean(1), rtol=1e-5, atol=1e-6)
+
+
 def test_a_model_called_in_train_mode_is_watched_in_eval_mode():
     x = RNG.normal(1, 2, (8, C)).astype(np.float32)
     variables = Net().init(jax.random.key(0), x)

@@ -255,7 +255,7 @@ def test_replicas_that_agree_and_features_that_are_split_are_none():
         assert health.check(jax.device_put(stats, NamedSharding(mesh(), spec))) == []
     rows = jax.tree.map(lambda v: jnp.broadcast_to(v, (8, C)), stats)
     assert health.check(jax.device_put(rows, NamedSharding(mesh(), P("d")))) == []
-    counted = jaxbn.State(stats["mean"], stats["var"], np.int32(1000))
+    counted = {"bn": jaxbn.State(stats["bn"]["mean"], stats["bn"]["var"], np.int32(1000))}
     assert health.check(jax.device_put(counted, NamedSharding(mesh(), P()))) == []
 
 
