@@ -525,14 +525,14 @@ BUGS = (
     ),
     Bug(
         "a count on a mesh has no cell",
-        "health/_layer.py",
+        "jaxbn/health/_layer.py",
         "copies[i, *shard.index] = shard.data",
         "copies[i][shard.index] = shard.data",
         "health/test_health.py::test_replicas_that_agree_and_features_that_are_split_are_none",
     ),
     Bug(
         "a mask has the axes of x",
-        "health/_rows.py",
+        "jaxbn/health/_rows.py",
         '    mask = check_mask("drift", mask, x)\n',
         "",
         "health/test_drift.py::test_a_mask_without_an_axis_of_rows_is_one_for_all_rows",
