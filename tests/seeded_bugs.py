@@ -826,6 +826,13 @@ BUGS = (
         "cli/test_cli.py::test_scale_and_bias_without_statistics_are_a_finding",
     ),
     Bug(
+        "a linen parameter called weight makes a checkpoint PyTorch's",
+        "jaxbn/_checkpoints/contents.py",
+        "    if set(COLLECTIONS) & set(tree):",
+        "    if set(COLLECTIONS) <= set(tree):",
+        "checkpoints/test_checkpoints.py::test_the_kind_is_that_of_the_collections_and_then_of_the_names[tree0-linen]",
+    ),
+    Bug(
         "a name that continues another",
         "jaxbn/_checkpoints/nesting.py",
         "if keys[:n] in arrays), len(keys))",

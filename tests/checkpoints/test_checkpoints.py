@@ -13,7 +13,7 @@ import pytest
 from flax import nnx, serialization
 from safetensors.numpy import save_file
 
-from jaxbn._checkpoints import norm_layers
+from jaxbn._checkpoints import contents, nesting, norm_layers, write
 from jaxbn._checkpoints.read import read
 
 
@@ -264,3 +264,28 @@ def test_a_file_that_would_execute_code_is_only_data(tmp_path):
         with pytest.raises(ValueError, match="cannot be read as"):
             read(tmp_path / name)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("tree", "kind"),
+    [
+        ({"params": {"mix": {"weight": 1}}}, "linen"),
+        ({"batch_stats": {"bn": {"mean": 1}}}, "linen"),
+        ({"mix": {"weight": 1}}, "torch"),
+        ({"bn": {"running_mean": 1}}, "torch"),
+        ({"mix": {"kernel": {"value": 1}}}, "nnx"),
+    ],
+)
+def test_the_kind_is_that_of_the_collections_and_then_of_the_names(tree, kind, tmp_path):
+    write.save(tmp_path / "net.msgpack", tree)
+    found = contents.read_model(tmp_path / "net.msgpack")
+    assert found.kind == kind
+    (array,) = jax.tree.leaves(found.variables())
+    assert array == found.state_dict()[".".join(next(nesting.leaves(tree))[0])] == 1
+
+
+def test_a_tuple_of_arrays_is_written_array_by_array(tmp_path):
+    """Of different shapes, which no one array holds; a linen parameter may be such a tuple."""
+    write.save(tmp_path / "net.msgpack", {"params": {"pair": (np.ones(2), np.zeros(3))}})
+    pair = read(tmp_path / "net.msgpack")["params"]["pair"]
+    assert {name: v.tolist() for name, v in pair.items()} == {"0": [1, 1], "1": [0, 0, 0]}

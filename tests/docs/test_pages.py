@@ -63,3 +63,11 @@ def test_alarm_rates_have_their_command(page):
     sections = re.split(r"^#+ ", (DOCS / page).read_text(), flags=re.MULTILINE)
     (rates,) = [part for part in sections if re.search(r"False alarms, measured", part)]
     assert "    python examples/drift/" in rates
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/extending.md"])
+def test_files_to_edit_are_there(page):
+    text = (ROOT / page).read_text()
+    paths = re.findall(r"`((?:jaxbn|tests|docs|benchmarks)/[\w/.]+)`", text)
+    assert paths
+    assert [path for path in paths if "NAME" not in path and not (ROOT / path).exists()] == []

@@ -1,12 +1,13 @@
-"""Damaged files end in a status and one line; many more: `python -m tests.fuzz_files`."""
+"""Damaged files end in a status and one line; many more: `python -m tests.cli.fuzz_files`."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests import fuzz_files
+from tests.cli import fuzz_files
 
 COUNT = 150
 
@@ -26,7 +27,7 @@ def test_damaged_files_end_in_a_status_and_one_line(top):
 
 def test_whole_programs_end_so_too(top):
     """What is printed past Python's streams is seen here: by a thread, by C++, at the exit."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = str(Path(__file__).parents[2])
     runs = []
     for number, name in enumerate(("ocdbt", "zarr")):
         path = top / f"program {number}"

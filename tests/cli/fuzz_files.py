@@ -1,6 +1,6 @@
 """Damaged files of every kind that `python -m jaxbn` may be given, and what it does with them.
 
-Case n is made from the seed n alone. `python -m tests.fuzz_files --count 14000` runs many, in
+Case n is made from the seed n alone. `python -m tests.cli.fuzz_files --count 14000` runs many, in
 processes of their own, and says what became of them; `--first n --count 1` runs case n again.
 """
 
@@ -443,7 +443,7 @@ def main(argv=None):
 
     def child(first, count):
         words = ["--part", "--first", str(first), "--count", str(count)]
-        command = [sys.executable, "-m", "tests.fuzz_files", *words]
+        command = [sys.executable, "-m", "tests.cli.fuzz_files", *words]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
