@@ -122,9 +122,13 @@ def batch_norm(
             new = _gathered(new, moments)
         elif new is not None:
             new = blend(new, moments, c.momentum, unbiased)
-    if c.residual is not None:
-        y = y + c.residual
-    return y if activation is None else activation(y), new
+    return finish(y, activation, c.residual), new
+
+
+def finish(y: jax.Array, activation: Any, residual: jax.Array | None) -> jax.Array:
+    """Equals `activation(y + residual)`; either may be None."""
+    y = y if residual is None else y + residual.astype(y.dtype)
+    return y if activation is None else activation(y)
 
 
 def _by_batch(c: Checked) -> tuple[jax.Array, Moments]:
