@@ -1,5 +1,6 @@
 """`BatchNorm` for Flax linen: variables to `Params` and `State`, and back."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -43,6 +44,7 @@ class BatchNorm(nn.BatchNorm):
       force_float32_reductions: of the dtype of the statistics, see above.
       virtual_batch_size: new here: normalize by statistics of groups of this many rows.
       unbiased: new here: the running var takes n / (n - 1) times the batch's, as PyTorch's does.
+      activation: new here: a function applied to y last, such as `flax.linen.relu`.
 
     Raises:
       TypeError, ValueError: as `jaxbn.batch_norm`; but for one value per channel in training,
@@ -59,6 +61,7 @@ class BatchNorm(nn.BatchNorm):
     momentum: float | None = 0.99  # type: ignore[assignment]
     virtual_batch_size: int | None = None
     unbiased: bool = False
+    activation: Callable[[jax.Array], jax.Array] | None = None
 
     @nn.compact
     def __call__(
@@ -67,6 +70,7 @@ class BatchNorm(nn.BatchNorm):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        residual: jax.Array | None = None,
     ) -> jax.Array:
         """Equals `batch_norm(x, …, train=not use_running_average)`; batch_stats is updated.
 
@@ -74,6 +78,7 @@ class BatchNorm(nn.BatchNorm):
           x: any rank, features on `axis`.
           use_running_average: normalize by batch_stats, which stay; here or in the constructor.
           mask: broadcastable to x; False cells take no part in the statistics.
+          residual: of x's shape; added to y before the activation.
         """
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
@@ -125,6 +130,8 @@ class BatchNorm(nn.BatchNorm):
             unbiased=self.unbiased,
             mask=mask,
             dtype=dtype,
+            activation=self.activation,
+            residual=residual,
             **options,
         )
         if not use_running_average and not initializing:

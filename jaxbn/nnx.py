@@ -1,6 +1,6 @@
 """`BatchNorm` for Flax nnx: variables to `Params` and `State`, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -50,6 +50,7 @@ class BatchNorm(nnx.BatchNorm):
       scale_metadata: of scale's.
       virtual_batch_size: new here: normalize by statistics of groups of this many rows.
       unbiased: new here: the running var takes n / (n - 1) times the batch's, as PyTorch's does.
+      activation: new here: a function applied to y last, such as `flax.nnx.relu`.
 
     Raises:
       TypeError, ValueError: as `jaxbn.batch_norm`; but for one value per channel in training,
@@ -87,6 +88,7 @@ class BatchNorm(nnx.BatchNorm):
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         virtual_batch_size: int | None = None,
         unbiased: bool = False,
+        activation: Callable[[jax.Array], jax.Array] | None = None,
     ):
         super().__init__(
             num_features,
@@ -110,6 +112,7 @@ class BatchNorm(nnx.BatchNorm):
         )
         self.virtual_batch_size = virtual_batch_size
         self.unbiased = unbiased
+        self.activation = activation
         if momentum is None:
             self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
@@ -119,6 +122,7 @@ class BatchNorm(nnx.BatchNorm):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        residual: jax.Array | None = None,
     ) -> jax.Array:
         """Equals `batch_norm(x, …, train=not use_running_average)`; mean and var are updated.
 
@@ -127,6 +131,7 @@ class BatchNorm(nnx.BatchNorm):
           use_running_average: normalize by the running statistics, which stay; here, in the
             constructor, or by `model.eval()`.
           mask: broadcastable to x; False cells take no part in the statistics.
+          residual: of x's shape; added to y before the activation.
         """
         use_running_average = nnx.module.first_from(
             use_running_average,
@@ -170,6 +175,8 @@ class BatchNorm(nnx.BatchNorm):
             virtual_batch_size=self.virtual_batch_size,
             mask=mask,
             dtype=dtype,
+            activation=self.activation,
+            residual=residual,
         )
         if not use_running_average:
             # Anew: `mean[...] = ` would cast to the dtype that mean had.

@@ -213,7 +213,7 @@ BUGS = (
     ),
     Bug(
         "replicated statistics beside sharded features",
-        "jaxbn/_op/state.py",
+        "jaxbn/_op/arguments.py",
         "(sharded_as(v.astype(wide(v.dtype)), x, axes.features) for",
         "(v.astype(wide(v.dtype)) for",
         f"{ROAD}[Explicit-features-jit-functional-replicated]",
@@ -249,7 +249,7 @@ BUGS = (
     ),
     Bug(
         "statistics as narrow as they came",
-        "jaxbn/_op/state.py",
+        "jaxbn/_op/arguments.py",
         "sharded_as(v.astype(wide(v.dtype)), x, axes.features)",
         "sharded_as(v, x, axes.features)",
         "op/test_batch_norm.py::test_a_state_stored_narrow_arrives_at_the_truth[0.999-bfloat16]",
@@ -406,9 +406,9 @@ BUGS = (
     Bug(
         "ghost batches interleaved",
         "jaxbn/_op/batch_norm.py",
-        "        return v.reshape(*before, ghosts, v.shape[batch_axis] // ghosts, *after)",
-        "        v = v.reshape(*before, v.shape[batch_axis] // ghosts, ghosts, *after)\n"
-        "        return v.swapaxes(batch_axis, batch_axis + 1)",
+        "        return v.reshape(*before, c.ghosts, v.shape[at] // c.ghosts, *after)",
+        "        v = v.reshape(*before, v.shape[at] // c.ghosts, c.ghosts, *after)\n"
+        "        return v.swapaxes(at, at + 1)",
         "op/test_batch_norm.py::test_ghost_batches_equal_a_loop_over_groups[rows]",
     ),
     Bug(
@@ -634,7 +634,7 @@ BUGS = (
         "jaxbn/nnx.py",
         "use_fast_variance: bool = True,",
         "use_fast_variance: bool = False,",
-        "flax/test_nnx.py::test_the_signature_is_flaxs_and_two_arguments_more",
+        "flax/test_nnx.py::test_the_signature_is_flaxs_and_three_arguments_more",
     ),
     Bug(
         "any name passes type checkers",

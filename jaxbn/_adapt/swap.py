@@ -12,6 +12,7 @@ from jaxbn._inspection import layers, nnx_classes
 from jaxbn._inspection.hooks import Call, check_apply, hooked_apply
 from jaxbn._inspection.layers import Layer
 from jaxbn._inspection.selection import Where, select
+from jaxbn._op.batch_norm import finish
 from jaxbn._text import listed
 
 NORMS = {"group": "GroupNorm", "layer": "LayerNorm", "instance": "InstanceNorm"}
@@ -177,7 +178,8 @@ def _apply_swapped(
             force_float32_reductions=call.layer.force_float32_reductions,
             parent=call.layer.scope,
         )
-        return norm(call.x, mask=_full_mask(call.mask, call.x)), None
+        y = norm(call.x, mask=_full_mask(call.mask, call.x))
+        return finish(y, getattr(call.layer, "activation", None), call.residual), None
 
     out, _ = hooked_apply(apply, other_norm)(variables, *args, mutable=mutable, **kwargs)
     if mutable is False or not in_filter(mutable, "batch_stats"):
@@ -194,6 +196,7 @@ def _new_nnx_norm(layer: Any, to: str, groups: int | None) -> Any:
     cls: Any = nnx_classes.subclass(getattr(nnx, NORMS[to]), NORMS[to], _swapped_call, to)
     new = cls(layer.num_features, **options, rngs=nnx.Rngs(0))
     new.scale, new.bias = layer.scale, layer.bias
+    new.activation = getattr(layer, "activation", None)
     return new
 
 
@@ -201,10 +204,15 @@ def _swapped_call(cls: Any, to: str) -> Callable[..., jax.Array]:
     """The call of Flax's own norm with the arguments of a batch norm."""
 
     def __call__(  # noqa: N807
-        self: Any, x: jax.Array, use_running_average: bool | None = None, *, mask: Any = None
+        self: Any,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: Any = None,
+        residual: Any = None,
     ) -> jax.Array:
         _check_last(to, {}, x)
-        return cls.__call__(self, x, mask=_full_mask(mask, x))
+        return finish(cls.__call__(self, x, mask=_full_mask(mask, x)), self.activation, residual)
 
     return __call__
 

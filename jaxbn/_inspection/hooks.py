@@ -25,7 +25,7 @@ class Call(NamedTuple):
 
     >>> from jaxbn import calls
     >>> calls.Call._fields
-    ('layer', 'x', 'mask', 'train', 'path')
+    ('layer', 'x', 'mask', 'train', 'path', 'residual')
     """
 
     layer: Any  # the Flax module, with axis, momentum, epsilon, axis_name
@@ -33,6 +33,7 @@ class Call(NamedTuple):
     mask: jax.Array | None  # of the call; True for cells that count
     train: bool  # whether the model asked the layer to normalize by the batch
     path: str = ""  # as in `layers.find`
+    residual: jax.Array | None = None  # of the call; added to y before the layer's activation
 
 
 Hook = Callable[[Call, Callable[[bool], jax.Array]], tuple[jax.Array, Any]]
@@ -141,7 +142,7 @@ def hooked_apply(
         its_call = isinstance(layer, nn.BatchNorm) and context.method_name == "__call__"
         if not its_call or layer.is_initializing():
             return layer_call(*args, **kwargs)
-        x, given, mask = _arguments(*args, **kwargs)
+        x, given, mask, more = _arguments(*args, **kwargs)
         constructed = layer.use_running_average
         mode = nn.merge_param("use_running_average", constructed, given)
 
@@ -149,14 +150,16 @@ def hooked_apply(
             # A layer with a mode in its constructor refuses a mode in its call.
             object.__setattr__(layer, "use_running_average", None)
             try:
-                return layer_call(x, not train, mask=mask)
+                return layer_call(x, not train, mask=mask, **more)
             finally:
                 object.__setattr__(layer, "use_running_average", constructed)
                 # Flax rewinds the scope after a call, so that a second call finds the variables
                 # of the first. This does the same between two runs in one call.
                 object.__setattr__(layer, "scope", layer.scope.rewound())
 
-        y, record = hook(Call(layer, x, mask, not mode, join("", *layer.path)), run)
+        y, record = hook(
+            Call(layer, x, mask, not mode, join("", *layer.path), more.get("residual")), run
+        )
         if record is not None:
             # The record is stored in batch_stats, because nn.scan, nn.vmap and nn.remat carry that
             # collection already. They would drop a collection of our own.
@@ -238,12 +241,12 @@ def _hooked_call(cls: Any, hook: Hook, combine: Callable[..., Any]) -> Callable[
     from flax import nnx
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> jax.Array:  # noqa: N807
-        x, given, mask = _arguments(*args, **kwargs)
+        x, given, mask, more = _arguments(*args, **kwargs)
         mode = nnx.module.first_from(
             given, self.use_running_average, error_msg="BatchNorm: use_running_average is not set"
         )
-        call = Call(self, x, mask, not mode, getattr(self, PATH))
-        y, record = hook(call, lambda train: cls.__call__(self, x, not train, mask=mask))
+        call = Call(self, x, mask, not mode, getattr(self, PATH), more.get("residual"))
+        y, record = hook(call, lambda train: cls.__call__(self, x, not train, mask=mask, **more))
         if record is not None:
             if hasattr(self, OBSERVED):
                 record = combine(getattr(self, OBSERVED).get_value(), record)
@@ -253,8 +256,10 @@ def _hooked_call(cls: Any, hook: Hook, combine: Callable[..., Any]) -> Callable[
     return __call__
 
 
-def _arguments(x: Any, use_running_average: Any = None, *, mask: Any = None) -> tuple[Any, ...]:
-    return x, use_running_average, mask
+def _arguments(
+    x: Any, use_running_average: Any = None, *, mask: Any = None, **more: Any
+) -> tuple[Any, ...]:
+    return x, use_running_average, mask, more
 
 
 def _without_records(stats: Any, path: str = "") -> tuple[Any, dict[str, Any]]:

@@ -4,18 +4,118 @@ Every check here reads shapes, dtypes and Python numbers only, so a bad call is 
 before any work, under `jit` as in eager code.
 """
 
+import functools
 import math
 import numbers
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxbn._op.axes import Axes, is_integer
+from jaxbn._op import axes as axes_
+from jaxbn._op.axes import Axes, check_dtype, is_integer, promote, wide
 from jaxbn._op.devices import Pool, sharded_as
+from jaxbn._op.state import Moments, Params, State
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Keywords of other libraries' batch norms, and the keyword that means the same here.
+ELSEWHERE = {
+    "eps": "epsilon={}",
+    "training": "train={}",
+    "is_training": "train={}",
+    "use_running_average": "train=not {}",
+    "decay_rate": "momentum={}",
+}
+
+
+class Checked(NamedTuple):
+    """The arguments of one call of `batch_norm`, found good, in the form that the op works with."""
+
+    x: jax.Array
+    params: Params  # each leaf an array or None
+    state: Any  # State in the types that both modes return; Moments; or None
+    axes: Axes
+    momentum: Any
+    epsilon: Any  # a float, or traced
+    mask: jax.Array | None  # booleans of x's rank
+    dtype: Any  # of y
+    residual: jax.Array | None  # in dtype
+    pool: Pool | None  # the devices whose statistics are one; None in eval mode
+    batch_axis: int  # the axis that ghost batches divide, where there are any
+    ghosts: int  # number of ghost batches; 0 where there are none
+
+
+def check(
+    call: str,
+    x: Any,
+    params: Any,
+    state: Any,
+    *,
+    train: Any,
+    axis: Any,
+    momentum: Any,
+    epsilon: Any,
+    axis_name: Any,
+    axis_index_groups: Any,
+    virtual_batch_size: Any,
+    mask: Any,
+    dtype: Any,
+    activation: Any,
+    residual: Any,
+) -> Checked:
+    """The arguments of `batch_norm`, or an error that says what to write."""
+    x = array(call, "x", x)
+    axes = axes_.resolve(call, x, axis)
+    momentum, epsilon = check_numbers(call, momentum, epsilon)
+    check_train(call, train)
+    params = Params(None, None) if params is None else check_kind(call, Params, params)
+    gathers = isinstance(state, Moments)
+    state = state if state is None or gathers else check_kind(call, State, state)
+    check_features(call, params, state, x, axes)
+    params = Params(*(None if leaf is None else jnp.asarray(leaf) for leaf in params))
+    if isinstance(state, State):
+        state = settle(call, state, momentum, x, axes)
+    dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+    check_dtype(call, "values of y", dtype, "leave dtype out for that of x")
+    check_activation(call, activation)
+    residual = None if residual is None else check_residual(call, residual, x, dtype)
+    mask = None if mask is None else check_mask(call, mask, x)
+    pool, batch_axis, ghosts = None, 0, 0
+    if not train:
+        check_eval(call, state)
+    else:
+        pool = resolve(call, axis_name, axis_index_groups)
+        values = axes.count(x) * (pool.devices if pool else 1)
+        if virtual_batch_size is not None and x.size:
+            batch_axis, ghosts = check_ghosts(call, x, axes, virtual_batch_size)
+            values = axes.count(x) // ghosts
+        if mask is None:
+            check_count(call, x, values, virtual_batch_size if ghosts else None)
+    numbers_ = axes, momentum, epsilon
+    return Checked(x, params, state, *numbers_, mask, dtype, residual, pool, batch_axis, ghosts)
+
+
+def names_keywords(f: F) -> F:
+    """F, with an error that names the right keyword where another library's keyword came.
+
+    A wrapper, because `**kwargs` in the signature would hide typing errors from type checkers.
+    """
+
+    @functools.wraps(f)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for name, given in kwargs.items():
+            if name in ELSEWHERE:
+                raise TypeError(
+                    f"{f.__name__}: {name}={given!r} is another library's keyword; write "
+                    f"{ELSEWHERE[name].format(repr(given))}."
+                )
+        return f(*args, **kwargs)
+
+    return cast(F, call)
 
 
 class OneValueError(ValueError):
@@ -76,6 +176,57 @@ def check_features(call: str, params: Any, state: Any, x: jax.Array, axes: Axes)
         f"{call}: {what} has shape {shape}, but x with shape {x.shape} has features {expected} on "
         f"axes {axes.features}{like}; {remedy}"
     )
+
+
+def check_train(call: str, train: Any) -> None:
+    """Train is a bool that is known when tracing."""
+    if not isinstance(train, bool | np.bool_):
+        raise TypeError(
+            f"{call}: train={train!r}, expected True or False, known when tracing. Both return "
+            f"the same types, so a traced flag can choose: jax.lax.cond(flag, train_step, "
+            f"eval_step, x)."
+        )
+
+
+def check_eval(call: str, state: Any) -> None:
+    """Eval normalizes by the running statistics of a State."""
+    if state is None:
+        raise ValueError(
+            f"{call}: state=None with train=False, but eval normalizes by the running "
+            f"statistics; pass the State that training returned, or write train=True."
+        )
+    if isinstance(state, Moments):
+        raise ValueError(
+            f"{call}: state is a Moments with train=False, but moments are gathered, as "
+            f"jaxbn.recalibrate does, of batches in training; write train=True, or pass a "
+            f"State."
+        )
+
+
+def check_activation(call: str, activation: Any) -> None:
+    """An activation is None or a function of y."""
+    if activation is not None and not callable(activation):
+        raise TypeError(
+            f"{call}: activation={activation!r}, expected None or a function of y; write "
+            f"activation=jax.nn.relu."
+        )
+
+
+def check_residual(call: str, residual: Any, x: jax.Array, dtype: Any) -> jax.Array:
+    """`residual` in y's dtype; of x's shape, or an error with the line to write."""
+    residual = array(call, "residual", residual)
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"{call}: residual has shape {residual.shape} but x has shape {x.shape}; expected the "
+            f"same. Project the shortcut as x is, or write "
+            f"residual=jnp.broadcast_to(residual, x.shape) for one that repeats."
+        )
+    if jnp.iscomplexobj(residual) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{call}: residual has dtype {residual.dtype} but y has dtype {jnp.dtype(dtype)}; "
+            f"write dtype={residual.dtype.name!r} for a complex y."
+        )
+    return residual.astype(dtype)
 
 
 def check_mask(call: str, mask: Any, x: jax.Array) -> jax.Array:
@@ -168,20 +319,6 @@ def check_ghosts(call: str, x: jax.Array, axes: Axes, virtual_batch_size: int) -
     return batch_axis, rows // virtual_batch_size
 
 
-def check_dtype(call: str, what: str, dtype: Any, otherwise: str) -> None:
-    """The dtype asked for can hold what it is asked for, and JAX computes with it."""
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        raise TypeError(
-            f"{call}: dtype={dtype}, but {what} are floating or complex; write "
-            f"dtype=jnp.float32, or {otherwise}."
-        )
-    if jnp.finfo(dtype).bits < 16:
-        raise TypeError(
-            f"{call}: dtype={dtype}, but JAX promotes no dtype of fewer than 16 bits; write "
-            f"dtype=jnp.bfloat16, or {otherwise}, and cast what comes out."
-        )
-
-
 def check_count(call: str, x: jax.Array, count: int, virtual_batch_size: int | None) -> None:
     """Refuse training statistics over exactly one value per channel: y would be bias alone."""
     if count == 1 and x.size:
@@ -252,3 +389,62 @@ def _bound() -> list[str]:
     from jax._src import core  # JAX has no public list of bound axes; only an error reads it
 
     return [str(name) for name in core.get_axis_env().axis_sizes]
+
+
+def check_kind(call: str, kind: Any, value: Any) -> Any:
+    """`value` as `Params` or `State`, from one or from any tuple of as many leaves."""
+    if isinstance(value, tuple) and len(value) == len(kind._fields):
+        return kind(*value)
+    name, was = kind.__name__.lower(), type(value).__name__
+    remedy = "write params, state = jaxbn.init(features)."
+    if isinstance(value, Params | State | Moments):
+        remedy = f"the order is {call}(x, params, state)."
+    elif isinstance(value, Mapping):
+        keys = sorted(map(str, value))
+        was = f"{was} of {keys[:4]}" + ", …" * (len(keys) > 4)
+        collection, line = {
+            "params": ("params", 'jaxbn.Params({0}.get("scale"), {0}.get("bias"))'),
+            "state": ("batch_stats", 'jaxbn.State({0}["mean"], {0}["var"], {0}.get("count"))'),
+        }[name]
+        remedy = f"write {line.format(name)}."
+        if not set(kind._fields) & set(keys):
+            remedy = (
+                f"linen holds each layer's under its name, so write "
+                f'v = variables["{collection}"]["BatchNorm_0"] and {line.format("v")}.'
+            )
+    raise TypeError(
+        f"{call}: {name} is {was}, expected jaxbn.{kind.__name__}({', '.join(kind._fields)}) or "
+        f"None; {remedy}"
+    )
+
+
+def settle(call: str, state: State, momentum: Any, x: jax.Array, axes: Axes) -> State:
+    """The state in the types that both modes return, or an error that names the call.
+
+    Strong types; mean and var in float32 or wider, since a narrow running average stops far from
+    the truth: its steps are rounded away. The mean of complex x is complex; a count is int32.
+    Where shardings are types, mean and var are sharded as the features of x are.
+    """
+    if state.count is None and momentum is None:
+        raise ValueError(
+            f"{call}: state.count=None with momentum=None, but the cumulative average weighs "
+            f"by the updates so far; start from jaxbn.init(features), or write momentum=0.99."
+        )
+    leaves = {"mean": jnp.asarray(state.mean), "var": jnp.asarray(state.var)}
+    for name, v in leaves.items():
+        if not jnp.issubdtype(v.dtype, jnp.inexact):
+            raise TypeError(
+                f"{call}: state.{name} has dtype {v.dtype}, in which no average can move; write "
+                f"state._replace({name}=state.{name}.astype(jnp.float32))."
+            )
+    mean, var = (sharded_as(v.astype(wide(v.dtype)), x, axes.features) for v in leaves.values())
+    kind = promote(mean.dtype, x.dtype) if jnp.iscomplexobj(x) else mean.dtype
+    return State(mean.astype(kind), var, None if state.count is None else _int32(state.count))
+
+
+def _int32(count: Any) -> jax.Array:
+    """Equals count, rounded down; the largest int32 for what is larger."""
+    count, top = jnp.asarray(count), jnp.iinfo(jnp.int32).max
+    if jnp.issubdtype(count.dtype, jnp.integer) and jnp.iinfo(count.dtype).max > top:
+        count = jnp.minimum(count, top)
+    return count.astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""Which axes of x are features and which are reduced."""
+"""Which axes of x are features and which are reduced, and the dtypes that hold statistics."""
 
 import functools
 import math
@@ -66,3 +66,17 @@ def resolve(call: str, x: jax.Array, axis: int | Sequence[int]) -> Axes:
 def is_integer(v: Any) -> bool:
     """Whether v is an integer of Python or NumPy."""
     return isinstance(v, numbers.Integral)
+
+
+def check_dtype(call: str, what: str, dtype: Any, otherwise: str) -> None:
+    """The dtype asked for can hold what it is asked for, and JAX computes with it."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"{call}: dtype={dtype}, but {what} are floating or complex; write "
+            f"dtype=jnp.float32, or {otherwise}."
+        )
+    if jnp.finfo(dtype).bits < 16:
+        raise TypeError(
+            f"{call}: dtype={dtype}, but JAX promotes no dtype of fewer than 16 bits; write "
+            f"dtype=jnp.bfloat16, or {otherwise}, and cast what comes out."
+        )

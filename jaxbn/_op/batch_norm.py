@@ -1,54 +1,28 @@
-"""`batch_norm`: the one door. Checks, then moments, normalize and blend; nothing else."""
+"""`batch_norm`, the entry point of the op.
 
-import functools
+It checks the arguments, takes the batch's moments, normalizes, and updates the running state.
+"""
+
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxbn._op import arguments
-from jaxbn._op import axes as axes_
+from jaxbn._op.arguments import Checked
+from jaxbn._op.axes import promote
+from jaxbn._op.devices import Pool
 from jaxbn._op.normalize import normalize_lean, rstd
 from jaxbn._op.pooling import across, merge, merge_all
-from jaxbn._op.state import Moments, Params, State, blend, check_kind, settle
+from jaxbn._op.state import Moments, Params, State, blend
 from jaxbn._op.training import Spec, normalize_by_batch
 
 S = TypeVar("S", bound=State | Moments | None)  # what comes in, and in the same kind goes out
-F = TypeVar("F", bound=Callable[..., Any])
-
-# Keywords of other libraries' batch norms, and the ones they are here.
-ELSEWHERE = {
-    "eps": "epsilon={}",
-    "training": "train={}",
-    "is_training": "train={}",
-    "use_running_average": "train=not {}",
-    "decay_rate": "momentum={}",
-}
 
 
-def _keywords_of_its_own(f: F) -> F:
-    """F, with an error that names the right keyword for one of another library's.
-
-    A wrapper, since `**kwargs` in the signature would hide all typing errors from type checkers.
-    """
-
-    @functools.wraps(f)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        for name, given in kwargs.items():
-            if name in ELSEWHERE:
-                raise TypeError(
-                    f"{f.__name__}: {name}={given!r} is another library's keyword; write "
-                    f"{ELSEWHERE[name].format(repr(given))}."
-                )
-        return f(*args, **kwargs)
-
-    return cast(F, call)
-
-
-@_keywords_of_its_own
+@arguments.names_keywords
 def batch_norm(
     x: jax.Array,
     params: Params | None,
@@ -64,19 +38,23 @@ def batch_norm(
     virtual_batch_size: int | None = None,
     mask: jax.Array | None = None,
     dtype: Any = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+    residual: jax.Array | None = None,
 ) -> tuple[jax.Array, S]:
     """Equals `(x - mean) / sqrt(var + epsilon) * scale + bias` per channel.
 
+    With `activation` or `residual` it equals `activation(that + residual)`.
+
     In training, mean and biased var are those of x over every axis but `axis`, and the running
-    state moves towards them: `momentum * state + (1 - momentum) * moments`. In eval they are
-    the state's, which returns as it came. Ioffe & Szegedy 2015, Alg. 1 and 2.
+    state moves towards them: `momentum * state + (1 - momentum) * moments`. In eval mode, mean and
+    var come from `state`, and `state` is returned unchanged. Ioffe & Szegedy 2015, Alg. 1 and 2.
 
     Args:
       x: any rank from 1 up, float16, bfloat16, float32, float64 or complex.
       params: `Params(scale, bias)`, each [C] or None; or None for neither.
-      state: `State(mean, var, count)`, count None where updates need no counting; or None for no
-        running statistics (training only); or a `Moments` to gather those of all calls, for
-        which momentum and unbiased mean nothing (training only).
+      state: `State(mean, var, count)`; count may be None where updates need no counting. In
+        training, state may also be None for no running statistics, or a `Moments`: this batch's
+        moments are merged into it, and `momentum` and `unbiased` are ignored.
       train: normalize by the batch and update the state, or by the state. A Python bool.
       axis: feature axis, or a tuple of them; statistics have these axes' sizes, in x's order.
       momentum: fraction of the old state kept, as in Flax and Keras; None for the cumulative
@@ -94,6 +72,8 @@ def batch_norm(
         everywhere, as if x were the mean where such a cell is NaN or infinite. With no valid cell
         at all, y is bias and the state stays. Numbers do as well, 0 and 1 alone.
       dtype: of y; x's by default.
+      activation: a function that is applied to y last, such as `jax.nn.relu`.
+      residual: an array of x's shape that is added to y, in y's dtype, before the activation.
 
     Returns:
       `(y, state)`: y with x's shape; the state in both modes with mean and var in float32 or
@@ -115,94 +95,77 @@ def batch_norm(
     >>> print(y.round(3).tolist(), [round(float(m), 2) for m in state.mean])
     [[-1.0, -1.0], [1.0, 1.0]] [0.02, 0.2]
     """
-    call = "batch_norm"
-    x = arguments.array(call, "x", x)
-    axes = axes_.resolve(call, x, axis)
-    momentum, epsilon = arguments.check_numbers(call, momentum, epsilon)
-    if not isinstance(train, bool | np.bool_):
-        raise TypeError(
-            f"{call}: train={train!r}, expected True or False, known when tracing. Both return "
-            f"the same types, so a traced flag can choose: jax.lax.cond(flag, train_step, "
-            f"eval_step, x)."
-        )
-    weights = Params(None, None) if params is None else check_kind(call, Params, params)
-    gathers = isinstance(state, Moments)
-    old: Any = state if state is None or gathers else check_kind(call, State, state)
-    arguments.check_features(call, weights, old, x, axes)
-    weights = Params(*(None if leaf is None else jnp.asarray(leaf) for leaf in weights))
-    if isinstance(old, State):
-        if old.count is None and momentum is None:
-            raise ValueError(
-                f"{call}: state.count=None with momentum=None, but the cumulative average weighs "
-                f"by the updates so far; start from jaxbn.init(features), or write momentum=0.99."
-            )
-        old = settle(call, old, x, axes)
-    dtype = x.dtype if dtype is None else jnp.dtype(dtype)
-    arguments.check_dtype(call, "values of y", dtype, "leave dtype out for that of x")
-
-    if mask is not None:
-        mask = arguments.check_mask(call, mask, x)
+    c = arguments.check(
+        "batch_norm",
+        x,
+        params,
+        state,
+        train=train,
+        axis=axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        virtual_batch_size=virtual_batch_size,
+        mask=mask,
+        dtype=dtype,
+        activation=activation,
+        residual=residual,
+    )
+    new: Any = c.state
     if not train:
-        if old is None:
-            raise ValueError(
-                f"{call}: state=None with train=False, but eval normalizes by the running "
-                f"statistics; pass the State that training returned, or write train=True."
-            )
-        if gathers:
-            raise ValueError(
-                f"{call}: state is a Moments with train=False, but moments are gathered, as "
-                f"jaxbn.recalibrate does, of batches in training; write train=True, or pass a "
-                f"State."
-            )
-        y = normalize_lean(x, old.mean, rstd(old.var, epsilon), weights, axes, dtype, mask)
-        return y, old
-
-    pool = arguments.resolve(call, axis_name, axis_index_groups)
-    known, traced = (epsilon, None) if isinstance(epsilon, float) else (0.0, epsilon)
-    if virtual_batch_size is None or x.size == 0:
-        if mask is None:
-            arguments.check_count(call, x, axes.count(x) * (pool.devices if pool else 1), None)
-        spec = Spec(axes, known, pool, dtype)
-        y, moments = normalize_by_batch(spec, x, weights, mask, traced)
+        r = rstd(c.state.var, c.epsilon)
+        y = normalize_lean(c.x, c.state.mean, r, c.params, c.axes, c.dtype, c.mask)
     else:
-        batch_axis, ghosts = arguments.check_ghosts(call, x, axes, virtual_batch_size)
-        if mask is None:
-            arguments.check_count(call, x, axes.count(x) // ghosts, virtual_batch_size)
-        spec = Spec(axes, known, None, dtype, mapped=True)
-        y, moments = _by_ghosts(spec, x, weights, mask, traced, batch_axis, ghosts)
-        moments = across(moments, pool)
-    new: Any = None
-    if old is not None:
-        new = _gathered(old, moments) if gathers else blend(old, moments, momentum, unbiased)
-    return y, new
+        y, moments = _by_ghosts(c) if c.ghosts else _by_batch(c)
+        if isinstance(new, Moments):
+            new = _gathered(new, moments)
+        elif new is not None:
+            new = blend(new, moments, c.momentum, unbiased)
+    return finish(y, activation, c.residual), new
+
+
+def finish(y: jax.Array, activation: Any, residual: jax.Array | None) -> jax.Array:
+    """Equals `activation(y + residual)`; either may be None."""
+    y = y if residual is None else y + residual.astype(y.dtype)
+    return y if activation is None else activation(y)
+
+
+def _by_batch(c: Checked) -> tuple[jax.Array, Moments]:
+    """X normalized by the moments of the batch, pooled over devices; and those moments."""
+    return normalize_by_batch(_spec(c, c.pool), c.x, c.params, c.mask, _traced(c.epsilon))
+
+
+def _by_ghosts(c: Checked) -> tuple[jax.Array, Moments]:
+    """Each ghost batch normalized by its own moments; the moments of all of them, pooled."""
+    spec, at = _spec(c, None)._replace(mapped=True), c.batch_axis
+
+    def split(v: jax.Array) -> jax.Array:
+        before, after = v.shape[:at], v.shape[at + 1 :]
+        return v.reshape(*before, c.ghosts, v.shape[at] // c.ghosts, *after)
+
+    each = jax.vmap(
+        lambda x, mask: normalize_by_batch(spec, x, c.params, mask, _traced(c.epsilon)),
+        in_axes=(at, at),
+        out_axes=(at, 0),
+    )
+    mask = None if c.mask is None else split(jnp.broadcast_to(c.mask, c.x.shape))
+    y, moments = each(split(c.x), mask)
+    return y.reshape(c.x.shape), across(merge_all(moments), c.pool)
+
+
+def _spec(c: Checked, pool: Pool | None) -> Spec:
+    """What is known of the call before it runs; a traced epsilon is an operand instead."""
+    return Spec(c.axes, 0.0 if _traced(c.epsilon) is not None else c.epsilon, pool, c.dtype)
+
+
+def _traced(epsilon: Any) -> Any:
+    """Epsilon where it is traced, else None."""
+    return None if isinstance(epsilon, float) else epsilon
 
 
 def _gathered(state: Any, moments: Moments) -> Moments:
     """Two `Moments` merged, in the wider of their dtypes; no gradient passes."""
-    kinds = [axes_.promote(a.dtype, b.dtype) for a, b in zip(state, moments, strict=True)]
+    kinds = [promote(a.dtype, b.dtype) for a, b in zip(state, moments, strict=True)]
     both = (Moments(*map(lax.convert_element_type, m, kinds)) for m in (state, moments))
     return jax.tree.map(lax.stop_gradient, merge(*both))
-
-
-def _by_ghosts(
-    spec: Spec,
-    x: jax.Array,
-    params: Params,
-    mask: jax.Array | None,
-    epsilon: jax.Array | None,
-    batch_axis: int,
-    ghosts: int,
-) -> tuple[jax.Array, Moments]:
-    """Each ghost batch normalized by its own moments; the moments of all of them, pooled."""
-
-    def split(v: jax.Array) -> jax.Array:
-        before, after = v.shape[:batch_axis], v.shape[batch_axis + 1 :]
-        return v.reshape(*before, ghosts, v.shape[batch_axis] // ghosts, *after)
-
-    each = jax.vmap(
-        lambda x, mask: normalize_by_batch(spec, x, params, mask, epsilon),
-        in_axes=(batch_axis, batch_axis),
-        out_axes=(batch_axis, 0),
-    )
-    y, moments = each(split(x), None if mask is None else split(jnp.broadcast_to(mask, x.shape)))
-    return y.reshape(x.shape), merge_all(moments)

@@ -1,15 +1,14 @@
 """What batch norm is made of: `Params`, `State`, `Moments`, and how moments enter the state."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn._op.arguments import check_dtype
-from jaxbn._op.axes import Axes, is_integer, promote, wide
-from jaxbn._op.devices import sharded_as, varying_axes
+from jaxbn._op.axes import check_dtype, is_integer, wide
+from jaxbn._op.devices import varying_axes
 
 
 class Params(NamedTuple):
@@ -65,60 +64,6 @@ def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Param
     mean = jnp.zeros(shape, wide(dtype))
     var = jnp.ones(shape, jnp.finfo(mean.dtype).dtype)
     return params, State(mean, var, jnp.zeros((), jnp.int32))
-
-
-def check_kind(call: str, kind: Any, value: Any) -> Any:
-    """`value` as `Params` or `State`, from one or from any tuple of as many leaves."""
-    if isinstance(value, tuple) and len(value) == len(kind._fields):
-        return kind(*value)
-    name, was = kind.__name__.lower(), type(value).__name__
-    remedy = "write params, state = jaxbn.init(features)."
-    if isinstance(value, Params | State | Moments):
-        remedy = f"the order is {call}(x, params, state)."
-    elif isinstance(value, Mapping):
-        keys = sorted(map(str, value))
-        was = f"{was} of {keys[:4]}" + ", …" * (len(keys) > 4)
-        collection, line = {
-            "params": ("params", 'jaxbn.Params({0}.get("scale"), {0}.get("bias"))'),
-            "state": ("batch_stats", 'jaxbn.State({0}["mean"], {0}["var"], {0}.get("count"))'),
-        }[name]
-        remedy = f"write {line.format(name)}."
-        if not set(kind._fields) & set(keys):
-            remedy = (
-                f"linen holds each layer's under its name, so write "
-                f'v = variables["{collection}"]["BatchNorm_0"] and {line.format("v")}.'
-            )
-    raise TypeError(
-        f"{call}: {name} is {was}, expected jaxbn.{kind.__name__}({', '.join(kind._fields)}) or "
-        f"None; {remedy}"
-    )
-
-
-def settle(call: str, state: State, x: jax.Array, axes: Axes) -> State:
-    """The state in the types that both modes return, or an error that names the call.
-
-    Strong types; mean and var in float32 or wider, since a narrow running average stops far from
-    the truth: its steps are rounded away. The mean of complex x is complex; a count is int32.
-    Where shardings are types, mean and var are sharded as the features of x are.
-    """
-    leaves = {"mean": jnp.asarray(state.mean), "var": jnp.asarray(state.var)}
-    for name, v in leaves.items():
-        if not jnp.issubdtype(v.dtype, jnp.inexact):
-            raise TypeError(
-                f"{call}: state.{name} has dtype {v.dtype}, in which no average can move; write "
-                f"state._replace({name}=state.{name}.astype(jnp.float32))."
-            )
-    mean, var = (sharded_as(v.astype(wide(v.dtype)), x, axes.features) for v in leaves.values())
-    kind = promote(mean.dtype, x.dtype) if jnp.iscomplexobj(x) else mean.dtype
-    return State(mean.astype(kind), var, None if state.count is None else _int32(state.count))
-
-
-def _int32(count: Any) -> jax.Array:
-    """Equals count, rounded down; the largest int32 for what is larger."""
-    count, top = jnp.asarray(count), jnp.iinfo(jnp.int32).max
-    if jnp.issubdtype(count.dtype, jnp.integer) and jnp.iinfo(count.dtype).max > top:
-        count = jnp.minimum(count, top)
-    return count.astype(jnp.int32)
 
 
 def blend(state: State, moments: Moments, momentum: Any, unbiased: bool) -> State:

@@ -92,6 +92,26 @@ def test_the_new_norm_has_the_old_parameters_and_epsilon(kind, norm, to):
 
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_activation_and_residual_stay(kind):
+    x, shortcut = np.random.default_rng(0).normal(size=(2, 4, 3, 16)).astype(np.float32)
+    options = {"epsilon": 1e-3, "activation": jax.nn.relu}
+    if kind == "linen":
+        net = jaxbn.linen.BatchNorm(use_running_average=False, **options)
+        apply, variables, _ = jaxbn.swap(net.apply, net.init(jax.random.key(0), x))
+        plain = linen.GroupNorm(2, epsilon=1e-3, use_fast_variance=False).apply(variables, x)
+        y = apply(variables, x, residual=shortcut)
+    else:
+        model = nnx.Sequential(jaxbn.nnx.BatchNorm(16, **options, rngs=nnx.Rngs(0)))
+        jaxbn.swap(model)
+        y = model.layers[0](x, residual=shortcut)
+        norm = nnx.GroupNorm(
+            16, num_groups=2, epsilon=1e-3, use_fast_variance=False, rngs=nnx.Rngs(0)
+        )
+        plain = norm(x)
+    np.testing.assert_allclose(y, jax.nn.relu(plain + shortcut), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
 def test_large_means_do_not_cancel(kind):
     f, _ = swapped(kind, "jaxbn", "group", groups=1)
     x = X + np.float32(1e4)

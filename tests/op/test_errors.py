@@ -56,6 +56,28 @@ WEIGHTED = {
     "moments": lambda mask: jaxbn.moments(X, mask=mask),
 }
 CASES = {
+    "a residual of another shape": (
+        lambda: call(residual=X[0]),
+        ValueError(
+            "batch_norm: residual has shape (5, 3) but x has shape (8, 5, 3); expected the same. "
+            "Project the shortcut as x is, or write residual=jnp.broadcast_to(residual, x.shape) "
+            "for one that repeats."
+        ),
+    ),
+    "a complex residual of real y": (
+        lambda: call(residual=X.astype(jnp.complex64)),
+        TypeError(
+            "batch_norm: residual has dtype complex64 but y has dtype float32; write "
+            "dtype='complex64' for a complex y."
+        ),
+    ),
+    "an activation by name": (
+        lambda: call(activation="relu"),
+        TypeError(
+            "batch_norm: activation='relu', expected None or a function of y; write "
+            "activation=jax.nn.relu."
+        ),
+    ),
     "train is not given": (
         lambda: jaxbn.batch_norm(X, PARAMS, STATE),
         TypeError("batch_norm() missing 1 required keyword-only argument: 'train'"),
