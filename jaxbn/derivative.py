@@ -15,17 +15,13 @@ and y = d * a + bias has the tangent
 
 which is Ioffe & Szegedy 2015, section 3 in two sums over dy.
 
-The rule is a JVP, so forward mode works as reverse mode does, and the residuals are functions
-of x inside it, so every higher derivative is right. Two things keep it small:
-
-* `jax.checkpoint` around the tangent map: kept for backward are its inputs, x in its own dtype
-  and mean, rstd and scale [C], never a float32 copy of x. `prevent_cse=False`, because its
-  barrier would hold on to x as well.
-* no two of the three x - mean (forward's, that of the sums, that of dx) share their mean, but
-  for a barrier: else XLA finds them equal, and keeps that array alive from one to the next.
-
-With both, the compiled temporary memory of a small ResNet step is 0.67 of Flax's; with dx and
-the sums sharing theirs, 0.99 (`python -m benchmarks memory`).
+The rule is a JVP, so forward mode works as reverse mode does, and it is a function of x alone, so
+every higher derivative is right. What is as large as x in it are the operations of `tangent`, so
+kept for backward are x in its own dtype and numbers [C], never a float32 copy of x. No two of the
+three x - mean (that of y, that of the sums, that of dx) are the same to XLA's CPU back end, which
+would keep that array alive from one to the next. With all that, the compiled temporary memory of a
+small ResNet step is 0.67 of Flax's; with dx and the sums sharing theirs, 0.99 (`python -m
+benchmarks memory`).
 """
 
 import functools
@@ -33,17 +29,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn import collectives
 from jaxbn.axes import Axes
 from jaxbn.collectives import Pool
-from jaxbn.moments import across, divisor, of, wide
+from jaxbn.moments import across, divisor, of, sums_about, wide
 from jaxbn.normalize import normalize, rstd
 from jaxbn.policy import named
 from jaxbn.state import Moments, Params
-from jaxbn.sums import affine, real_product
+from jaxbn.tangent import affine
 
 
 class Spec(NamedTuple):
@@ -53,10 +47,10 @@ class Spec(NamedTuple):
     epsilon: float
     pool: Pool | None
     dtype: jnp.dtype  # of y
-    mapped: bool = False  # whether this is called under `vmap`
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+# Not inlined: equal layers share one function, and eager calls compile nothing anew.
+@functools.partial(jax.jit, static_argnums=0)
 def normalize_by_batch(
     spec: Spec, x: jax.Array, params: Params, mask: jax.Array | None
 ) -> tuple[jax.Array, Moments]:
@@ -64,6 +58,13 @@ def normalize_by_batch(
 
     Where no device has a valid cell, rstd is taken as 0, so y is bias and gradients are finite.
     """
+    return _normalize_by_batch(spec, x, params, mask)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _normalize_by_batch(
+    spec: Spec, x: jax.Array, params: Params, mask: jax.Array | None
+) -> tuple[jax.Array, Moments]:
     y, m, _ = _forward(spec, x, params, mask)
     return y, m
 
@@ -71,43 +72,28 @@ def normalize_by_batch(
 def _forward(
     spec: Spec, x: jax.Array, params: Params, mask: jax.Array | None
 ) -> tuple[jax.Array, Moments, jax.Array]:
-    m = named(across(of(x, spec.axes, mask, spec.mapped), spec.pool))
+    m = named(across(of(x, spec.axes, mask), spec.pool))
     r = jnp.where(m.count > 0, rstd(m.var, spec.epsilon), 0)
-    # Behind a barrier: this x - mean is not to be merged with that of backward's sums.
-    mean, r_of_y = lax.optimization_barrier((m.mean, r))
-    return normalize(x, mean, r_of_y, params, spec.axes, spec.dtype), m, r
+    return normalize(x, m.mean, r, params, spec.axes, spec.dtype), m, r
 
 
-@normalize_by_batch.defjvp
+@_normalize_by_batch.defjvp
 def _jvp(spec, primals, tangents):  # type: ignore[no-untyped-def]
+    """The map above, linear in the tangents. [C] unless said otherwise."""
     x, params, mask = primals
-    # A copy by name only, which no policy keeps: else a checkpoint around the one below, whose
-    # policy keeps x, would keep it twice, once for itself and once to hand it down.
-    x = checkpoint_name(x, "batch_norm_x")
-    tx, tparams, _ = tangents
+    tx, tparams, _ = tangents  # tx: [..., C]
+    axes, pool = spec.axes, spec.pool
     y, m, r = _forward(spec, x, params, mask)
-    tangent = jax.checkpoint(functools.partial(_tangent, spec), prevent_cse=False)
-    ty, tm = tangent(x, mask, m.count, m.mean, r, params.scale, tx, tparams)
-    return (y, m), (ty, tm)
-
-
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def _tangent(spec, x, mask, count, mean, r, scale, tx, tparams):  # type: ignore[no-untyped-def]
-    """The map above, linear in tx and tparams. [C] unless said otherwise."""
-    axes = spec.axes
     kind = wide(x.dtype)
-    x, tx = x.astype(kind), tx.astype(kind)  # [..., C]
-    n = divisor(count).astype(kind)
+    tx = tx.astype(kind)
+    n = divisor(m.count).astype(kind)
     r = r.astype(kind)
-    a = r if scale is None else r * scale.astype(kind)
+    a = r if params.scale is None else r * params.scale.astype(kind)
 
-    d, t = x - axes.expand(mean), tx
-    if mask is not None:
-        d, t = jnp.where(mask, d, 0), jnp.where(mask, t, 0)
-    s1, s2 = t.sum(axes.reduced), real_product(d, t).sum(axes.reduced).astype(kind)
-    if spec.pool is not None:
-        s1, s2 = collectives.total(jnp.stack([s1, s2]), spec.pool)
-    s1, s2 = s1 / n, s2 / n
+    s1, s2 = sums_about(tx, x, m.mean, mask, axes)
+    if pool is not None:
+        s1, s2 = collectives.total(jnp.stack([s1, s2.astype(kind)]), pool)
+    s1, s2 = s1 / n, s2.astype(kind) / n
 
     by_d = -a * r * r * s2
     by_1 = -a * s1
@@ -115,13 +101,9 @@ def _tangent(spec, x, mask, count, mean, r, scale, tx, tparams):  # type: ignore
         by_d = by_d + r * tparams.scale.astype(kind)
     if tparams.bias is not None:
         by_1 = by_1 + tparams.bias.astype(kind)
-    if spec.pool is not None:
-        by_d, by_1 = collectives.varying(jnp.stack([by_d, by_1]), spec.pool)
-
-    mean, a = lax.optimization_barrier((mean, a))
-    d = x - axes.expand(mean)
-    if mask is not None:
-        # A cell outside the mask that holds NaN must not reach dscale through 0 * NaN.
-        d = jnp.where(mask | jnp.isfinite(x), d, 0)
-    ty = axes.expand(a) * tx + affine(by_1, by_d, d, axes)
-    return ty.astype(spec.dtype), Moments(jnp.zeros_like(count), s1, 2 * s2.real)
+    if pool is not None:
+        # Typed like x in one array: the sums of backward are then one collective.
+        by_d, by_1 = collectives.alike(jnp.stack([by_d, by_1]), x)[0]
+    others = a, x, m.mean, mask
+    (ty,) = affine(tx, by_1, by_d, *others, axes=axes, dtype=spec.dtype, valid=False)
+    return (y, m), (ty, Moments(jnp.zeros_like(m.count), s1, 2 * s2.real))

@@ -132,7 +132,7 @@ def batch_norm(
         batch_axis, ghosts = axes_.check_ghosts(call, x, axes, virtual_batch_size)
         if mask is None:
             axes_.check_count(call, x, axes.count(x) // ghosts, virtual_batch_size)
-        spec = Spec(axes, epsilon, None, dtype, mapped=True)
+        spec = Spec(axes, epsilon, None, dtype)
         y, moments = _by_ghosts(spec, x, params, mask, batch_axis, ghosts)
         moments = across(moments, pool)
     if state is None:

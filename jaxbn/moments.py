@@ -1,19 +1,22 @@
 """The kernel of the library: moments of an array, of two sets pooled, of all devices pooled."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
 
 from jaxbn import axes as axes_
 from jaxbn import collectives
 from jaxbn.axes import Axes
 from jaxbn.collectives import Pool
+from jaxbn.primitives import Operation
 from jaxbn.state import Moments
-from jaxbn.sums import divisible, parts, real_product, total, totals
+from jaxbn.sums import GPU, TPU, divisible, parts, real_product, total, totals
+from jaxbn.tangent import summed
 
 # Up to this many devices their moments travel in one collective, 2C + 1 numbers a device, and
 # are merged locally; beyond, two collectives of O(C) cost less than one that grows with them.
@@ -22,9 +25,11 @@ GATHERED = 16
 # The pivot is read from one position in so many; see `_pivot`.
 STRIDE = 8
 
-# The platform that needs no pivot for channels whose mean² is at most NEAR times their var; see
-# `_at_once`.
-AT_ONCE, NEAR = "tpu", 16
+# On GPUs, from one in at most so many; see `_by_grid`.
+SPARSE = 64
+
+# Channels whose mean² is at most so many times their var need no pivot; see `_at_once`.
+NEAR = 16
 
 
 def moments(
@@ -87,38 +92,89 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 # Traced once for equal layers.
-@functools.partial(jax.jit, static_argnames=("axes", "mapped"), inline=True)
-def of(x: jax.Array, axes: Axes, mask: jax.Array | None = None, mapped: bool = False) -> Moments:
+@functools.partial(jax.jit, static_argnames="axes", inline=True)
+def of(x: jax.Array, axes: Axes, mask: jax.Array | None = None) -> Moments:
     """Equals the moments of x over `axes.reduced`, in float32 or wider.
 
     Sums are taken of `x - pivot`, so nothing cancels however large the mean is, and they are
     exact for a constant channel, whose mean is then that constant and whose var is 0. TPUs take
-    them of x itself where that is as good, but not where `mapped` says that this is called under
-    `vmap`, which takes both branches of a conditional.
+    them of x itself where that is as good.
     """
-    kind = wide(x.dtype)
-    real = jnp.finfo(kind).dtype
+    real = jnp.finfo(wide(x.dtype)).dtype
     count = jnp.asarray(axes.count(x), real) if mask is None else _count(mask, x, axes, real)
-    n = divisor(count)
-    at_once, by_pivot = (functools.partial(way, axes) for way in (_at_once, _by_pivot))
-    # Where shardings are types, JAX cannot map a conditional either.
-    if mapped or AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types:
-        return Moments(count, *by_pivot(x, mask, n))
-    operands = collectives.alike(x, mask, n)
-    mean, var = lax.platform_dependent(*operands, default=by_pivot, **{AT_ONCE: at_once})
-    return Moments(count, mean, var)
+    return Moments(count, *mean_and_var(x, divisor(count), mask, axes=axes))
+
+
+def _mean_and_var(
+    platform: str, x: jax.Array, n: jax.Array, mask: jax.Array | None, *, axes: Axes
+) -> tuple[jax.Array, jax.Array]:
+    way = _at_once if platform in TPU else _by_pivot
+    if platform in GPU and mask is None:
+        way = _by_grid
+    mean, var = way(platform, axes, x, mask, n)
+    return mean, jnp.maximum(var, 0)  # of a constant channel, that rounding left a hair below
+
+
+mean_and_var = Operation("moments", _mean_and_var)
+
+
+@mean_and_var.differentiated
+def _(tx: jax.Array, operands: Any, moments: Any, *, axes: Axes) -> tuple[jax.Array, jax.Array]:
+    """The tangents of mean and var, also of a var that was rounded to 0."""
+    x, n, mask = operands
+    s1, s2 = sums_about(tx.astype(wide(x.dtype)), x, moments[0], mask, axes)
+    return s1 / n.astype(s1.dtype), 2 * s2 / n
+
+
+def sums_about(
+    t: jax.Array, x: jax.Array, mean: jax.Array, mask: jax.Array | None, axes: Axes
+) -> tuple[jax.Array, jax.Array]:
+    """Equals Σt and Σ Re(conj(x - mean) t) over the valid cells; linear in t."""
+    others = None, x.conj(), mean.conj(), mask
+    s1, s2 = summed(t, *others, axes=axes, dtype=t.dtype, valid=True)
+    return s1, s2.real
 
 
 def _by_pivot(
-    axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
+    platform: str, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Mean and variance by sums about a pivot, which is read from x first."""
-    mean, var = _about(lax.stop_gradient(_pivot(x, axes, mask, n)), axes, x, mask, n)
-    return mean, _not_negative(var)
+    return _about(platform, _pivot(platform, x, axes, mask, n), axes, x, mask, n)
+
+
+def _by_grid(
+    platform: str, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The same about the mean of a grid of positions, in units of one over their number.
+
+    For GPUs: that number is a power of two where the batch is one, so K x - Σ of the grid is K times
+    x - pivot to the bit, and no kernel has to divide.
+    """
+    kind = wide(x.dtype)
+    grid = _grid(x, axes).astype(kind)
+    total, k = grid.sum(axes.reduced), axes.count(grid)
+    if k & (k - 1):
+        total, k = total / k, 1
+    mean, var = _about(platform, total, axes, x.astype(kind) * k, mask, n)
+    return mean / k, var / k**2
+
+
+def _grid(x: jax.Array, axes: Axes) -> jax.Array:
+    """One position in at most SPARSE, evenly over each image, and of rows alone over the batch."""
+    inner = axes.reduced[1:] or axes.reduced
+    counts = dict.fromkeys(inner, 1)
+    while math.prod(x.shape[a] for a in inner) > SPARSE * math.prod(counts.values()):
+        counts[max(inner, key=lambda a: x.shape[a] / counts[a])] *= 2
+    starts, limits, strides = [0] * x.ndim, list(x.shape), [1] * x.ndim
+    for a, count in counts.items():
+        strides[a] = x.shape[a] // count
+        starts[a] = (x.shape[a] - 1 - (count - 1) * strides[a]) // 2
+        limits[a] = starts[a] + (count - 1) * strides[a] + 1
+    return lax.slice(x, starts, limits, strides)
 
 
 def _at_once(
-    axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
+    platform: str, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The same by sums about 0, and by a pivot only where some channel's mean is far from 0.
 
@@ -127,22 +183,22 @@ def _at_once(
     here; a constant channel other than 0, and what is not finite, are never near.
     """
     zero = jnp.zeros([x.shape[a] for a in axes.features], wide(x.dtype))
-    mean, var = _about(zero, axes, x, mask, n)
+    mean, var = _about(platform, zero, axes, x, mask, n)
     near = jnp.all(real_product(mean, mean) <= NEAR * var)
-    by_pivot = functools.partial(_by_pivot, axes)
+    by_pivot = functools.partial(_by_pivot, platform, axes)
     return lax.cond(near, lambda *_: (mean, var), by_pivot, x, mask, n)
 
 
 def _about(
-    pivot: jax.Array, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
+    platform: str, pivot: jax.Array, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Mean and variance by Σ(x - pivot) and Σ|x - pivot|², over n."""
     d = x.astype(pivot.dtype) - axes.expand(pivot)
     if mask is not None:
         d = jnp.where(mask, d, 0)
-    sum_d, sum_d2 = totals(d, d, axes)
+    sum_d, sum_d2 = totals(d, d.conj(), axes, platform)
     shift = sum_d / n.astype(d.dtype)
-    return pivot + shift, sum_d2 / n - real_product(shift, shift)
+    return pivot + shift, sum_d2.real / n - real_product(shift, shift)
 
 
 def across(m: Moments, pool: Pool | None) -> Moments:
@@ -216,7 +272,9 @@ def wide(dtype: jnp.dtype) -> jnp.dtype:
     return axes_.promote(dtype, jnp.float32)
 
 
-def _pivot(x: jax.Array, axes: Axes, mask: jax.Array | None, n: jax.Array) -> jax.Array:
+def _pivot(
+    platform: str, x: jax.Array, axes: Axes, mask: jax.Array | None, n: jax.Array
+) -> jax.Array:
     """A value near each channel's mean [C], to shift by.
 
     The mean of one position in STRIDE along the axis after the batch. For k of n values,
@@ -228,12 +286,12 @@ def _pivot(x: jax.Array, axes: Axes, mask: jax.Array | None, n: jax.Array) -> ja
     """
     kind = wide(x.dtype)
     if mask is not None:
-        return total(jnp.where(mask, x.astype(kind), 0), axes) / n.astype(kind)
+        return total(jnp.where(mask, x.astype(kind), 0), axes, platform) / n.astype(kind)
     axis, stride = _sample(x, axes)
     if stride > 1:
         x = lax.slice_in_dim(x, 0, None, stride, axis=axis)
     count = jnp.asarray(axes.count(x), jnp.finfo(kind).dtype)
-    return total(x.astype(kind), axes) / jnp.maximum(count, 1).astype(kind)
+    return total(x.astype(kind), axes, platform) / jnp.maximum(count, 1).astype(kind)
 
 
 def _sample(x: jax.Array, axes: Axes) -> tuple[int, int]:
