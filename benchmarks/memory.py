@@ -1,7 +1,8 @@
 """What is kept for backward, and what the compiled program takes; nothing is run.
 
 Of one batch norm, in N, the bytes of x: kept between forward and backward, temporaries, and the
-bytes that XLA counts as read and written. Of the training step of a small ResNet: megabytes.
+bytes that XLA counts as read and written; and kept of one whose statistics are frozen. Of the
+training step of a small ResNet: megabytes.
 """
 
 import functools
@@ -87,6 +88,43 @@ def op(size) -> Table:
     )
 
 
+def of_eval(batch_norm, shape, dtype) -> list[float]:
+    """In N, kept in eval mode: for dx and dparams, and for dx alone."""
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    vector = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
+    pair = (vector, vector)
+
+    def forward(x, params, state, trained):
+        def f(x, weights):
+            return batch_norm(x, weights if trained else params, state, train=False)[0]
+
+        return jax.vjp(f, x, params)[1] if trained else jax.vjp(lambda x: f(x, None), x)[1]
+
+    n = x.size * x.dtype.itemsize
+    both = (functools.partial(forward, trained=trained) for trained in (True, False))
+    return [kept(jax.eval_shape(f, x, pair, pair)) / n for f in both]
+
+
+def eval_mode() -> Table:
+    rows: list[list[str | float]] = []
+    shape = SHAPES[1]
+    for dtype in DTYPES:
+        for name in STEP:
+            with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+                cells = of_eval(peers.installed()[name], shape, dtype)
+            rows.append([dtype.__name__, "x".join(map(str, shape)), name, *cells])
+    return Table(
+        "Bytes kept for backward by one batch norm in eval mode, in N, those of x",
+        ["dtype", "shape", "library", "scale and bias\ntrained", "scale and bias\nfrozen"],
+        rows,
+        [
+            "Fine-tuning with frozen statistics: by jax.vjp, shapes and dtypes alone. At the least "
+            "1 and 0.",
+        ],
+        key="memory-eval",
+    )
+
+
 def of_step(batch_norm, dtype, task) -> tuple[int, int]:
     """(bytes kept for backward, bytes of temporaries) of one step."""
     model = task.model(batch_norm, dtype)
@@ -120,4 +158,4 @@ def step(task=SMALL) -> Table:
 
 def run(size="usual") -> list[Table]:
     task = SMALL._replace(stages=(1,)) if size == "tiny" else SMALL
-    return [op(size), step(task)]
+    return [op(size), eval_mode(), step(task)]

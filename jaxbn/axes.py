@@ -6,7 +6,8 @@ before any work, under `jit` as in eager code.
 
 import functools
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,54 +36,105 @@ def promote(*dtypes: Any) -> Any:
         return functools.reduce(jnp.promote_types, dtypes)
 
 
+def wide(dtype: Any) -> Any:
+    """The dtype statistics are computed and kept in: float32, or `dtype` where that is wider."""
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
+
+
+def array(call: str, what: str, v: Any) -> jax.Array:
+    """V as a JAX array, or an error for what no batch norm can be taken of."""
+    library = type(v).__module__.partition(".")[0]
+    if library in ("torch", "tensorflow"):
+        raise TypeError(
+            f"{call}: {what} is a tensor of {library}, expected an array of JAX or NumPy; write "
+            f"jnp.asarray({what}.numpy())."
+        )
+    if type(v).__name__ == "JetTracer":
+        raise NotImplementedError(
+            f"{call}: {what} is traced by jax.experimental.jet, which has no rule for lax.cond, "
+            f"jax.checkpoint and jax.custom_jvp; nest jax.jvp for higher orders, write "
+            f"jax.jvp(lambda x: jax.jvp(f, (x,), (v,))[1], (x,), (v,))."
+        )
+    return jnp.asarray(v)
+
+
 def resolve(call: str, x: jax.Array, axis: int | Sequence[int]) -> Axes:
     """The axes of x for feature axis (or axes) `axis`, or an error that names the call."""
+    if x.ndim == 0:
+        raise ValueError(
+            f"{call}: x is a scalar, expected an array [..., features] of many values for each "
+            f"feature; write x of shape [batch, features] or [batch, height, width, features]."
+        )
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
             f"{call}: x has dtype {x.dtype}, but statistics need a floating or complex dtype; "
             f"write x.astype(jnp.float32)."
         )
-    if x.ndim == 0:
-        raise ValueError(
-            f"{call}: x is a scalar, but a feature axis was expected; write x[None, None]."
+    if jnp.finfo(x.dtype).bits < 16:
+        raise TypeError(
+            f"{call}: x has dtype {x.dtype}, but JAX promotes no dtype of fewer than 16 bits; "
+            f"write x.astype(jnp.bfloat16)."
         )
     given = tuple(axis) if isinstance(axis, Sequence) else (axis,)
-    if not given or not all(isinstance(a, int) and -x.ndim <= a < x.ndim for a in given):
+    if not given or not all(is_integer(a) and -x.ndim <= a < x.ndim for a in given):
         raise ValueError(
             f"{call}: axis={axis!r} does not name axes of x with shape {x.shape}; "
             f"expected integers from {-x.ndim} to {x.ndim - 1}, axis=-1 for channels last."
         )
-    features = tuple(sorted({a % x.ndim for a in given}))
+    features = tuple(sorted({int(a) % x.ndim for a in given}))
     return Axes(features, tuple(a for a in range(x.ndim) if a not in features))
 
 
-def check_kind(call: str, kind: Any, value: Any) -> Any:
-    """`value` as the NamedTuple `kind`, from one or from any tuple of as many leaves."""
-    if not isinstance(value, tuple) or len(value) != len(kind._fields):
-        name, fields = kind.__name__, ", ".join(kind._fields)
-        raise TypeError(
-            f"{call}: {name.lower()} is {type(value).__name__}, expected jaxbn.{name}({fields}) or "
-            f"None; write params, state = jaxbn.init(features)."
-        )
-    return kind(*value)
+def is_integer(v: Any) -> bool:
+    """Whether v is an integer of Python or NumPy."""
+    return isinstance(v, numbers.Integral)
 
 
-def check_features(call: str, what: str, v: Any, x: jax.Array, axes: Axes) -> None:
-    """`v`, called `what` in the error, must have exactly the shape of the feature axes."""
+def check_features(call: str, params: Any, state: Any, x: jax.Array, axes: Axes) -> None:
+    """Params, and mean and var of the state, must have exactly the shape of the feature axes."""
     expected = tuple(x.shape[a] for a in axes.features)
-    if np.shape(v) != expected:
-        features = expected[0] if len(expected) == 1 else expected
-        raise ValueError(
-            f"{call}: {what} has shape {np.shape(v)}, but x with shape {x.shape} has features "
-            f"{expected} on axes {axes.features}; write jaxbn.init({features}), or pass the "
-            f"feature axis as axis=."
-        )
+    groups = {
+        "params": {f"params.{name}": getattr(params, name) for name in ("scale", "bias")},
+        "state": {f"state.{name}": getattr(state, name, None) for name in ("mean", "var")},
+    }
+    shapes = {
+        group: {what: np.shape(leaf) for what, leaf in leaves.items() if leaf is not None}
+        for group, leaves in groups.items()
+    }
+    every = {**shapes["params"], **shapes["state"]}
+    wrong = {what: shape for what, shape in every.items() if shape != expected}
+    if not wrong:
+        return
+    what, shape = next(iter(wrong.items()))
+    own, other = ("params", "state") if what in shapes["params"] else ("state", "params")
+    features = expected[0] if len(expected) == 1 else expected
+    like = ""
+    # All of its own leaves are of another size, and none of those beside it.
+    if shapes[other] and wrong.keys() == shapes[own].keys():
+        like = f", as {other} {'has' if other == 'state' else 'have'}"
+        fresh = "[0] for fresh ones" if own == "params" else "[1] for a fresh one"
+        remedy = f"pass this layer's {own} and not another's, or jaxbn.init({features}){fresh}."
+    elif len(expected) == 1 and {*every.values()} == {shape} & {(n,) for n in x.shape[1:]}:
+        axis = x.shape.index(shape[0], 1)
+        order = "channels first: " if axis == 1 else ""
+        remedy = f"write axis={axis} ({order}x has {shape[0]} there), or jaxbn.init({features})."
+    else:
+        remedy = f"write jaxbn.init({features}), or pass the feature axis as axis=."
+    raise ValueError(
+        f"{call}: {what} has shape {shape}, but x with shape {x.shape} has features {expected} on "
+        f"axes {axes.features}{like}; {remedy}"
+    )
 
 
 def check_mask(call: str, mask: Any, x: jax.Array) -> jax.Array:
     """`mask` as booleans with x's rank; broadcastable to x, or an error with the line to write."""
-    mask = jnp.asarray(mask)
+    given, mask = mask, array(call, "mask", mask)
     if mask.dtype != bool:
+        if seen := _other_than_0_and_1(given):
+            raise ValueError(
+                f"{call}: mask holds {seen[0]}, expected True and False, or 1 and 0: a cell takes "
+                f"part in the statistics or it does not, and no weight is read; write mask > 0."
+            )
         mask = mask != 0
     tail = x.shape[x.ndim - mask.ndim :] if mask.ndim <= x.ndim else None
     if tail is None or any(m not in (1, n) for m, n in zip(mask.shape, tail, strict=True)):
@@ -97,20 +149,43 @@ def check_mask(call: str, mask: Any, x: jax.Array) -> jax.Array:
     return jnp.expand_dims(mask, tuple(range(x.ndim - mask.ndim)))
 
 
-def check_numbers(call: str, momentum: float | None, epsilon: float) -> None:
-    """Momentum in [0, 1], None or traced; epsilon finite and not negative."""
-    traced = isinstance(momentum, jax.core.Tracer)
-    if momentum is not None and not traced and not 0 <= momentum <= 1:
-        raise ValueError(
+def _other_than_0_and_1(mask: Any) -> list[Any]:
+    """The first value of a mask that is neither, where its values can be seen from here."""
+    if isinstance(mask, jax.core.Tracer) or not getattr(mask, "is_fully_addressable", True):
+        return []
+    values = np.asarray(mask)
+    return values[(values != 0) & (values != 1)][:1].tolist()
+
+
+def check_numbers(call: str, momentum: Any, epsilon: Any) -> tuple[Any, Any]:
+    """Momentum in [0, 1] or None, and epsilon, finite and not negative: floats, or traced."""
+    if momentum is not None and not _is_number(momentum, lambda v: 0 <= v <= 1):
+        raise _wrong(momentum)(
             f"{call}: momentum={momentum!r}, expected a number in [0, 1], the fraction of the old "
             f"value that is kept (PyTorch's momentum m is 1 - m here), or None for the cumulative "
             f"average; write momentum=0.99."
         )
-    if not 0 <= epsilon < math.inf:
-        raise ValueError(
+    if not _is_number(epsilon, lambda v: 0 <= v < math.inf):
+        raise _wrong(epsilon)(
             f"{call}: epsilon={epsilon!r}, expected a finite number of at least 0, added to the "
             f"variance; write epsilon=1e-5."
         )
+    return _settled(momentum), _settled(epsilon)
+
+
+def _settled(v: Any) -> Any:
+    return v if v is None or isinstance(v, jax.core.Tracer) else float(v)
+
+
+def _is_number(v: Any, good: Callable[[float], bool]) -> bool:
+    """Whether v is a number and good, or traced and may be."""
+    return isinstance(v, jax.core.Tracer) or (_wrong(v) is ValueError and good(float(v)))
+
+
+def _wrong(v: Any) -> type[Exception]:
+    """What to raise for v where a number was expected: ValueError for another number."""
+    is_number = isinstance(v, numbers.Real | np.generic | np.ndarray | jax.Array)
+    return ValueError if is_number and np.shape(v) == () else TypeError
 
 
 def check_ghosts(call: str, x: jax.Array, axes: Axes, virtual_batch_size: int) -> tuple[int, int]:
@@ -122,6 +197,12 @@ def check_ghosts(call: str, x: jax.Array, axes: Axes, virtual_batch_size: int) -
         )
     batch_axis = axes.reduced[0]
     rows = x.shape[batch_axis]
+    if not is_integer(virtual_batch_size):
+        raise TypeError(
+            f"{call}: virtual_batch_size={virtual_batch_size!r}, expected how many rows a group "
+            f"has, an integer that divides the {rows} on axis {batch_axis} of x; write "
+            f"virtual_batch_size={rows}."
+        )
     if virtual_batch_size < 1 or rows % virtual_batch_size:
         sizes = [d for d in range(1, rows + 1) if rows % d == 0]
         raise ValueError(
@@ -131,18 +212,40 @@ def check_ghosts(call: str, x: jax.Array, axes: Axes, virtual_batch_size: int) -
     return batch_axis, rows // virtual_batch_size
 
 
-def check_dtype(call: str, dtype: Any) -> None:
-    """The dtype asked for y can hold it."""
+def check_dtype(call: str, what: str, dtype: Any, otherwise: str) -> None:
+    """The dtype asked for can hold what it is asked for, and JAX computes with it."""
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
-            f"{call}: dtype={dtype}, but y is floating or complex; write dtype=jnp.float32, or "
-            f"leave dtype out for that of x."
+            f"{call}: dtype={dtype}, but {what} are floating or complex; write "
+            f"dtype=jnp.float32, or {otherwise}."
         )
+    if jnp.finfo(dtype).bits < 16:
+        raise TypeError(
+            f"{call}: dtype={dtype}, but JAX promotes no dtype of fewer than 16 bits; write "
+            f"dtype=jnp.bfloat16, or {otherwise}, and cast what comes out."
+        )
+
+
+def check_residual(call: str, residual: Any, x: jax.Array, dtype: Any) -> jax.Array:
+    """`residual` in y's dtype; of x's shape, or an error with the line to write."""
+    residual = array(call, "residual", residual)
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"{call}: residual has shape {residual.shape} but x has shape {x.shape}; expected the "
+            f"same. Project the shortcut as x is, or write "
+            f"residual=jnp.broadcast_to(residual, x.shape) for one that repeats."
+        )
+    if jnp.iscomplexobj(residual) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{call}: residual has dtype {residual.dtype} but y has dtype {jnp.dtype(dtype)}; "
+            f"write dtype={residual.dtype.name!r} for a complex y."
+        )
+    return residual.astype(dtype)
 
 
 def check_count(call: str, x: jax.Array, count: int, virtual_batch_size: int | None) -> None:
     """Refuse training statistics over exactly one value per channel: y would be bias alone."""
-    if count == 1:
+    if count == 1 and x.size:
         where, remedy = "over all devices", "Use a larger batch, pool devices with axis_name="
         if virtual_batch_size is not None:
             where = f"in each group of virtual_batch_size={virtual_batch_size}"

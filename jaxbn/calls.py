@@ -78,7 +78,7 @@ def hooked_apply(
         its_call = isinstance(layer, nn.BatchNorm) and context.method_name == "__call__"
         if not its_call or layer.is_initializing():
             return layer_call(*args, **kwargs)
-        x, given, mask = _arguments(*args, **kwargs)
+        x, given, mask, more = _arguments(*args, **kwargs)
         constructed = layer.use_running_average
         mode = nn.merge_param("use_running_average", constructed, given)
 
@@ -86,7 +86,7 @@ def hooked_apply(
             # A mode in the constructor refuses another one in the call.
             object.__setattr__(layer, "use_running_average", None)
             try:
-                return layer_call(x, not train, mask=mask)
+                return layer_call(x, not train, mask=mask, **more)
             finally:
                 object.__setattr__(layer, "use_running_average", constructed)
                 # As Flax after a call: a second one meets the variables of the first.
@@ -163,12 +163,16 @@ def _hooked_class(cls: Any, hook: Hook, combine: Callable[..., Any]) -> Any:
     from flax import nnx
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> jax.Array:  # noqa: N807
-        x, given, mask = _arguments(*args, **kwargs)
+        x, given, mask, more = _arguments(*args, **kwargs)
         mode = nnx.module.first_from(
             given, self.use_running_average, error_msg="BatchNorm: use_running_average is not set"
         )
         call = Call(self, x, mask, not mode, getattr(self, PATH))
-        y, record = hook(call, lambda train: cls.__call__(self, x, not train, mask=mask))
+
+        def run(train: bool) -> jax.Array:
+            return cls.__call__(self, x, not train, mask=mask, **more)
+
+        y, record = hook(call, run)
         if record is not None:
             if hasattr(self, OBSERVED):
                 record = combine(getattr(self, OBSERVED).get_value(), record)
@@ -179,8 +183,10 @@ def _hooked_class(cls: Any, hook: Hook, combine: Callable[..., Any]) -> Any:
     return type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
 
 
-def _arguments(x: Any, use_running_average: Any = None, *, mask: Any = None) -> tuple[Any, ...]:
-    return x, use_running_average, mask
+def _arguments(
+    x: Any, use_running_average: Any = None, *, mask: Any = None, **more: Any
+) -> tuple[Any, ...]:
+    return x, use_running_average, mask, more
 
 
 def _without_records(stats: Any, path: str = "") -> tuple[Any, dict[str, Any]]:

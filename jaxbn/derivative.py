@@ -25,15 +25,15 @@ benchmarks memory`).
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxbn import collectives
-from jaxbn.axes import Axes
+from jaxbn.axes import Axes, wide
 from jaxbn.collectives import Pool
-from jaxbn.moments import across, divisor, of, sums_about, wide
+from jaxbn.moments import across, divisor, of, sums_about
 from jaxbn.normalize import normalize, rstd
 from jaxbn.policy import named
 from jaxbn.state import Moments, Params
@@ -44,66 +44,83 @@ class Spec(NamedTuple):
     """Everything about one call that is known before it runs."""
 
     axes: Axes
-    epsilon: float
+    epsilon: float  # 0 where it is traced, and so an operand
     pool: Pool | None
     dtype: jnp.dtype  # of y
+    relu: bool = False  # whether y is relu of the rest
+
+
+class Operands(NamedTuple):
+    """The arrays of one call; all but x may be None."""
+
+    x: jax.Array
+    params: Params = Params(None, None)
+    mask: jax.Array | None = None
+    epsilon: jax.Array | None = None
+    residual: jax.Array | None = None  # where relu follows; of y's dtype
+    near: jax.Array | None = None  # the running mean, which the batch's may be near to
 
 
 # Not inlined: equal layers share one function, and eager calls compile nothing anew.
 @functools.partial(jax.jit, static_argnums=0)
-def normalize_by_batch(
-    spec: Spec, x: jax.Array, params: Params, mask: jax.Array | None
-) -> tuple[jax.Array, Moments]:
-    """Equals `normalize(x, *moments)` and the pooled moments it used.
+def normalize_by_batch(spec: Spec, v: Operands) -> tuple[jax.Array, Moments]:
+    """Equals `relu(normalize(x, *moments) + residual)` and the pooled moments it used.
 
-    Where no device has a valid cell, rstd is taken as 0, so y is bias and gradients are finite.
+    Without what is not asked for. Where no device has a valid cell, rstd is taken as 0, so y is
+    bias and gradients are finite.
     """
-    return _normalize_by_batch(spec, x, params, mask)
+    return _normalize_by_batch(spec, v)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _normalize_by_batch(
-    spec: Spec, x: jax.Array, params: Params, mask: jax.Array | None
-) -> tuple[jax.Array, Moments]:
-    y, m, _ = _forward(spec, x, params, mask)
+def _normalize_by_batch(spec: Spec, v: Operands) -> tuple[jax.Array, Moments]:
+    y, m, _ = _forward(spec, v)
     return y, m
 
 
-def _forward(
-    spec: Spec, x: jax.Array, params: Params, mask: jax.Array | None
-) -> tuple[jax.Array, Moments, jax.Array]:
-    m = named(across(of(x, spec.axes, mask), spec.pool))
-    r = jnp.where(m.count > 0, rstd(m.var, spec.epsilon), 0)
-    return normalize(x, m.mean, r, params, spec.axes, spec.dtype), m, r
+def _forward(spec: Spec, v: Operands) -> tuple[jax.Array, Moments, jax.Array]:
+    m = named(across(of(v.x, spec.axes, v.mask, v.near), spec.pool))
+    r = rstd(m.var, spec.epsilon if v.epsilon is None else v.epsilon)
+    r = jnp.where(m.count > 0, r, 0)
+    y = normalize(v.x, m.mean, r, v.params, spec.axes, spec.dtype, v.mask)
+    if v.residual is not None:
+        y = y + v.residual
+    return jnp.maximum(y, 0) if spec.relu else y, m, r
 
 
 @_normalize_by_batch.defjvp
-def _jvp(spec, primals, tangents):  # type: ignore[no-untyped-def]
-    """The map above, linear in the tangents. [C] unless said otherwise."""
-    x, params, mask = primals
-    tx, tparams, _ = tangents  # tx: [..., C]
-    axes, pool = spec.axes, spec.pool
-    y, m, r = _forward(spec, x, params, mask)
-    kind = wide(x.dtype)
-    tx = tx.astype(kind)
+def _jvp(spec: Spec, primals: Any, tangents: Any) -> Any:
+    """The map above, linear in the tangents t. [C] unless said otherwise."""
+    (v,), (t,) = primals, tangents
+    axes, pool, kind = spec.axes, spec.pool, wide(v.x.dtype)
+    y, m, r = _forward(spec, v)
     n = divisor(m.count).astype(kind)
     r = r.astype(kind)
-    a = r if params.scale is None else r * params.scale.astype(kind)
+    a = r if v.params.scale is None else r * v.params.scale.astype(kind)
 
-    s1, s2 = sums_about(tx, x, m.mean, mask, axes)
+    tx = t.x.astype(kind)  # [..., C]
+    s1, s2 = sums_about(tx, v.x, m.mean, v.mask, axes, spec.relu)
+    s2 = s2.astype(kind)
     if pool is not None:
-        s1, s2 = collectives.total(jnp.stack([s1, s2.astype(kind)]), pool)
-    s1, s2 = s1 / n, s2.astype(kind) / n
+        s1, s2 = collectives.total(jnp.stack([s1, s2]), pool)
+    s1, s2 = s1 / n, s2 / n
 
-    by_d = -a * r * r * s2
+    half = s2  # of the tangent of var + epsilon
+    if t.epsilon is not None:
+        half = half + t.epsilon.astype(kind) / 2
+    by_d = -a * r * r * half
     by_1 = -a * s1
-    if tparams.scale is not None:
-        by_d = by_d + r * tparams.scale.astype(kind)
-    if tparams.bias is not None:
-        by_1 = by_1 + tparams.bias.astype(kind)
+    if t.params.scale is not None:
+        by_d = by_d + r * t.params.scale.astype(kind)
+    if t.params.bias is not None:
+        by_1 = by_1 + t.params.bias.astype(kind)
     if pool is not None:
         # Typed like x in one array: the sums of backward are then one collective.
-        by_d, by_1 = collectives.alike(jnp.stack([by_d, by_1]), x)[0]
-    others = a, x, m.mean, mask
-    (ty,) = affine(tx, by_1, by_d, *others, axes=axes, dtype=spec.dtype, valid=False)
+        by_d, by_1 = collectives.alike(jnp.stack([by_d, by_1]), v.x)[0]
+    bias = None
+    if spec.relu:
+        bias = jnp.zeros_like(a) if v.params.bias is None else v.params.bias.astype(kind)
+    others = a, v.x, m.mean, v.mask, bias, None if v.residual is None else y
+    static = {"dtype": spec.dtype, "valid": False, "relu": spec.relu, "held": spec.relu}
+    (ty,) = affine(tx, by_1, by_d, t.residual, *others, axes=axes, **static)
     return (y, m), (ty, Moments(jnp.zeros_like(m.count), s1, 2 * s2.real))

@@ -23,6 +23,9 @@ from jaxbn.findings import (
 from jaxbn.layers import Layer
 from jaxbn.state import Moments, Params, State
 
+# With momentum 1 updates are counted, and nothing is learned.
+BELOW_1 = "a momentum below 1, the share of the old statistics that an update keeps"
+
 
 def of_layer(
     path: str,
@@ -50,9 +53,10 @@ def of_layer(
         return Finding(path, kind, severity, float(figure), float(threshold), channels, remedy)
 
     # What is not finite makes every other figure void, and so do the initial values.
+    narrow = _narrow(layer.state, found)
     if broken := _not_finite(copies, found):
-        return broken
-    findings = [] if moments is None else _batch(moments, setting, limits, found)
+        return broken + narrow
+    findings = narrow + ([] if moments is None else _batch(moments, setting, limits, found))
     findings += _replicas(copies, setting, limits, found)
     if new := _updates(copies.state, setting, limits, found):
         findings += new
@@ -100,14 +104,36 @@ def _not_finite(layer: Layer, found: Found) -> list[Finding]:
     return findings
 
 
+def _narrow(state: State, found: Found) -> list[Finding]:
+    """Statistics in a dtype in which they stop, or never move."""
+    eps = max(_rounding(v) for v in (state.mean, state.var))
+    widest = float(np.finfo(np.float32).eps)
+    if eps <= widest:
+        return []
+    remedy = (
+        "cast mean and var to float32 before training goes on, or updates are rounded away; "
+        f"for what was rounded already {RECALIBRATE}"
+    )
+    severity = ERROR if eps >= 1 else WARNING  # of integers
+    return [found("narrow_statistics", severity, eps, widest, remedy)]
+
+
+def _rounding(v: Any) -> float:
+    """Eps of the dtype of v, 1 of integers."""
+    dtype = getattr(v, "dtype", np.float64)
+    return float(jax.numpy.finfo(dtype).eps) if jax.numpy.issubdtype(dtype, np.inexact) else 1.0
+
+
 def _updates(state: Any, setting: Setting, limits: Limits, found: Found) -> list[Finding]:
     """Statistics that never moved, or kept too much of where they began."""
     count = None if state.count is None else int(np.min(state.count))
     initial = bool((state.mean == 0).all() and (state.var == 1).all())
-    if count == 0 or (count is None and initial):
+    if count == 0 or initial:
         remedy = (
-            'train with mutable=["batch_stats"] and keep what apply returns (nnx: model.train()), '
-            f"or {RECALIBRATE}"
+            f"{BELOW_1}, or {RECALIBRATE}"
+            if count or setting.momentum == 1
+            else 'train with mutable=["batch_stats"] and keep what apply returns (nnx: '
+            f"model.train()), or {RECALIBRATE}"
         )
         return [found("never_updated", ERROR, 0, 0, remedy)]
     if count is None or setting.momentum is None:
@@ -119,7 +145,7 @@ def _hardly(share: float, momentum: float | None, limits: Limits, found: Found) 
     if share <= limits.initial_share:
         return []
     severity = ERROR if share > 0.5 else WARNING
-    more = "more updates"
+    more = BELOW_1 if momentum == 1 else "more updates"
     if momentum is not None and 0 < momentum < 1:
         updates = math.ceil(math.log(limits.initial_share) / math.log(momentum))
         more = f"{updates} updates at momentum {momentum:g}"

@@ -35,6 +35,7 @@ KINDS = {  # worst first: what each figure is
     "hardly_updated": "share of the initial mean 0 and var 1 left in the statistics",
     "stale": "symmetric KL divergence of running and batch statistics, upper quartile of channels",
     "replicas_differ": "largest distance of a replica's mean or sd from those of another, in sd",
+    "narrow_statistics": "eps of the dtype that mean and var are stored in",
     "large_mean": "largest |mean| / sd",
     "exploding": "largest |scale| or |bias|",
     "dead": "smallest sd of the normalized x, or smallest |scale| beside the layer's rms",

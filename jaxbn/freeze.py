@@ -214,8 +214,8 @@ def _is_traced(state: State) -> bool:
 
 def _never_updated(state: State) -> bool:
     """Of any of the layers, where they are stacked [layers, C]."""
-    if state.count is not None:
-        return bool(np.any(np.asarray(state.count) == 0))
+    if state.count is not None and np.any(np.asarray(state.count) == 0):
+        return True
     mean, var = np.asarray(state.mean), np.asarray(state.var)
     return bool(np.any(np.all((mean == 0) & (var == 1), axis=-1)))
 

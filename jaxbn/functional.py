@@ -1,24 +1,58 @@
 """`batch_norm`: the one door. Checks, then moments, normalize and blend; nothing else."""
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxbn import axes as axes_
 from jaxbn import collectives
-from jaxbn.derivative import Spec, normalize_by_batch
+from jaxbn.derivative import Operands, Spec, normalize_by_batch
 from jaxbn.moments import across, merge, merge_all
-from jaxbn.normalize import normalize, rstd
-from jaxbn.state import Moments, Params, State, blend, settle
+from jaxbn.normalize import normalize_lean, rstd
+from jaxbn.state import Moments, Params, State, blend, check_kind, settle
+
+S = TypeVar("S", bound=State | Moments | None)  # what comes in, and in the same kind goes out
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Keywords of other libraries' batch norms, and the ones they are here.
+ELSEWHERE = {
+    "eps": "epsilon={}",
+    "training": "train={}",
+    "is_training": "train={}",
+    "use_running_average": "train=not {}",
+    "decay_rate": "momentum={}",
+}
 
 
+def _keywords_of_its_own(f: F) -> F:
+    """F, with an error that names the right keyword for one of another library's.
+
+    A wrapper, since `**kwargs` in the signature would hide all typing errors from type checkers.
+    """
+
+    @functools.wraps(f)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for name, given in kwargs.items():
+            if name in ELSEWHERE:
+                raise TypeError(
+                    f"{f.__name__}: {name}={given!r} is another library's keyword; write "
+                    f"{ELSEWHERE[name].format(repr(given))}."
+                )
+        return f(*args, **kwargs)
+
+    return cast(F, call)
+
+
+@_keywords_of_its_own
 def batch_norm(
     x: jax.Array,
     params: Params | None,
-    state: State | None,
+    state: S,
     *,
     train: bool,
     axis: int | Sequence[int] = -1,
@@ -30,8 +64,12 @@ def batch_norm(
     virtual_batch_size: int | None = None,
     mask: jax.Array | None = None,
     dtype: Any = None,
-) -> tuple[jax.Array, Any]:
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+    residual: jax.Array | None = None,
+) -> tuple[jax.Array, S]:
     """Equals `(x - mean) / sqrt(var + epsilon) * scale + bias` per channel.
+
+    And `activation(that + residual)` where they are given.
 
     In training, mean and biased var are those of x over every axis but `axis`, and the running
     state moves towards them: `momentum * state + (1 - momentum) * moments`. In eval they are
@@ -47,7 +85,7 @@ def batch_norm(
       axis: feature axis, or a tuple of them; statistics have these axes' sizes, in x's order.
       momentum: fraction of the old state kept, as in Flax and Keras; None for the cumulative
         average of all updates. PyTorch's momentum is 1 minus this.
-      epsilon: added to var.
+      epsilon: added to var; may be traced. With 0, y of a constant channel is bias.
       unbiased: the running var takes n / (n - 1) times the batch's, as PyTorch's does.
       axis_name: mapped axis or axes (pmap, shard_map, vmap) to pool statistics over, each
         device weighted by its count. Under plain jit on sharded arrays statistics are global
@@ -57,17 +95,26 @@ def batch_norm(
         (ghost batch norm, Hoffer et al. 2017), without any collective. The running state still
         learns the moments of the whole batch, pooled over `axis_name` where it is given.
       mask: broadcastable to x. False cells take no part in the statistics; y is normalized
-        everywhere. With no valid cell at all, y is bias and the state stays.
+        everywhere, as if x were the mean where such a cell is NaN or infinite. With no valid cell
+        at all, y is bias and the state stays. Numbers do as well, 0 and 1 alone.
       dtype: of y; x's by default.
+      activation: applied to y last, as `activation(y)`. For `jax.nn.relu` (which Flax's are too)
+        backward makes its sign again, of x, or of y where there is a residual: on a GPU that is
+        less to read and write than relu apart. Any other function is called as it is.
+      residual: of x's shape, added to y before the activation, in y's dtype.
 
     Returns:
-      `(y, state)`: y with x's shape, the state with the dtypes that came in, gradient stopped.
-      A batch whose moments are not finite leaves the state bit for bit as it was.
+      `(y, state)`: y with x's shape; the state in both modes with mean and var in float32 or
+      wider, also where they came in narrower, and count int32; gradient stopped. A channel whose
+      moments are not finite in this batch keeps its statistics, bit for bit, and the others
+      learn; with `momentum=None`, where one count serves all channels, none does.
 
     Raises:
-      TypeError: x or dtype is not floating or complex, or train is no Python bool.
+      TypeError: x, dtype or statistics are not floating or complex, x or dtype has fewer than 16
+        bits, train is no bool, or params, state or a number is something else.
       ValueError: shapes, axes, mask, groups or numbers do not fit, or training statistics
         would be over one value per channel.
+      NotImplementedError: under `jax.experimental.jet`, which cannot; `jax.jvp` nests.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> params, state = jaxbn.init(2)
@@ -77,36 +124,41 @@ def batch_norm(
     [[-1.0, -1.0], [1.0, 1.0]] [0.02, 0.2]
     """
     call = "batch_norm"
-    x = jnp.asarray(x)
+    x = axes_.array(call, "x", x)
     axes = axes_.resolve(call, x, axis)
-    axes_.check_numbers(call, momentum, epsilon)
-    if not isinstance(train, bool):
+    momentum, epsilon = axes_.check_numbers(call, momentum, epsilon)
+    if not isinstance(train, bool | np.bool_):
         raise TypeError(
             f"{call}: train={train!r}, expected True or False, known when tracing. Both return "
             f"the same types, so a traced flag can choose: jax.lax.cond(flag, train_step, "
             f"eval_step, x)."
         )
-    params = Params(None, None) if params is None else axes_.check_kind(call, Params, params)
-    for name, leaf in zip(params._fields, params, strict=True):
-        if leaf is not None:
-            axes_.check_features(call, f"params.{name}", leaf, x, axes)
-    params = Params(*(None if leaf is None else jnp.asarray(leaf) for leaf in params))
-    if state is not None:
-        gathers = isinstance(state, Moments)
-        state = state if gathers else axes_.check_kind(call, State, state)
-        axes_.check_features(call, "state.mean", state.mean, x, axes)
-        axes_.check_features(call, "state.var", state.var, x, axes)
-        if state.count is None and momentum is None:
+    weights = Params(None, None) if params is None else check_kind(call, Params, params)
+    gathers = isinstance(state, Moments)
+    old: Any = state if state is None or gathers else check_kind(call, State, state)
+    axes_.check_features(call, weights, old, x, axes)
+    weights = Params(*(None if leaf is None else jnp.asarray(leaf) for leaf in weights))
+    if isinstance(old, State):
+        if old.count is None and momentum is None:
             raise ValueError(
                 f"{call}: state.count=None with momentum=None, but the cumulative average weighs "
                 f"by the updates so far; start from jaxbn.init(features), or write momentum=0.99."
             )
-        state = state if gathers else settle(state, x)
+        old = settle(call, old, x)
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
-    axes_.check_dtype(call, dtype)
+    axes_.check_dtype(call, "values of y", dtype, "leave dtype out for that of x")
+    if activation is not None and not callable(activation):
+        raise TypeError(
+            f"{call}: activation={activation!r}, expected None or a function of y; write "
+            f"activation=jax.nn.relu."
+        )
+    if residual is not None:
+        residual = axes_.check_residual(call, residual, x, dtype)
 
+    if mask is not None:
+        mask = axes_.check_mask(call, mask, x)
     if not train:
-        if state is None:
+        if old is None:
             raise ValueError(
                 f"{call}: state=None with train=False, but eval normalizes by the running "
                 f"statistics; pass the State that training returned, or write train=True."
@@ -117,29 +169,36 @@ def batch_norm(
                 f"jaxbn.recalibrate does, of batches in training; write train=True, or pass a "
                 f"State."
             )
-        y = normalize(x, state.mean, rstd(state.var, epsilon), params, axes, dtype)
-        return y, state
+        y = normalize_lean(x, old.mean, rstd(old.var, epsilon), weights, axes, dtype, mask)
+        return _finished(y, activation, residual), old
 
-    if mask is not None:
-        mask = axes_.check_mask(call, mask, x)
     pool = collectives.resolve(call, axis_name, axis_index_groups)
+    known, traced = (epsilon, None) if isinstance(epsilon, float) else (0.0, epsilon)
+    relu = activation is jax.nn.relu and not jnp.issubdtype(dtype, jnp.complexfloating)
+    near = None if old is None else old.mean
+    v = Operands(x, weights, mask, traced, residual if relu else None, near)
     if virtual_batch_size is None or x.size == 0:
         if mask is None:
             axes_.check_count(call, x, axes.count(x) * (pool.devices if pool else 1), None)
-        spec = Spec(axes, epsilon, pool, dtype)
-        y, moments = normalize_by_batch(spec, x, params, mask)
+        spec = Spec(axes, known, pool, dtype, relu)
+        y, moments = normalize_by_batch(spec, v)
     else:
         batch_axis, ghosts = axes_.check_ghosts(call, x, axes, virtual_batch_size)
         if mask is None:
             axes_.check_count(call, x, axes.count(x) // ghosts, virtual_batch_size)
-        spec = Spec(axes, epsilon, None, dtype)
-        y, moments = _by_ghosts(spec, x, params, mask, batch_axis, ghosts)
+        spec = Spec(axes, known, None, dtype, relu)
+        y, moments = _by_ghosts(spec, v, batch_axis, ghosts)
         moments = across(moments, pool)
-    if state is None:
-        return y, None
-    if gathers:
-        return y, _gathered(state, moments)
-    return y, blend(state, moments, momentum, unbiased)
+    new: Any = None
+    if old is not None:
+        new = _gathered(old, moments) if gathers else blend(old, moments, momentum, unbiased)
+    return y if relu else _finished(y, activation, residual), new
+
+
+def _finished(y: jax.Array, activation: Any, residual: jax.Array | None) -> jax.Array:
+    """Equals `activation(y + residual)`."""
+    y = y if residual is None else y + residual
+    return y if activation is None else activation(y)
 
 
 def _gathered(state: Any, moments: Moments) -> Moments:
@@ -149,19 +208,22 @@ def _gathered(state: Any, moments: Moments) -> Moments:
     return jax.tree.map(lax.stop_gradient, merge(*both))
 
 
-def _by_ghosts(
-    spec: Spec, x: jax.Array, params: Params, mask: jax.Array | None, batch_axis: int, ghosts: int
-) -> tuple[jax.Array, Moments]:
+def _by_ghosts(spec: Spec, v: Operands, batch_axis: int, ghosts: int) -> tuple[jax.Array, Moments]:
     """Each ghost batch normalized by its own moments; the moments of all of them, pooled."""
 
     def split(v: jax.Array) -> jax.Array:
         before, after = v.shape[:batch_axis], v.shape[batch_axis + 1 :]
         return v.reshape(*before, ghosts, v.shape[batch_axis] // ghosts, *after)
 
+    large = {"x": v.x}
+    if v.mask is not None:
+        large["mask"] = jnp.broadcast_to(v.mask, v.x.shape)
+    if v.residual is not None:
+        large["residual"] = v.residual
     each = jax.vmap(
-        lambda x, mask: normalize_by_batch(spec, x, params, mask),
-        in_axes=(batch_axis, batch_axis),
+        lambda large: normalize_by_batch(spec, v._replace(**large)),
+        in_axes=batch_axis,
         out_axes=(batch_axis, 0),
     )
-    y, moments = each(split(x), None if mask is None else split(jnp.broadcast_to(mask, x.shape)))
-    return y.reshape(x.shape), merge_all(moments)
+    y, moments = each({name: split(leaf) for name, leaf in large.items()})
+    return y.reshape(v.x.shape), merge_all(moments)

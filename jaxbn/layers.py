@@ -1,11 +1,14 @@
 """The batch norm layers of a model or a checkpoint: where they stand and what they hold."""
 
+import functools
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from jaxbn.axes import wide
 from jaxbn.state import Params, State
 
 
@@ -44,7 +47,8 @@ def replace(tree: Any, states: Mapping[str, State]) -> Any:
     """The tree with the running statistics of the layers at these paths in place of their own.
 
     A tree of arrays returns as a new one; an nnx module is updated, as Flax's own training
-    updates it, and returned. Leaves keep their dtype; `count` enters where it is stored.
+    updates it, and returned. Leaves keep their dtype, but mean and var narrower than float32
+    become float32; `count` enters where it is stored.
 
     Raises:
       KeyError: no layer is at a path.
@@ -66,7 +70,7 @@ def replace(tree: Any, states: Mapping[str, State]) -> Any:
             for name, value in state._asdict().items():
                 box = getattr(modules[path], name, None)
                 if isinstance(box, nnx.Variable):
-                    box.set_value(value.astype(box.get_value().dtype))
+                    box.set_value(_cast(value, box.get_value()))
         return tree
 
     def walk(node: Any, path: str) -> Any:
@@ -146,11 +150,17 @@ def _layer(stats: Any, weights: Any) -> Layer:
 def _renewed(node: Any, state: State) -> Any:
     old = node._asdict() if isinstance(node, State) else node
     new = {
-        name: jax.tree.map(lambda leaf, value=value: value.astype(leaf.dtype), old[name])
+        name: jax.tree.map(functools.partial(_cast, value), old[name])
         for name, value in state._asdict().items()
         if old.get(name) is not None and value is not None
     }
     return node._replace(**new) if isinstance(node, State) else _like(node, {**old, **new})
+
+
+def _cast(value: Any, leaf: Any) -> Any:
+    """The value in the leaf's dtype; statistics in float32 or wider."""
+    inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return value.astype(wide(leaf.dtype) if inexact else leaf.dtype)
 
 
 def _like(tree: Any, items: dict[str, Any]) -> Any:

@@ -1,5 +1,6 @@
 """`BatchNorm` for Flax linen: variables to `Params` and `State`, and back."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
 
-from jaxbn.axes import resolve
+from jaxbn.axes import array, resolve, wide
 from jaxbn.functional import batch_norm
 from jaxbn.state import Params, State
 
@@ -19,12 +20,14 @@ class BatchNorm(nn.BatchNorm):
     checkpoint moves over by changing the import, and back. `docs/differences-from-flax.md`
     lists where the numbers differ, which is where Flax's are wrong. `use_fast_variance` is
     accepted and has nothing to choose: the one pass here is also the accurate one.
-    `force_float32_reductions=False` only gives the statistics `param_dtype` as their dtype.
+    `force_float32_reductions=False` only gives the statistics `param_dtype` as their dtype, where
+    that is float64: they are float32 or wider.
 
     Attributes (new here):
       momentum: may be None for the cumulative average; then `batch_stats/count` is stored.
       virtual_batch_size: normalize by statistics of groups of this many rows.
       unbiased: the running var takes n / (n - 1) times the batch's, as PyTorch's does.
+      activation: applied to y last; `flax.linen.relu` in its own way, see `jaxbn.batch_norm`.
 
     Raises:
       TypeError, ValueError: as `jaxbn.batch_norm`; not for one value per channel in `init`.
@@ -40,6 +43,7 @@ class BatchNorm(nn.BatchNorm):
     momentum: float | None = 0.99  # type: ignore[assignment]
     virtual_batch_size: int | None = None
     unbiased: bool = False
+    activation: Callable[[jax.Array], jax.Array] | None = None
 
     @nn.compact
     def __call__(
@@ -48,6 +52,7 @@ class BatchNorm(nn.BatchNorm):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        residual: jax.Array | None = None,
     ) -> jax.Array:
         """Equals `batch_norm(x, …, train=not use_running_average)`; batch_stats is updated.
 
@@ -55,13 +60,14 @@ class BatchNorm(nn.BatchNorm):
           x: any rank, features on `axis`.
           use_running_average: normalize by batch_stats, which stay; here or in the constructor.
           mask: broadcastable to x; False cells take no part in the statistics.
+          residual: of x's shape, added to y before the activation.
         """
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        x = jnp.asarray(x)
+        x = array("BatchNorm", "x", x)
         features = tuple(x.shape[a] for a in resolve("BatchNorm", x, self.axis).features)
-        stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        stats_dtype = jnp.float32 if self.force_float32_reductions else wide(self.param_dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, features, stats_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, features, stats_dtype)
         count = None
@@ -95,10 +101,12 @@ class BatchNorm(nn.BatchNorm):
             unbiased=self.unbiased,
             mask=mask,
             dtype=dtype,
+            activation=self.activation,
+            residual=residual,
             **options,
         )
         if not use_running_average and not initializing:
             mean.value, var.value = state.mean, state.var
-            if self.momentum is None:
+            if state.count is not None:
                 counter.value = state.count
         return y

@@ -11,11 +11,11 @@ from jax import lax
 
 from jaxbn import axes as axes_
 from jaxbn import collectives
-from jaxbn.axes import Axes
+from jaxbn.axes import Axes, wide
 from jaxbn.collectives import Pool
 from jaxbn.primitives import Operation
 from jaxbn.state import Moments
-from jaxbn.sums import GPU, TPU, divisible, parts, real_product, total, totals
+from jaxbn.sums import divisible, parts, real_product, total, totals
 from jaxbn.tangent import summed
 
 # Up to this many devices their moments travel in one collective, 2C + 1 numbers a device, and
@@ -44,7 +44,8 @@ def moments(
     Args:
       x: any rank, floating or complex.
       axis: feature axis, or a tuple of them.
-      mask: broadcastable to x; cells that are False (or 0) take no part.
+      mask: broadcastable to x; cells that are False (or 0) take no part. True and 1 are the
+        other values it may hold.
       axis_name: mapped axis or axes to pool over, each device weighted by its count.
       axis_index_groups: pool within subgroups of that axis.
 
@@ -56,6 +57,7 @@ def moments(
     Raises:
       TypeError: x is not floating or complex.
       ValueError: an axis, the mask, or an axis name does not fit.
+      NotImplementedError: under `jax.experimental.jet`, which cannot; `jax.jvp` nests.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> m = jaxbn.moments(
@@ -64,7 +66,7 @@ def moments(
     >>> float(m.count), float(m.mean[0]), float(m.var[0])
     (2.0, 1.5, 0.25)
     """
-    x = jnp.asarray(x)
+    x = axes_.array("moments", "x", x)
     where = axes_.resolve("moments", x, axis)
     if mask is not None:
         mask = axes_.check_mask("moments", mask, x)
@@ -93,25 +95,31 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 # Traced once for equal layers.
 @functools.partial(jax.jit, static_argnames="axes", inline=True)
-def of(x: jax.Array, axes: Axes, mask: jax.Array | None = None) -> Moments:
+def of(
+    x: jax.Array, axes: Axes, mask: jax.Array | None = None, near: jax.Array | None = None
+) -> Moments:
     """Equals the moments of x over `axes.reduced`, in float32 or wider.
 
     Sums are taken of `x - pivot`, so nothing cancels however large the mean is, and they are
     exact for a constant channel, whose mean is then that constant and whose var is 0. TPUs take
-    them of x itself where that is as good.
+    them of x itself where that is as good, and those of a bfloat16 x about `near` [C], or 0.
     """
     real = jnp.finfo(wide(x.dtype)).dtype
     count = jnp.asarray(axes.count(x), real) if mask is None else _count(mask, x, axes, real)
-    return Moments(count, *mean_and_var(x, divisor(count), mask, axes=axes))
+    if near is not None:
+        near = lax.stop_gradient(near).astype(wide(x.dtype)) if x.dtype == jnp.bfloat16 else None
+    return Moments(count, *mean_and_var(x, divisor(count), mask, near, axes=axes))
 
 
-def _mean_and_var(
-    platform: str, x: jax.Array, n: jax.Array, mask: jax.Array | None, *, axes: Axes
+def _mean_and_var(  # type: ignore[no-untyped-def]
+    device, x, n, mask, near, *, axes: Axes
 ) -> tuple[jax.Array, jax.Array]:
-    way = _at_once if platform in TPU else _by_pivot
-    if platform in GPU and mask is None:
+    way = _by_pivot
+    if device == "gpu" and mask is None and all(isinstance(size, int) for size in x.shape):
         way = _by_grid
-    mean, var = way(platform, axes, x, mask, n)
+    if device == "tpu":
+        way = functools.partial(_about_near, near) if x.dtype == jnp.bfloat16 else _at_once
+    mean, var = way(device, axes, x, mask, n)
     return mean, jnp.maximum(var, 0)  # of a constant channel, that rounding left a hair below
 
 
@@ -121,41 +129,48 @@ mean_and_var = Operation("moments", _mean_and_var)
 @mean_and_var.differentiated
 def _(tx: jax.Array, operands: Any, moments: Any, *, axes: Axes) -> tuple[jax.Array, jax.Array]:
     """The tangents of mean and var, also of a var that was rounded to 0."""
-    x, n, mask = operands
+    x, n, mask, _ = operands
     s1, s2 = sums_about(tx.astype(wide(x.dtype)), x, moments[0], mask, axes)
     return s1 / n.astype(s1.dtype), 2 * s2 / n
 
 
 def sums_about(
-    t: jax.Array, x: jax.Array, mean: jax.Array, mask: jax.Array | None, axes: Axes
+    t: jax.Array,
+    x: jax.Array,
+    mean: jax.Array,
+    mask: jax.Array | None,
+    axes: Axes,
+    held: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Equals Σt and Σ Re(conj(x - mean) t) over the valid cells; linear in t."""
-    others = None, x.conj(), mean.conj(), mask
-    s1, s2 = summed(t, *others, axes=axes, dtype=t.dtype, valid=True)
+    others = None, x.conj(), mean.conj(), mask, None, None
+    static = {"dtype": t.dtype, "valid": True, "relu": False, "held": held}
+    s1, s2 = summed(t, *others, axes=axes, **static)
     return s1, s2.real
 
 
 def _by_pivot(
-    platform: str, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
+    device: str, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Mean and variance by sums about a pivot, which is read from x first."""
-    return _about(platform, _pivot(platform, x, axes, mask, n), axes, x, mask, n)
+    return _about(device, _pivot(device, x, axes, mask, n), axes, x, mask, n)
 
 
 def _by_grid(
-    platform: str, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
+    device: str, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The same about the mean of a grid of positions, in units of one over their number.
 
-    For GPUs: that number is a power of two where the batch is one, so K x - Σ of the grid is K times
-    x - pivot to the bit, and no kernel has to divide.
+    For GPUs: that number K is a power of two where the batch is one, so K x - Σ is K (x - pivot)
+    to the bit, and no kernel has to divide. (pivot - mean)² is at most SPARSE times the variance
+    whatever the values are; and where the batch is sharded, each device has its part of the grid.
     """
     kind = wide(x.dtype)
     grid = _grid(x, axes).astype(kind)
     total, k = grid.sum(axes.reduced), axes.count(grid)
     if k & (k - 1):
         total, k = total / k, 1
-    mean, var = _about(platform, total, axes, x.astype(kind) * k, mask, n)
+    mean, var = _about(device, total, axes, x.astype(kind) * k, mask, n)
     return mean / k, var / k**2
 
 
@@ -174,7 +189,7 @@ def _grid(x: jax.Array, axes: Axes) -> jax.Array:
 
 
 def _at_once(
-    platform: str, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
+    device: str, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The same by sums about 0, and by a pivot only where some channel's mean is far from 0.
 
@@ -183,20 +198,41 @@ def _at_once(
     here; a constant channel other than 0, and what is not finite, are never near.
     """
     zero = jnp.zeros([x.shape[a] for a in axes.features], wide(x.dtype))
-    mean, var = _about(platform, zero, axes, x, mask, n)
+    mean, var = _about(device, zero, axes, x, mask, n)
     near = jnp.all(real_product(mean, mean) <= NEAR * var)
-    by_pivot = functools.partial(_by_pivot, platform, axes)
+    by_pivot = functools.partial(_by_pivot, device, axes)
     return lax.cond(near, lambda *_: (mean, var), by_pivot, x, mask, n)
 
 
+def _about_near(
+    near: jax.Array | None,
+    device: str,
+    axes: Axes,
+    x: jax.Array,
+    mask: jax.Array | None,
+    n: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The same about `near` as it is, or 0.
+
+    For a bfloat16 x on TPUs, which then read x for its sums never. About 0, var loses a factor of
+    1 + mean² / var of float32's precision, in which bfloat16 has lost more when x was rounded to
+    it: a quarter of a unit of x's last place, squared. About the running mean nothing is lost
+    once that is near.
+    """
+    pivot = jnp.zeros([x.shape[a] for a in axes.features], wide(x.dtype))
+    if near is not None:
+        pivot = jnp.where(jnp.isfinite(near), near, pivot)
+    return _about(device, pivot, axes, x, mask, n)
+
+
 def _about(
-    platform: str, pivot: jax.Array, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
+    device: str, pivot: jax.Array, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Mean and variance by Σ(x - pivot) and Σ|x - pivot|², over n."""
     d = x.astype(pivot.dtype) - axes.expand(pivot)
     if mask is not None:
         d = jnp.where(mask, d, 0)
-    sum_d, sum_d2 = totals(d, d.conj(), axes, platform)
+    sum_d, sum_d2 = totals(d, d.conj(), axes, device)
     shift = sum_d / n.astype(d.dtype)
     return pivot + shift, sum_d2.real / n - real_product(shift, shift)
 
@@ -267,13 +303,8 @@ def divisor(count: jax.Array) -> jax.Array:
     return lax.optimization_barrier(jnp.where(count > 0, count, 1))
 
 
-def wide(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype statistics are computed in: float32, or x's own where that is wider."""
-    return axes_.promote(dtype, jnp.float32)
-
-
 def _pivot(
-    platform: str, x: jax.Array, axes: Axes, mask: jax.Array | None, n: jax.Array
+    device: str, x: jax.Array, axes: Axes, mask: jax.Array | None, n: jax.Array
 ) -> jax.Array:
     """A value near each channel's mean [C], to shift by.
 
@@ -286,12 +317,12 @@ def _pivot(
     """
     kind = wide(x.dtype)
     if mask is not None:
-        return total(jnp.where(mask, x.astype(kind), 0), axes, platform) / n.astype(kind)
+        return total(jnp.where(mask, x.astype(kind), 0), axes, device) / n.astype(kind)
     axis, stride = _sample(x, axes)
     if stride > 1:
         x = lax.slice_in_dim(x, 0, None, stride, axis=axis)
     count = jnp.asarray(axes.count(x), jnp.finfo(kind).dtype)
-    return total(x.astype(kind), axes, platform) / jnp.maximum(count, 1).astype(kind)
+    return total(x.astype(kind), axes, device) / jnp.maximum(count, 1).astype(kind)
 
 
 def _sample(x: jax.Array, axes: Axes) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """`BatchNorm` for Flax nnx: variables to `Params` and `State`, and back."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
+from jaxbn.axes import array
 from jaxbn.functional import batch_norm
 from jaxbn.state import Params, State
 
@@ -24,6 +26,7 @@ class BatchNorm(nnx.BatchNorm):
       momentum: may be None for the cumulative average; then a `BatchStat` count is stored.
       virtual_batch_size: normalize by statistics of groups of this many rows.
       unbiased: the running var takes n / (n - 1) times the batch's, as PyTorch's does.
+      activation: applied to y last; `flax.nnx.relu` in its own way, see `jaxbn.batch_norm`.
 
     Raises:
       TypeError, ValueError: as `jaxbn.batch_norm`.
@@ -43,11 +46,13 @@ class BatchNorm(nnx.BatchNorm):
         momentum: float | None = 0.99,
         virtual_batch_size: int | None = None,
         unbiased: bool = False,
+        activation: Callable[[jax.Array], jax.Array] | None = None,
         **kwargs: Any,
     ):
         super().__init__(num_features, momentum=momentum, **kwargs)  # type: ignore[arg-type]
         self.virtual_batch_size = virtual_batch_size
         self.unbiased = unbiased
+        self.activation = activation
         if momentum is None:
             self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
@@ -57,6 +62,7 @@ class BatchNorm(nnx.BatchNorm):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        residual: jax.Array | None = None,
     ) -> jax.Array:
         """Equals `batch_norm(x, …, train=not use_running_average)`; mean and var are updated.
 
@@ -65,6 +71,7 @@ class BatchNorm(nnx.BatchNorm):
           use_running_average: normalize by the running statistics, which stay; here, in the
             constructor, or by `model.eval()`.
           mask: broadcastable to x; False cells take no part in the statistics.
+          residual: of x's shape, added to y before the activation.
         """
         use_running_average = nnx.module.first_from(
             use_running_average,
@@ -73,7 +80,7 @@ class BatchNorm(nnx.BatchNorm):
             "constructor; expected True or False: model.train(), model.eval(), or "
             "bn(x, use_running_average=False).",
         )
-        x = jnp.asarray(x)
+        x = array("BatchNorm", "x", x)
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         mean, var = self.mean[...], self.var[...]
@@ -99,9 +106,13 @@ class BatchNorm(nnx.BatchNorm):
             virtual_batch_size=self.virtual_batch_size,
             mask=mask,
             dtype=dtype,
+            activation=self.activation,
+            residual=residual,
         )
         if not use_running_average:
-            self.mean[...], self.var[...] = state.mean, state.var
-            if cumulative:
-                self.count[...] = state.count
+            # Anew: `mean[...] = ` would cast to the dtype that mean had.
+            self.mean.set_value(state.mean)
+            self.var.set_value(state.var)
+            if state.count is not None:
+                self.count.set_value(state.count)
         return y

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn import layers
+from jaxbn.axes import wide
 from jaxbn.calls import Call, batch_moments, hooked_apply, hooked_nnx
-from jaxbn.moments import merge, wide
+from jaxbn.moments import merge
 from jaxbn.state import Moments, State
 
 

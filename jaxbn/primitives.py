@@ -18,16 +18,17 @@ from jax.interpreters import ad, batching, mlir
 from jaxbn.axes import Axes
 from jaxbn.collectives import alike
 
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+# What is meant for which of the platforms that JAX lowers for.
+DEVICES = {"cpu": "cpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
 
 
 class Operation:
-    """A function `f(platform, *operands, axes, **static)` of arrays, to several, as one operation.
+    """A function `f(device, *operands, axes, **static)` of arrays, to several, as one operation.
 
     Operands have x's rank, or the shape of its features, or are one number, or None. The result is
-    linear in the first `linear` of them together; `platform` is "" where JAX differentiates by
-    the others, so f must be differentiable there. `transpose(cotangents, *others, axes, **static)`
-    gives a cotangent for each linear operand.
+    linear in the first `linear` of them together. `device` is one that `DEVICES` names, or "": so
+    where JAX differentiates by the other operands. `transposed` and `differentiated` register
+    what else JAX has to know.
     """
 
     def __init__(self, name: str, f: Callable[..., Any], linear: int = 0) -> None:
@@ -39,7 +40,7 @@ class Operation:
         ad.primitive_jvps[p] = self._jvp
         ad.primitive_transposes[p] = self._transpose
         batching.primitive_batchers[p] = self._batch
-        for platform in ("", *PLATFORMS):
+        for platform in ("", *DEVICES):
             rule = mlir.lower_fun(functools.partial(self._run, platform=platform))
             mlir.register_lowering(p, rule, platform=platform or None, inline=False)
 
@@ -51,7 +52,7 @@ class Operation:
         return tuple(self.primitive.bind(*there, given=given, axes=axes, static=static_))
 
     def _run(self, *there: Any, given: Any, axes: Axes, static: Any, platform: str = "") -> Any:
-        return self.f(platform, *_all(there, given), axes=axes, **dict(static))
+        return self.f(DEVICES.get(platform, ""), *_all(there, given), axes=axes, **dict(static))
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019 (operations are made once and stay)
     def _results(self, *avals: Any, **params: Any) -> Any:
@@ -65,7 +66,7 @@ class Operation:
         self.rule = rule
 
     def transposed(self, transpose: Callable[..., Any]) -> None:
-        """Registers `transpose`."""
+        """Registers `transpose(cotangents, *others, axes, **static)`, to those of the linear."""
         self.transpose = transpose
 
     def _jvp(self, primals: Any, tangents: Any, **params: Any) -> Any:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn import collectives
-from jaxbn.moments import across, wide
+from jaxbn.axes import wide
+from jaxbn.moments import across
 from jaxbn.state import Moments, State
 
 
@@ -143,7 +144,7 @@ def sync_state(
         pooled = across(own, pool)
         if count is not None:
             count = collectives.total(count, pool) // pool.devices
-        return pooled.mean.astype(mean.dtype), pooled.var.astype(var.dtype), count
+        return pooled.mean, pooled.var, count
 
     return _by_layer("sync_state", sync, state)
 
@@ -192,7 +193,7 @@ def merge_updates(states: Any, momentum: float | None = 0.99) -> Any:
         spread = jnp.square(jnp.abs(means - middle[None])).mean(0) / share
         pooled = var.astype(wide(var.dtype)).mean(0) + spread
         last = None if count is None else count[0]
-        return middle.astype(mean.dtype), pooled.astype(var.dtype), last
+        return middle, pooled, last
 
     return _by_layer("merge_updates", merge, states)
 

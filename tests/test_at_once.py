@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
+from jaxbn import primitives
 from tests import oracle
 from tests.test_sums import REAL, assert_training_equals_the_oracle, normal, step
 
@@ -26,7 +27,7 @@ def way(switched):
     """Chooses one: at once, which is a TPU's, to begin with."""
 
     def choose(at_once):
-        switched(moments, "TPU", ("cpu",) if at_once else ())
+        switched(primitives, "DEVICES", {"cpu": "tpu" if at_once else "cpu"})
 
     choose(True)
     return choose

@@ -218,15 +218,47 @@ def test_training_equals_flax(dtype):
         ("float16", np.inf),
     ],
 )
-def test_a_batch_that_is_not_finite_leaves_the_state(dtype, bad, momentum):
+def test_a_channel_that_is_not_finite_keeps_its_statistics(dtype, bad, momentum):
+    """To the bit, and the others learn; none of them where one count serves all."""
     _, params, state = given(cases.SMALL[0])
     state = jax.tree.map(jnp.asarray, state)
     x = jnp.asarray(normal((8, 10))).astype(dtype)
+    _, sound = bn(x, params, state, train=True, momentum=momentum)
     _, new = bn(x.at[3, 5].set(bad), params, state, train=True, momentum=momentum)
+    if momentum is None:
+        assert_identical(new, state)
+    else:
+        channel = np.arange(10) == 5
+        desired = jax.tree.map(lambda a, b: jnp.where(channel, a, b), state[:2], sound[:2])
+        assert_identical((*new[:2], new.count), (*desired, state.count + 1))
+    _, new = bn(jnp.full_like(x, bad), params, state, train=True, momentum=momentum)
     assert_identical(new, state)
-    _, new = bn(x, params, state, train=True, momentum=momentum)
-    assert int(new.count) == int(state.count) + 1
-    assert (new.mean != state.mean).all()
+    assert int(sound.count) == int(state.count) + 1
+    assert (sound.mean != state.mean).all()
+
+
+def test_what_the_state_cannot_hold_is_not_finite():
+    """Statistics of float64 x, beyond the range of a float32 state: of mean alone, and of var."""
+    _, state = jaxbn.init(3)
+    with jax.enable_x64(True):
+        x = np.array([[1e60, 1e30, 1.0], [1e60, -1e30, 3.0]])
+        _, new = bn(x, None, state, train=True, momentum=0.5)
+    np.testing.assert_array_equal(new.mean, np.float32([0, 0, 1]))
+    np.testing.assert_array_equal(new.var, np.float32([1, 1, 1]))
+
+
+def test_no_channel_asks_about_another():
+    """Where nothing is counted: no reduction over channels, in the program as it is written."""
+    params, state = jaxbn.init(4)
+    step = functools.partial(jaxbn.batch_norm, train=True)
+
+    def reductions(state):
+        text = str(jax.make_jaxpr(step)(jnp.ones((8, 4)), params, state))
+        return text.count("reduce_and"), text.count("reduce_or")
+
+    alls, anys = reductions(None)
+    assert reductions(state._replace(count=None)) == (alls, anys)
+    assert reductions(state) == (alls, anys + 1)
 
 
 def value_and_gradients(x, dy, params, state, mask=None):
@@ -282,6 +314,74 @@ def test_masked_out_cells_never_reach_the_statistics_or_a_gradient(filler):
     ):
         oracle.assert_close(got, np.asarray(want, np.float64), tolerance, "masked")
     np.testing.assert_array_equal(dx[~valid], 0)
+    if not np.isfinite(filler):  # as if it were the mean
+        np.testing.assert_array_equal(y[~valid], np.broadcast_to(params.bias, y[~valid].shape))
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("filler", [np.inf, np.nan])
+def test_masked_out_cells_never_reach_the_layers_after(filler, train):
+    """Whose sums over cells meet 0 · y there; so y is bias, as of a cell that holds the mean."""
+    params, state = jaxbn.Params(normal(4, 1), normal(4, seed=1)), given(cases.SMALL[0])[2]
+    state = jaxbn.State(state.mean[:4], state.var[:4], None)
+    x, w, dy = normal((12, 4), 3), normal((4, 2), seed=2), normal((12, 2), seed=3)
+    valid = np.arange(12)[:, None] % 3 != 1
+    dy *= valid
+
+    @jax.jit
+    def gradients(x):
+        def loss(params, w):
+            y, _ = jaxbn.batch_norm(x, params, state, train=train, mask=valid)
+            return (jax.nn.gelu(y) @ w * dy).sum()
+
+        return jax.grad(loss, (0, 1))(params, w)
+
+    mean = x[valid[:, 0]].mean(0) if train else state.mean
+    got, want = gradients(np.where(valid, x, filler)), gradients(np.where(valid, x, mean))
+    for g, v in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        oracle.assert_close(g, np.float64(v), oracle.tolerance("float32", 12))
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("train", [True, False])
+def test_epsilon_0_gives_bias_where_nothing_varies(train, traced):
+    """The limit of epsilon to 0, where the formula has 0 / 0; gradients are finite."""
+    params, x, dy = jaxbn.Params(normal(3, 1), normal(3, seed=1)), normal((8, 3), 2), normal((8, 3))
+    x[:, 1] = 7.1
+    _, mean, var = oracle.moments(x)
+    state = jaxbn.State(np.float32(mean), np.float32(var), None)
+
+    @functools.partial(jax.jit, static_argnums=None if traced else 0)
+    def run(epsilon):
+        def f(x, params):
+            return jaxbn.batch_norm(x, params, state, train=train, epsilon=epsilon)[0]
+
+        y, vjp = jax.vjp(f, x, params)
+        return y, *vjp(dy)
+
+    y, dx, (dscale, dbias) = run(0.0)
+    np.testing.assert_array_equal(y[:, 1], params.bias[1])
+    np.testing.assert_array_equal((*dx[:, 1], dscale[1]), 0)
+    desired = oracle.normalize(x, mean, np.where(var, var, 1), *params, epsilon=0)
+    oracle.assert_close(y, desired, oracle.tolerance("float32", 8), "y")
+    assert np.isfinite(dx).all()
+    oracle.assert_close(dbias, dy.sum(0, dtype=float), oracle.tolerance("float32", 8), "dbias")
+
+
+@pytest.mark.parametrize("size", [1e18, 1e20, 1e30, 1e38, 3e38])
+def test_y_is_right_or_bias_or_nan_at_the_end_of_the_range(size):
+    """A variance beyond float32, from |x - mean| of about 1e19: no other number, and no state."""
+    x = np.stack([[size, -size, size, 0, 1, 2], np.arange(6)], -1).astype(np.float32)
+    bias = np.float32([0.5, 0.25])
+    y, state = bn(x, jaxbn.Params(None, bias), jaxbn.init(2)[1], train=True, momentum=0.5)
+    _, mean, var = oracle.moments(x)
+    desired = oracle.normalize(x, mean, var, 1, bias)
+    oracle.assert_close(y[:, 1], desired[:, 1], oracle.tolerance("float32", 6))
+    if size < 1e19:
+        oracle.assert_close(y, desired, oracle.tolerance("float32", 6))
+    else:
+        assert (np.isnan(y[:, 0]) | (y[:, 0] == bias[0])).all()
+        assert (state.mean[0], state.var[0]) == (0, 1)
 
 
 def test_y_is_normalized_outside_the_mask_too():
@@ -307,8 +407,11 @@ def test_one_image_is_a_batch():
 
 
 STATES = {
-    "of init": lambda: jaxbn.init(4)[1],
-    "bfloat16": lambda: jaxbn.init(4, jnp.bfloat16)[1],
+    "of init": lambda: jaxbn.init(4, jnp.bfloat16)[1],
+    "bfloat16": lambda: jaxbn.State(jnp.zeros(4, "bfloat16"), jnp.ones(4, "bfloat16"), 0),
+    "float16": lambda: jaxbn.State(jnp.zeros(4, "float16"), jnp.ones(4, "float16"), np.int8(0)),
+    "float8": lambda: jaxbn.State(jnp.zeros(4, "float8_e5m2"), jnp.ones(4, "float16"), True),
+    "averaged": lambda: jaxbn.State(jnp.zeros(4), jnp.ones(4), 2.9),
     "weak": lambda: jaxbn.State(jnp.full(4, 0.5), jnp.full(4, 1.5), jnp.asarray(0)),
     "numpy": lambda: jaxbn.State(np.zeros(4, np.float32), np.ones(4, np.float32), np.int32(0)),
 }
@@ -322,7 +425,7 @@ def test_train_and_eval_return_the_same_types(stored, dtype):
     outputs = [bn(x, params, state, train=train) for train in (True, False)]
     assert types(outputs[0]) == types(outputs[1])
     assert not any(jnp.asarray(leaf).weak_type for leaf in jax.tree.leaves(outputs))
-    assert [jnp.asarray(v).dtype for v in outputs[0][1]] == [jnp.asarray(v).dtype for v in state]
+    assert [v.dtype for v in outputs[0][1]] == [jnp.float32, jnp.float32, jnp.int32]
 
 
 def test_a_traced_flag_chooses_by_cond():
@@ -360,18 +463,53 @@ def test_a_training_loop_compiles_once(dtype):
     assert int(state.count) == 3
 
 
-def test_a_bfloat16_state_is_blended_in_float32():
-    """0.9 * 100 + 0.1 * 101 rounds to 100.0 or 100.5 in bfloat16: one rounding, at the end."""
-    x = normal((64, 3), [101, 50, 3], 0.1)
-    stored = jaxbn.State(jnp.asarray([100, 60, 3], jnp.bfloat16), jnp.ones(3, jnp.bfloat16), 0)
-    stored = stored._replace(count=jnp.int32(0))
-    _, state = bn(x, None, stored, train=True, momentum=0.9)
-    assert (state.mean.dtype, state.var.dtype) == (jnp.bfloat16, jnp.bfloat16)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("momentum", [0.999, None])
+def test_a_state_stored_narrow_arrives_at_the_truth(dtype, momentum):
+    """Its steps, 0.001 of what is to go, are below half a unit in bfloat16 and float16."""
+    x = (20 * normal((64, 3), 5)).astype(np.float32)  # the second's var is beyond float16
+    state = jaxbn.State(jnp.zeros(3, dtype), jnp.ones(3, dtype), 0)
+
+    @jax.jit
+    def steps(state):
+        step = functools.partial(jaxbn.batch_norm, x, None, train=True, momentum=momentum)
+        _, state = step(state=state)
+        return jax.lax.fori_loop(1, 2000, lambda _, s: step(state=s)[1], state)
+
     _, mean, var = oracle.moments(x)
-    for got, old, batch in ((state.mean, stored.mean, mean), (state.var, stored.var, var)):
-        desired = oracle.running(np.float64(old), batch, 0.9)
-        # bfloat16 has 8 bits: rounding once is off by 2^-8 of each entry at most.
-        np.testing.assert_allclose(np.float64(got), desired, rtol=2.0**-8 + 16 * EPS)
+    state, left = steps(state), 0 if momentum is None else momentum**2000
+    # A rounding a step, half a unit of what is there, of which momentum forgets.
+    tolerance = oracle.tolerance("float32", 64) + 1000 * EPS / 2
+    oracle.assert_close(state.mean, oracle.running(0, mean, left), tolerance, "mean")
+    oracle.assert_close(state.var, oracle.running(1, var, left), tolerance, "var")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("count", [0, 10**6, 2 * 10**7, 2**31 - 1])
+def test_the_cumulative_average_weighs_each_update_alike(count, dtype):
+    """By 1 / (count + 1), in the state's dtype, however many there were."""
+    with jax.enable_x64(dtype == "float64"):
+        x = normal((16, 3), [5, 1e3, 0], [1, 1, 1e-6]).astype(dtype)
+        state = jaxbn.State(jnp.zeros(3, dtype), jnp.ones(3, dtype), jnp.int32(count))
+        _, new = bn(x, None, state, train=True, momentum=None)
+    _, mean, var = oracle.moments(x)
+    eps = float(jnp.finfo(dtype).eps)
+    for got, old, batch in ((new.mean, 0, mean), (new.var, 1, var)):
+        assert got.dtype == dtype
+        desired = old + (batch - old) / (count + 1)
+        # The batch's rounding, of what it adds; and one of the sum, of what is there.
+        allowed = 32 * eps * np.abs(batch - old) / (count + 1) + (count > 0) * eps * np.abs(desired)
+        assert (np.abs(np.float64(got) - desired) <= allowed).all()
+    assert int(new.count) == min(count + 1, 2**31 - 1)
+
+
+@pytest.mark.parametrize("count", [2**31 - 1, 3e9, np.uint32(3e9)])
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_a_count_does_not_wrap(count, momentum):
+    state = jaxbn.State(np.zeros(3, np.float32), np.ones(3, np.float32), count)
+    for train in (True, False):
+        _, new = bn(normal((8, 3)), None, state, train=train, momentum=momentum)
+        assert (int(new.count), new.count.dtype) == (2**31 - 1, jnp.int32)
 
 
 def test_eval_of_bfloat16_is_rounded_once():
@@ -489,6 +627,9 @@ def test_init_has_the_shapes_and_dtypes_asked_for():
     params, state = jaxbn.init((3, 4), jnp.complex64)
     assert [v.shape for v in (*params, *state)] == [(3, 4)] * 4 + [()]
     assert (state.mean.dtype, state.var.dtype) == (jnp.complex64, jnp.float32)
+    params, state = jaxbn.init(2, jnp.float16)
+    assert [v.dtype for v in (*params, *state[:2])] == ["float16"] * 2 + ["float32"] * 2
+    params, state = jaxbn.init((3, 4), jnp.complex64)
     np.testing.assert_array_equal(params.scale, 1)
     np.testing.assert_array_equal(state.var, 1)
 

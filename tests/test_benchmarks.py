@@ -91,6 +91,14 @@ def test_ours_keeps_x_for_backward_and_moves_less_than_flax(dtype):
     assert ours[3] < flax[3]
 
 
+def test_ours_keeps_x_in_eval_mode_and_flax_a_wide_copy():
+    rows = {tuple(row[::2][:2]): row[3:] for row in memory.eval_mode().rows}
+    for dtype, wide in (("float32", 1), ("bfloat16", 2)):
+        for library, trained in (("jaxbn", 1), ("Flax linen", wide)):
+            # And vectors of one number a channel.
+            assert rows[dtype, library] == pytest.approx([trained, 0], abs=1e-3)
+
+
 def test_parity_holds_on_the_roads_and_cases_asked_for():
     roads, cases = ("shard_map, data x model", "vmap", "jit, ghost batches"), ("an empty shard",)
     by_case, by_quantity = parity.run(roads, cases)

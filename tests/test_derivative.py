@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 from jax import export
 
 import jaxbn
@@ -91,8 +92,24 @@ def example(shape=(4, 6, 3)):
     return (x, params), directions, normal(*shape), jnp.asarray(rng.random((*shape[:-1], 1)) < 0.7)
 
 
+def state_of(params):
+    """Running statistics that are differentiated with the parameters."""
+    return jaxbn.State(jnp.sin(params.bias), params.scale**2 + 1, None)
+
+
+def affine(params, x):
+    """Eval of one pixel."""
+    mean, var, _ = state_of(params)
+    return (x - mean) / jnp.sqrt(var + 1e-5) * params.scale + params.bias
+
+
+def epsilon_of(params):
+    return jnp.exp(params.scale[0])
+
+
 ROADS = {
-    "plain": lambda x, params, mask: train(x, params)[0],
+    "traced epsilon": lambda x, params, mask: train(x, params, epsilon=epsilon_of(params))[0],
+    "eval": lambda x, params, mask: eval_functional(x, params, state_of(params)),
     "masked": lambda x, params, mask: train(x, params, mask=mask)[0],
     "ghost": lambda x, params, mask: train(x, params, virtual_batch_size=2)[0],
     "pooled": lambda x, params, mask: jax.vmap(
@@ -100,10 +117,11 @@ ROADS = {
     )(x, mask),
 }
 FORMULAS = {
-    "plain": lambda x, params, mask: plain(x, params),
+    "traced epsilon": lambda x, params, mask: plain(x, params, epsilon=epsilon_of(params)),
     "masked": plain,
     "ghost": lambda x, params, mask: jnp.concatenate([plain(x[:2], params), plain(x[2:], params)]),
     "pooled": plain,
+    "eval": lambda x, params, mask: jax.vmap(jax.vmap(functools.partial(affine, params)))(x),
 }
 
 
@@ -329,6 +347,37 @@ def test_kept_for_backward_is_x_in_its_own_dtype(kind, dtype):
     assert all(leaf.size <= groups * 4 for leaf in rest if leaf.dtype != bool)
     mask = options.get("mask", np.zeros(0))
     assert sum(leaf.size for leaf in kept if leaf.dtype == bool) <= mask.size
+
+
+def eval_functional(x, params, state):
+    return jaxbn.batch_norm(x, params, state, train=False)[0]
+
+
+def eval_linen(x, params, state):
+    variables = {"params": params._asdict(), "batch_stats": {"mean": state.mean, "var": state.var}}
+    layer = jaxbn.linen.BatchNorm(use_running_average=True, dtype=x.dtype)
+    return layer.apply(variables, x)
+
+
+def eval_nnx(x, params, state):
+    layer = jaxbn.nnx.BatchNorm(4, use_running_average=True, dtype=x.dtype, rngs=nnx.Rngs(0))
+    layer.scale.set_value(params.scale)
+    layer.bias.set_value(params.bias)
+    return layer(x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("evaluate", [eval_functional, eval_linen, eval_nnx])
+def test_eval_keeps_x_in_its_own_dtype_and_nothing_where_nothing_trains(evaluate, dtype):
+    """For layers whose statistics are frozen, in every door that leads there."""
+    x, (params, state) = jnp.asarray(normal((6, 5, 4)), dtype), jaxbn.init(4)
+
+    def kept(f, *arguments):
+        return [leaf for leaf in jax.tree.leaves(jax.vjp(f, *arguments)[1]) if leaf.size > 4]
+
+    assert [leaf.dtype for leaf in kept(lambda x, p: evaluate(x, p, state), x, params)] == [dtype]
+    assert [leaf.dtype for leaf in kept(lambda p: evaluate(x, p, state), params)] == [dtype]
+    assert kept(lambda x: evaluate(x, params, state), x) == []
 
 
 class Norm(nn.Module):

@@ -77,7 +77,7 @@ def by_feature_axis(x, params, state, mask):
 def by_feature_axis_in_shard_map(x, params, state, mask):
     """shard_map over both axes: statistics pool over the batch axis alone."""
     batch = P("d", *[None] * (x.ndim - 2), "model")
-    state_spec = jaxbn.State(P("model"), P("model"), P())
+    state_spec = jaxbn.State(P("model"), P("model"), None if state.count is None else P())
     rows = None if mask is None else P("d")
     return jax.shard_map(
         pooled,
@@ -384,10 +384,10 @@ def test_constant_channels_stay_exact_across_devices(road):
 
 
 @pytest.mark.parametrize("road", ["shard_map", "shard_map, check_vma=False", "pmap", "vmap"])
-def test_beyond_sixteen_devices_two_sums_say_the_same(road, monkeypatch):
+def test_beyond_sixteen_devices_two_sums_say_the_same(road, switched):
     """The road of large pools, taken by 8 devices."""
     # The attribute jaxbn.moments is the function; here its module is meant.
-    monkeypatch.setattr(sys.modules["jaxbn.moments"], "GATHERED", 4)
+    switched(sys.modules["jaxbn.moments"], "GATHERED", 4)
     x, params, state, dy = example()
     mask = masks("empty shards")
     f = jax.jit(with_gradients(roads()[road])).lower(x, params, state, dy, mask).compile()
@@ -511,11 +511,19 @@ def test_ghost_batches_within_shards_need_no_collective_for_y_and_dx(masked):
     assert collectives(jax.jit(y_and_dx).lower(x, dy, mask).compile()) == []
 
 
-def test_a_nan_in_one_shard_of_features_leaves_the_state_of_all():
+def test_parts_of_the_features_agree_on_one_count():
+    """Where one part holds nothing finite, the other learns and both count the batch."""
     x = jnp.asarray(np.random.default_rng(3).normal(size=(DEVICES, 4, C)), jnp.float32)
-    params, state = jaxbn.init(C)
-    y, new = jax.jit(by_feature_axis_in_shard_map)(x.at[0, 0, 0].set(jnp.nan), params, state, None)
-    for old, kept in zip(state, new, strict=True):
-        np.testing.assert_array_equal(old, kept)
-    assert np.isnan(y[..., 0]).all()
-    assert np.isfinite(y[..., 1:]).all()
+    (params, state), bad = jaxbn.init(C), np.arange(C) < C // 2
+    over = jax.jit(by_feature_axis_in_shard_map)
+    y, new = over(x.at[0, 0, bad].set(jnp.nan), params, state, None)
+    np.testing.assert_array_equal(new.mean == state.mean, bad)
+    np.testing.assert_array_equal(new.var == state.var, bad)
+    assert [int(part.data) for part in new.count.addressable_shards] == [1] * DEVICES
+    np.testing.assert_array_equal(np.isnan(y).any((0, 1)), bad)
+    sizes = [
+        collectives(over.lower(x, params, state._replace(count=count), None).compile())
+        for count in (None, state.count)
+    ]
+    assert sizes[0] == [4 * (2 * C // 2 + 1)]  # the moments of 4 devices
+    assert sorted(sizes[1]) == [1, *sizes[0]]  # and one flag

@@ -6,7 +6,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental.jet import jet
 
 import jaxbn
 
@@ -44,6 +46,15 @@ def mapped(**options):
     return jax.vmap(lambda x: call(x, **options), axis_name="d")(X)
 
 
+def tensor(library):
+    return type("Tensor", (), {"__module__": f"{library}.core"})()
+
+
+WEIGHTED = {
+    "batch_norm": lambda mask: call(mask=mask),
+    "batch_norm in eval": lambda mask: call(mask=mask, train=False),
+    "moments": lambda mask: jaxbn.moments(X, mask=mask),
+}
 CASES = {
     "train is not given": (
         lambda: jaxbn.batch_norm(X, PARAMS, STATE),
@@ -56,8 +67,48 @@ CASES = {
     "state is a dict": (
         lambda: call(state={"mean": STATE.mean, "var": STATE.var}),
         TypeError(
-            "batch_norm: state is dict, expected jaxbn.State(mean, var, count) or None; write "
-            "params, state = jaxbn.init(features)."
+            "batch_norm: state is dict of ['mean', 'var'], expected jaxbn.State(mean, var, count) "
+            'or None; write jaxbn.State(state["mean"], state["var"], state.get("count")).'
+        ),
+    ),
+    "params are a dict": (
+        lambda: call(params={"scale": PARAMS.scale}),
+        TypeError(
+            "batch_norm: params is dict of ['scale'], expected jaxbn.Params(scale, bias) or None; "
+            'write jaxbn.Params(params.get("scale"), params.get("bias")).'
+        ),
+    ),
+    "linen's variables": (
+        lambda: call(params={"params": {}, "batch_stats": {}}),
+        TypeError(
+            "batch_norm: params is dict of ['batch_stats', 'params'], expected "
+            "jaxbn.Params(scale, bias) or None; linen holds each layer's under its name, so write "
+            'v = variables["params"]["BatchNorm_0"] and jaxbn.Params(v.get("scale"), '
+            'v.get("bias")).'
+        ),
+    ),
+    "linen's batch_stats": (
+        lambda: call(state={f"BatchNorm_{i}": {} for i in range(5)}),
+        TypeError(
+            "batch_norm: state is dict of ['BatchNorm_0', 'BatchNorm_1', 'BatchNorm_2', "
+            "'BatchNorm_3'], …, expected jaxbn.State(mean, var, count) or None; linen holds each "
+            "layer's under its name, so write "
+            'v = variables["batch_stats"]["BatchNorm_0"] and jaxbn.State(v["mean"], v["var"], '
+            'v.get("count")).'
+        ),
+    ),
+    "params and state swapped": (
+        lambda: call(params=STATE, state=PARAMS),
+        TypeError(
+            "batch_norm: params is State, expected jaxbn.Params(scale, bias) or None; the order is "
+            "batch_norm(x, params, state)."
+        ),
+    ),
+    "params twice": (
+        lambda: call(state=PARAMS),
+        TypeError(
+            "batch_norm: state is Params, expected jaxbn.State(mean, var, count) or None; the "
+            "order is batch_norm(x, params, state)."
         ),
     ),
     "params of three": (
@@ -91,16 +142,85 @@ CASES = {
     "integer dtype": (
         lambda: call(dtype="int32"),
         TypeError(
-            "batch_norm: dtype=int32, but y is floating or complex; write dtype=jnp.float32, or "
-            "leave dtype out for that of x."
+            "batch_norm: dtype=int32, but values of y are floating or complex; write "
+            "dtype=jnp.float32, or leave dtype out for that of x."
         ),
     ),
-    "scalar x": (
-        lambda: call(jnp.float32(1)),
-        ValueError(
-            "batch_norm: x is a scalar, but a feature axis was expected; write x[None, None]."
+    "integer statistics": (
+        lambda: call(state=STATE._replace(var=jnp.ones(3, int)), train=False),
+        TypeError(
+            "batch_norm: state.var has dtype int32, in which no average can move; write "
+            "state._replace(var=state.var.astype(jnp.float32))."
         ),
     ),
+    "x of 8 bits": (
+        lambda: jaxbn.moments(X.astype(jnp.float8_e4m3fn)),
+        TypeError(
+            "moments: x has dtype float8_e4m3fn, but JAX promotes no dtype of fewer than 16 bits; "
+            "write x.astype(jnp.bfloat16)."
+        ),
+    ),
+    "y of 8 bits": (
+        lambda: call(dtype=jnp.float8_e5m2),
+        TypeError(
+            "batch_norm: dtype=float8_e5m2, but JAX promotes no dtype of fewer than 16 bits; write "
+            "dtype=jnp.bfloat16, or leave dtype out for that of x, and cast what comes out."
+        ),
+    ),
+    "parameters of integers": (
+        lambda: jaxbn.init(3, int),
+        TypeError(
+            "init: dtype=int64, but parameters and statistics are floating or complex; write "
+            "dtype=jnp.float32, or leave dtype out for float32."
+        ),
+    ),
+    **{
+        f"scalar x: {x}": (
+            lambda x=x: call(x),
+            ValueError(
+                "batch_norm: x is a scalar, expected an array [..., features] of many values for "
+                "each feature; write x of shape [batch, features] or [batch, height, width, "
+                "features]."
+            ),
+        )
+        for x in (1.5, 3, jnp.float32(1))
+    },
+    **{
+        f"a tensor of {library}": (
+            lambda what=what, library=library: call(**{what: tensor(library)}),
+            TypeError(
+                f"batch_norm: {what} is a tensor of {library}, expected an array of JAX or NumPy; "
+                f"write jnp.asarray({what}.numpy())."
+            ),
+        )
+        for what, library in (("x", "torch"), ("mask", "tensorflow"))
+    },
+    **{
+        f"another library's {name}": (
+            lambda name=name, given=given: call(**{name: given}),
+            TypeError(
+                f"batch_norm: {name}={given} is another library's keyword; write {expected}."
+            ),
+        )
+        for name, given, expected in (
+            ("eps", 0.001, "epsilon=0.001"),
+            ("training", True, "train=True"),
+            ("is_training", False, "train=False"),
+            ("use_running_average", True, "train=not True"),
+            ("decay_rate", 0.9, "momentum=0.9"),
+        )
+    },
+    **{
+        f"jet of {name}": (
+            lambda f=f: jet(f, (X,), ((X, X),)),
+            NotImplementedError(
+                f"{name}: x is traced by jax.experimental.jet, which has no rule for lax.cond, "
+                "jax.checkpoint and jax.custom_jvp; nest jax.jvp for higher orders, write "
+                "jax.jvp(lambda x: jax.jvp(f, (x,), (v,))[1], (x,), (v,))."
+            ),
+        )
+        for name, f in (("moments", jaxbn.moments), ("batch_norm", call))
+    },
     "axis out of range": (
         lambda: call(axis=3),
         ValueError(f"batch_norm: axis=3 does not name axes of x with shape (8, 5, 3); {AXIS}"),
@@ -109,11 +229,33 @@ CASES = {
         lambda: jaxbn.moments(X, axis=()),
         ValueError(f"moments: axis=() does not name axes of x with shape (8, 5, 3); {AXIS}"),
     ),
-    "params of another size": (
+    "params of another layer": (
         lambda: call(params=jaxbn.init(4)[0]),
         ValueError(
             "batch_norm: params.scale has shape (4,), but x with shape (8, 5, 3) has features "
+            "(3,) on axes (2,), as state has; pass this layer's params and not another's, or "
+            "jaxbn.init(3)[0] for fresh ones."
+        ),
+    ),
+    "both of another size": (
+        lambda: call(X, *jaxbn.init(4)),
+        ValueError(
+            "batch_norm: params.scale has shape (4,), but x with shape (8, 5, 3) has features "
             f"(3,) on axes (2,); write jaxbn.init(3), or {FEATURES}"
+        ),
+    ),
+    "channels first": (
+        lambda: call(X, *jaxbn.init(5)),
+        ValueError(
+            "batch_norm: params.scale has shape (5,), but x with shape (8, 5, 3) has features "
+            "(3,) on axes (2,); write axis=1 (channels first: x has 5 there), or jaxbn.init(3)."
+        ),
+    ),
+    "channels last, given as first": (
+        lambda: call(axis=1),
+        ValueError(
+            "batch_norm: params.scale has shape (3,), but x with shape (8, 5, 3) has features "
+            "(5,) on axes (1,); write axis=2 (x has 3 there), or jaxbn.init(5)."
         ),
     ),
     "a bias that would broadcast": (
@@ -123,11 +265,12 @@ CASES = {
             f"(3,) on axes (2,); write jaxbn.init(3), or {FEATURES}"
         ),
     ),
-    "state of another size": (
+    "state of another layer": (
         lambda: call(state=jaxbn.init(5)[1], train=False),
         ValueError(
             "batch_norm: state.mean has shape (5,), but x with shape (8, 5, 3) has features "
-            f"(3,) on axes (2,); write jaxbn.init(3), or {FEATURES}"
+            "(3,) on axes (2,), as params have; pass this layer's state and not another's, or "
+            "jaxbn.init(3)[1] for a fresh one."
         ),
     ),
     "state.var of another size": (
@@ -164,6 +307,17 @@ CASES = {
             "A mask broadcasts as in NumPy, from the last axis backwards."
         ),
     ),
+    **{
+        f"mask of {held} in {of}": (
+            lambda held=held, of=of: WEIGHTED[of](jnp.full((8, 1, 1), held)),
+            ValueError(
+                f"{of.split()[0]}: mask holds {held}, expected True and False, or 1 and 0: a cell "
+                "takes part in the statistics or it does not, and no weight is read; write "
+                "mask > 0."
+            ),
+        )
+        for held, of in ((0.5, "batch_norm"), (-1, "moments"), (2, "batch_norm in eval"))
+    },
     "mask of higher rank": (
         lambda: call(mask=jnp.ones((1, 8, 5, 3))),
         ValueError(
@@ -182,6 +336,18 @@ CASES = {
     "momentum NaN": (
         lambda: call(momentum=float("nan")),
         ValueError(f"batch_norm: momentum=nan, {MOMENTUM}"),
+    ),
+    "momentum of text": (
+        lambda: call(momentum="0.9"),
+        TypeError(f"batch_norm: momentum='0.9', {MOMENTUM}"),
+    ),
+    "momentum of each channel": (
+        lambda: call(momentum=[0.9, 0.9, 0.9]),
+        TypeError(f"batch_norm: momentum=[0.9, 0.9, 0.9], {MOMENTUM}"),
+    ),
+    "epsilon of None": (
+        lambda: call(epsilon=None),
+        TypeError(f"batch_norm: epsilon=None, {EPSILON}"),
     ),
     "epsilon below 0": (
         lambda: call(epsilon=-1e-5),
@@ -203,6 +369,13 @@ CASES = {
         ValueError(
             "batch_norm: virtual_batch_size=0 does not divide the 8 rows on axis 0 of x with "
             "shape (8, 5, 3); write one of [1, 2, 4, 8]."
+        ),
+    ),
+    "virtual_batch_size of text": (
+        lambda: call(virtual_batch_size="4"),
+        TypeError(
+            "batch_norm: virtual_batch_size='4', expected how many rows a group has, an integer "
+            "that divides the 8 on axis 0 of x; write virtual_batch_size=8."
         ),
     ),
     "virtual_batch_size without a batch": (
@@ -286,13 +459,16 @@ CASES = {
             "one name, or pool over one axis of a mesh that has more."
         ),
     ),
-    "a negative size": (
-        lambda: jaxbn.init((3, -1)),
-        ValueError(
-            "init: features=(3, -1), expected the size of the feature axis (or axes); write "
-            "jaxbn.init(x.shape[-1])."
-        ),
-    ),
+    **{
+        f"features of {features!r}": (
+            lambda features=features: jaxbn.init(features),
+            error(
+                f"init: features={features!r}, expected the size of the feature axis (or axes); "
+                "write jaxbn.init(x.shape[-1])."
+            ),
+        )
+        for features, error in (((3, -1), ValueError), ("16", TypeError), (2.5, TypeError))
+    },
 }
 
 
@@ -304,7 +480,7 @@ def test_the_message_says_all(case):
     assert str(error.value) == str(expected)
 
 
-@pytest.mark.parametrize("case", ["params of another size", "mask per sample", "integer x"])
+@pytest.mark.parametrize("case", ["params of another layer", "mask per sample", "integer x"])
 def test_refused_under_jit_too(case):
     f, expected = CASES[case]
     with pytest.raises(type(expected)) as error:
@@ -317,6 +493,16 @@ def test_a_traced_train_is_refused():
         jax.jit(lambda flag: call(train=flag))(True)
 
 
+def test_numbers_of_numpy_are_numbers():
+    """And a traced mask is taken at its word: its values are not there to be seen."""
+    plain = call(axis=2, momentum=0.5, epsilon=0.25, virtual_batch_size=4)
+    numbers = {"axis": np.int64(2), "momentum": np.float64(0.5), "epsilon": jnp.float32(0.25)}
+    given = call(**numbers, train=np.True_, virtual_batch_size=np.int8(4))
+    jax.tree.map(np.testing.assert_array_equal, given, plain)
+    ones = jax.jit(lambda mask: call(mask=mask)[0])(jnp.full((8, 1, 1), 0.5))
+    np.testing.assert_array_equal(ones, call(mask=np.ones((8, 1, 1), int))[0])
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -324,6 +510,7 @@ def test_a_traced_train_is_refused():
         {"x": X[:1, 0], "train": False},
         {"x": X[:1]},
         {"x": X[:0]},
+        {"x": jnp.ones(0), "params": None, "state": jaxbn.init(0)[1]},
     ],
 )
 def test_one_row_is_no_error_where_it_may_be_right(options):

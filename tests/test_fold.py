@@ -23,9 +23,9 @@ from tests.networks import ResNet
 TOLERANCE = 2 * oracle.tolerance("float32", 300)
 
 
-def equations(jaxpr):
+def equations(jaxpr, known=()):
     """(equation, whether each operand is a constant of more than one number), calls looked into."""
-    constants = set(jaxpr.constvars)
+    constants = {*jaxpr.constvars, *known}
     for eqn in jaxpr.eqns:
         given = [hasattr(v, "val") or v in constants for v in eqn.invars]
         if all(given):
@@ -35,7 +35,8 @@ def equations(jaxpr):
             large = (math.prod(v.aval.shape) > 1 for v in eqn.invars)
             yield eqn.primitive.name, list(map(operator.and_, given, large))
         for body, _ in inner:
-            yield from equations(body)
+            inside = zip(body.invars, given, strict=False)
+            yield from equations(body, [v for v, known in inside if known])
 
 
 def affines(fn, x):

@@ -105,6 +105,37 @@ SICK = {
 }
 
 
+@pytest.mark.parametrize(
+    ("dtype", "severity"), [("float16", "warning"), ("bfloat16", "warning"), ("int32", "error")]
+)
+@pytest.mark.parametrize("leaf", ["mean", "var"])
+def test_statistics_in_a_narrow_dtype(leaf, dtype, severity):
+    variables = with_leaf("batch_stats", "mean", 3, 1.0)
+    stats = variables["batch_stats"]["bn"]
+    stats[leaf] = jnp.asarray(stats[leaf] + 1, dtype)
+    (finding,) = health.check(variables)
+    assert finding[:3] == ("bn", "narrow_statistics", severity)
+    assert finding.figure == (1 if severity == "error" else float(jnp.finfo(dtype).eps))
+    if severity == "warning":  # beside what it may have led to
+        stats[leaf] = stats[leaf].at[0].set(jnp.inf)
+        kinds = [finding.kind for finding in health.check(variables)]
+        assert kinds == ["not_finite", "narrow_statistics"]
+
+
+@pytest.mark.parametrize("start", ["init", "loaded"])
+def test_momentum_1_counts_and_learns_nothing(start):
+    x, (_, state) = RNG.normal(3, 2, (32, 4)).astype(np.float32), jaxbn.init(4)
+    if start == "loaded":
+        state = state._replace(mean=state.mean + 1)
+    for _ in range(3):
+        _, state = jaxbn.batch_norm(x, None, state, train=True, momentum=1.0)
+    assert int(state.count) == 3
+    (finding,) = health.check({"bn": state}, momentum=None if start == "init" else 1.0)
+    assert finding.kind == ("never_updated" if start == "init" else "hardly_updated")
+    assert finding.severity == "error"
+    assert finding.remedy.startswith("a momentum below 1, the share of the old statistics")
+
+
 @pytest.mark.parametrize("name", SICK)
 def test_each_sickness_is_one_finding(name):
     where, options, (kind, severity, figure, channels) = SICK[name]

@@ -267,3 +267,26 @@ def test_bfloat16_keeps_x_alone_for_backward():
     assert y.dtype == jnp.float32  # Flax's rule: parameters are float32
     kept = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(backward) if leaf.size >= x.size]
     assert kept == [(x.shape, jnp.bfloat16)]
+
+
+def test_statistics_stored_narrow_become_float32_in_training_alone():
+    layer = jaxbn.linen.BatchNorm()
+    variables = layer.init(jax.random.key(0), X, use_running_average=True)
+    narrow = {**variables, "batch_stats": jax.tree.map(jnp.float16, variables["batch_stats"])}
+    x = 300 * X  # whose variance is beyond float16
+    mutable = {"mutable": ["batch_stats"]}
+    _, after = layer.apply(narrow, x, use_running_average=True, **mutable)
+    assert {v.dtype for v in jax.tree.leaves(after)} == {jnp.dtype("float16")}
+    got, want = (layer.apply(v, x, False, **mutable)[1] for v in (narrow, variables))
+    chex.assert_trees_all_equal(got, want)
+    assert {v.dtype for v in jax.tree.leaves(got)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("param_dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
+def test_statistics_begin_in_float32_or_wider(param_dtype):
+    with jax.enable_x64(True):
+        layer = jaxbn.linen.BatchNorm(force_float32_reductions=False, param_dtype=param_dtype)
+        variables = layer.init(jax.random.key(0), X, use_running_average=True)
+    wide = jnp.float64 if param_dtype == jnp.float64 else jnp.float32
+    assert {v.dtype for v in jax.tree.leaves(variables["batch_stats"])} == {jnp.dtype(wide)}
+    assert {v.dtype for v in jax.tree.leaves(variables["params"])} == {jnp.dtype(param_dtype)}

@@ -245,3 +245,18 @@ def test_eval_shape_and_clone():
     copy(X)
     np.testing.assert_array_equal(layer.mean[...], 0)
     assert not np.allclose(copy.mean[...], 0)
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, nnx.jit], ids=["eager", "jit"])
+def test_statistics_stored_narrow_become_float32_in_training_alone(jit):
+    layer = jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    want = jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    for v in (layer.mean, layer.var):
+        v.set_value(v.get_value().astype(jnp.float16))
+    x = 300 * X  # whose variance is beyond float16
+    jit(lambda layer, x: layer(x, use_running_average=True))(layer, x)
+    assert layer.mean.dtype == layer.var.dtype == jnp.float16
+    for model in (layer, want):
+        jit(lambda layer, x: layer(x))(model, x)
+    chex.assert_trees_all_equal(pure(layer), pure(want))
+    assert layer.mean.dtype == layer.var.dtype == jnp.float32

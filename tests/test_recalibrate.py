@@ -578,3 +578,12 @@ def test_the_example_runs(monkeypatch):
     assert columns[1][2:] == [f"second half, {name}" for name in recalibrate.SHIFTS]
     scores = [float(cell.rstrip("%")) for cell in columns[2] + columns[3][1:]]
     assert all(0 <= score <= 100 for score in scores)
+
+
+def test_replaced_statistics_are_float32_or_wider():
+    state = jaxbn.State(jnp.float32([1, 2]), jnp.float32([1e6, 3]), jnp.int32(7))
+    narrow = {"mean": jnp.zeros(2, "bfloat16"), "var": jnp.ones(2, "float16"), "count": np.int8(0)}
+    got = layers.replace({"bn": narrow}, {"bn": state})["bn"]
+    np.testing.assert_array_equal(got["mean"], state.mean)
+    np.testing.assert_array_equal(got["var"], state.var)  # beyond float16
+    assert [v.dtype for v in got.values()] == ["float32", "float32", "int8"]

@@ -484,3 +484,13 @@ def report(rank, port):
 
 if __name__ == "__main__":
     report(int(sys.argv[1]), sys.argv[2])
+
+
+def test_statistics_stored_narrow_are_brought_together_in_float32():
+    mean = jnp.asarray([[0.0], [600.0]], jnp.float16)  # var between them is beyond float16
+    states = jaxbn.State(mean, jnp.ones_like(mean), jnp.asarray([1, 1]))
+    synced = jax.vmap(lambda s: jaxbn.sync_state(s, "d"), axis_name="d")(states)
+    np.testing.assert_array_equal(synced.var, [[90001.0], [90001.0]])
+    merged = jaxbn.merge_updates(states, 0.5)
+    np.testing.assert_array_equal(merged.var, [180001.0])
+    assert synced.mean.dtype == merged.mean.dtype == jnp.float32
