@@ -82,10 +82,9 @@ def _forward(spec: Spec, v: Operands) -> tuple[jax.Array, Moments, jax.Array]:
     m = named(across(of(v.x, spec.axes, v.mask, v.near), spec.pool))
     r = rstd(m.var, spec.epsilon if v.epsilon is None else v.epsilon)
     r = jnp.where(m.count > 0, r, 0)
-    y = normalize(v.x, m.mean, r, v.params, spec.axes, spec.dtype, v.mask)
-    if v.residual is not None:
-        y = y + v.residual
-    return jnp.maximum(y, 0) if spec.relu else y, m, r
+    last = spec.relu and v.residual is None
+    y = normalize(v.x, m.mean, r, v.params, spec.axes, spec.dtype, v.mask, last)
+    return y if v.residual is None else jnp.maximum(y + v.residual, 0), m, r
 
 
 @_normalize_by_batch.defjvp

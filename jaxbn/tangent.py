@@ -39,7 +39,7 @@ def _affine(  # type: ignore[no-untyped-def]
     ty = lax.convert_element_type(ty, dtype)
     if u is not None:
         ty = ty + u
-    return (jnp.where(_positive(d, a, bias, y, axes, dtype), ty, 0) if relu else ty,)
+    return (jnp.where(_positive(d, a, bias, y, axes), ty, 0) if relu else ty,)
 
 
 def _summed(  # type: ignore[no-untyped-def]
@@ -54,7 +54,7 @@ def _summed(  # type: ignore[no-untyped-def]
     if relu:
         if y is not None and device == "gpu":
             y = lax.optimization_barrier(y)  # or it is made again, of x and the residual
-        g = jnp.where(_positive(d, a, bias, y, axes, dtype), g, 0)
+        g = jnp.where(_positive(d, a, bias, y, axes), g, 0)
     u = () if y is None else (g,)
     g = lax.convert_element_type(g, mean.dtype)
     if valid and mask is not None:
@@ -113,10 +113,10 @@ def _deviation(x: jax.Array, mean: jax.Array, mask: jax.Array | None, axes: Axes
     return d if mask is None else jnp.where(mask | jnp.isfinite(x), d, 0)
 
 
-def _positive(d: Any, a: Any, bias: Any, y: Any, axes: Axes, dtype: Any) -> jax.Array:
+def _positive(d: Any, a: Any, bias: Any, y: Any, axes: Axes) -> jax.Array:
     """Whether y > 0, by `normalize` where y is not kept: a compiler may then find the two equal."""
     if y is None:
-        y = lax.convert_element_type(d * axes.expand(a) + axes.expand(bias), dtype)
+        y = d * axes.expand(a) + axes.expand(bias)
     return y > 0
 
 

@@ -1,7 +1,7 @@
 """`activation=` and `residual=`: one call equals the three apart, in every mode and on every road.
 
-Each device's way of making relu's derivative is taken by the CPU in turn; what a GPU's compiler makes
-of its own is in `tests/accelerators`.
+Each device's way of making relu's derivative is taken by the CPU in turn; what a GPU's compiler
+makes of its own is in `tests/accelerators`.
 """
 
 import functools

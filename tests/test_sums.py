@@ -62,15 +62,16 @@ def test_sums_and_affine_are_each_others_transpose(small_too, shape, axis, maske
     a, mean, b, c, da, dmean, db, dc = (normal(*features, seed=6 + i) for i in range(8))
     mask = normal(*shape, seed=14) > 0 if masked else None
     options = {"axes": axes, "dtype": jnp.dtype("float32"), "valid": masked}
+    options |= {"relu": False, "held": False}
     wide = lambda v: np.expand_dims(np.float64(v), axes.reduced)  # noqa: E731
     w = 1.0 if mask is None else np.float64(mask)
     d, dd = np.float64(x) - wide(mean), np.float64(dx) - wide(dmean)
 
     def summed(g, a, x, mean):
-        return tangent.summed(g, a, x, mean, mask, **options)
+        return tangent.summed(g, a, x, mean, mask, None, None, **options)
 
     def affine(t, b, c, a, x, mean):
-        return tangent.affine(t, b, c, a, x, mean, mask, **options)[0]
+        return tangent.affine(t, b, c, None, a, x, mean, mask, None, None, **options)[0]
 
     def along(f, *values):
         n = len(values) // 2
