@@ -175,7 +175,7 @@ RATIOS = (0, 1, 4.1, 30, 100, 250)
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_variance_of_a_bfloat16_x(known, masked):
-    """About 0 it loses mean² / var roundings, less than bfloat16 did; about the running mean none."""
+    """About 0 it loses mean² / var roundings, less than bfloat16 did; about the mean known, none."""
     x = in_bfloat16(*RATIOS)
     mask = np.arange(512)[:, None, None] % 3 > 0 if masked else None
     _, state = jaxbn.init(len(RATIOS))
