@@ -2,8 +2,10 @@
 # Another interpreter: make PYTHON=python3.12 test   (Python 3.11 or newer)
 
 PYTHON ?= python3
+# The newest of everything in place of the pins: make CONSTRAINTS=/dev/null test
+CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS)
 
 .PHONY: demo test lint bench docs targets targets-test clean
 
@@ -25,12 +27,13 @@ bench: .venv/bench.done
 # The compilers for an H100 and a TPU, on any Linux machine. Apart from .venv, where JAX would take
 # them for devices of this machine.
 targets: .venv-targets/done
-	.venv-targets/bin/python -m benchmarks.compiled $(or $(ARGS),h100 v5e)
+	.venv-targets/bin/python -m benchmarks.studies.compiled $(or $(ARGS),h100 v5e)
 
 targets-test: .venv-targets/done
 	.venv-targets/bin/python -m pytest tests/accelerators
 
 docs: .venv/docs.done
+	$(BIN)/python docs/notebook.py
 	$(BIN)/sphinx-build --fail-on-warning docs docs/_build
 
 clean:
@@ -60,5 +63,5 @@ clean:
 .venv-targets/done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-targets
 	.venv-targets/bin/python -m pip --disable-pip-version-check install --quiet \
-		-c constraints.txt -e '.[bench,targets]'
+		-c $(CONSTRAINTS) -e '.[bench,targets]'
 	touch $@

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 
-from benchmarks import plots, report, results, tables
+from benchmarks.reporting import plots, report, results, tables
 from benchmarks.timing import ENVIRONMENT
 
 DEVICES = {  # each benchmark, and the CPU devices it sees

@@ -9,7 +9,7 @@ import sys
 
 import jax
 
-from benchmarks import report
+from benchmarks.reporting import report
 
 SIZED = ("op", "memory", "step", "latency", "imports")
 
@@ -17,7 +17,7 @@ if __name__ == "__main__":
     name, size, devices, command, load, path = sys.argv[1:]
     jax.config.update("jax_num_cpu_devices", int(devices))
     options = {"size": size} if name in SIZED else {}
-    tables = importlib.import_module(f"benchmarks.{name}").run(**options)
+    tables = importlib.import_module(f"benchmarks.measures.{name}").run(**options)
     record = {
         "environment": report.environment(command, float(load)),
         "tables": [report.as_json(table) for table in tables],

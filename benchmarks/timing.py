@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks import peers
+from benchmarks.subjects import peers
 
 ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",

@@ -3,32 +3,42 @@
     params, state = jaxbn.init(64)
     y, state = jaxbn.batch_norm(x, params, state, train=True)
 
-`jaxbn.linen.BatchNorm` and `jaxbn.nnx.BatchNorm` are the Flax modules; they are imported on
-first use, so the functional core needs jax alone.
+`jaxbn.linen.BatchNorm` and `jaxbn.nnx.BatchNorm` are the Flax modules. They are imported on first
+use, so the functional core needs jax alone.
 """
 
 import importlib
+import sys
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-from jaxbn.fold import FoldReport, fold
-from jaxbn.freeze import decay_mask, freeze, labels, unfreeze
-from jaxbn.functional import batch_norm
-from jaxbn.moments import merge, moments
-from jaxbn.policy import checkpoint_policy
-from jaxbn.recalibrate import recalibrate, reset
-from jaxbn.replicas import assert_replicated, merge_updates, sync_state
-from jaxbn.state import Moments, Params, State, init
-from jaxbn.swap import swap
+from jaxbn._adapt.freeze import freeze, unfreeze
+from jaxbn._adapt.parameter_labels import decay_mask, labels
+from jaxbn._adapt.recalibrate import recalibrate, reset
+from jaxbn._adapt.replicas import assert_replicated, merge_updates, sync_state
+from jaxbn._adapt.swap import swap
+from jaxbn._folding.fold import FoldError, FoldReport, fold
+from jaxbn._inspection import hooks as calls
+from jaxbn._inspection import layers
+from jaxbn._op.batch_norm import batch_norm
+from jaxbn._op.checkpoint_policy import checkpoint_policy
+from jaxbn._op.moments import moments
+from jaxbn._op.one_value import OneValueWarning
+from jaxbn._op.pooling import merge
+from jaxbn._op.state import Moments, Params, State, init
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FoldError",
     "FoldReport",
     "Moments",
+    "OneValueWarning",
     "Params",
     "State",
     "assert_replicated",
     "batch_norm",
+    "calls",
     "checkpoint_policy",
     "convert",
     "decay_mask",
@@ -38,6 +48,7 @@ __all__ = [
     "health",
     "init",
     "labels",
+    "layers",
     "linen",
     "merge",
     "merge_updates",
@@ -54,8 +65,18 @@ __all__ = [
 
 _LAZY = ("convert", "export", "health", "linen", "nnx", "watch", "writers")
 
+if TYPE_CHECKING:
+    # For type checkers. They do not see `__getattr__`, with which any name would pass.
+    from jaxbn import convert, export, health, linen, nnx, watch, writers
+else:
 
-def __getattr__(name: str) -> ModuleType:
-    if name in _LAZY:
-        return importlib.import_module(f"jaxbn.{name}")
-    raise AttributeError(f"module 'jaxbn' has no attribute {name!r}")
+    def __getattr__(name: str) -> ModuleType:
+        if name in _LAZY:
+            return importlib.import_module(f"jaxbn.{name}")
+        from jaxbn._elsewhere import attribute
+
+        raise AttributeError(attribute(name), name=name, obj=sys.modules[__name__])
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

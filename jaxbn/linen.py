@@ -6,11 +6,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import errors
 from flax.linen import dtypes
 
-from jaxbn.axes import array, resolve, wide
-from jaxbn.functional import batch_norm
-from jaxbn.state import Params, State
+from jaxbn import _elsewhere
+from jaxbn._op.arguments import array
+from jaxbn._op.axes import resolve, wide
+from jaxbn._op.one_value import train_anyway
+from jaxbn._op.state import Params, State
 
 
 class BatchNorm(nn.BatchNorm):
@@ -23,14 +26,30 @@ class BatchNorm(nn.BatchNorm):
     `force_float32_reductions=False` only gives the statistics `param_dtype` as their dtype, where
     that is float64: they are float32 or wider.
 
-    Attributes (new here):
-      momentum: may be None for the cumulative average; then `batch_stats/count` is stored.
-      virtual_batch_size: normalize by statistics of groups of this many rows.
-      unbiased: the running var takes n / (n - 1) times the batch's, as PyTorch's does.
-      activation: applied to y last; `flax.linen.relu` in its own way, see `jaxbn.batch_norm`.
+    Attributes:
+      use_running_average: normalize by batch_stats, which stay; here or in the call.
+      axis: feature axis.
+      momentum: fraction of the old statistics kept. New here: None for the cumulative average;
+        then `batch_stats/count` is stored.
+      epsilon: added to var.
+      dtype: of y; by default what x, scale and bias promote to.
+      param_dtype: of scale and bias.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: initializer of bias.
+      scale_init: initializer of scale.
+      axis_name: mapped axis to pool statistics over; it need not be bound in `init`.
+      axis_index_groups: pool within these subgroups of the axis.
+      use_fast_variance: accepted; nothing to choose here.
+      force_float32_reductions: of the dtype of the statistics, see above.
+      virtual_batch_size: new here: normalize by statistics of groups of this many rows.
+      unbiased: new here: the running var takes n / (n - 1) times the batch's, as PyTorch's does.
+      activation: new here: applied to y last; `flax.linen.relu` in its own way, see
+        `jaxbn.batch_norm`.
 
     Raises:
-      TypeError, ValueError: as `jaxbn.batch_norm`; not for one value per channel in `init`.
+      TypeError, ValueError: as `jaxbn.batch_norm`; but for one value per channel in training,
+        where y is bias, as Flax's, and `jaxbn.OneValueWarning` comes, though not in `init`.
 
     >>> import jax, jax.numpy as jnp, jaxbn
     >>> layer = jaxbn.linen.BatchNorm(use_running_average=False)
@@ -66,7 +85,8 @@ class BatchNorm(nn.BatchNorm):
             "use_running_average", self.use_running_average, use_running_average
         )
         x = array("BatchNorm", "x", x)
-        features = tuple(x.shape[a] for a in resolve("BatchNorm", x, self.axis).features)
+        axes = resolve("BatchNorm", x, self.axis).features
+        features = tuple(x.shape[a] for a in axes)
         stats_dtype = jnp.float32 if self.force_float32_reductions else wide(self.param_dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, features, stats_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, features, stats_dtype)
@@ -80,7 +100,16 @@ class BatchNorm(nn.BatchNorm):
         if self.use_bias:
             bias = self.param("bias", self.bias_init, features, self.param_dtype)
 
+        for name, held in (("mean", mean.value), ("var", var.value)):
+            if jnp.shape(held) != features:
+                raise ValueError(
+                    f"BatchNorm: batch_stats/{name} has shape {jnp.shape(held)}, but x with shape "
+                    f"{x.shape} has features {features} on axes {axes}; write model.init(key, x) "
+                    f"for variables of this x, or pass the feature axis as axis=."
+                )
         initializing = self.is_initializing()
+        if not (use_running_average or initializing or self.is_mutable_collection("batch_stats")):
+            raise _immutable("/" + "/".join(self.path))
         options: dict[str, Any] = {}
         if not initializing:
             options |= {"axis_name": self.axis_name, "axis_index_groups": self.axis_index_groups}
@@ -90,7 +119,8 @@ class BatchNorm(nn.BatchNorm):
             mask = jnp.ones((1,) * x.ndim, bool)
         with jax.numpy_dtype_promotion("standard"):
             dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
-        y, state = batch_norm(
+        y, state = train_anyway(
+            "/".join(self.path),
             x,
             Params(scale, bias),
             State(mean.value, var.value, count),
@@ -110,3 +140,19 @@ class BatchNorm(nn.BatchNorm):
             if state.count is not None:
                 counter.value = state.count
         return y
+
+
+# Not in the class: of its fields a dataclass makes an `__init__` of its own.
+BatchNorm.__init__ = _elsewhere.takes_flax_arguments(BatchNorm.__init__)  # type: ignore[method-assign]
+
+
+def _immutable(path: str) -> errors.ModifyScopeVariableError:
+    """Flax's error, in words that say what to write."""
+    error = errors.ModifyScopeVariableError("batch_stats", "mean", path)
+    error.args = (
+        f'BatchNorm: layer "{path}" normalizes by the batch and updates batch_stats, which is '
+        f'immutable here; expected mutable=["batch_stats"]; write y, updates = model.apply('
+        f'variables, x, mutable=["batch_stats"]) and keep updates["batch_stats"], or '
+        f"use_running_average=True for eval.",
+    )
+    return error

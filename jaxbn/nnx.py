@@ -1,16 +1,21 @@
 """`BatchNorm` for Flax nnx: variables to `Params` and `State`, and back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn import dtypes
+from flax.nnx.nn import dtypes, initializers
+from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
-from jaxbn.axes import array
-from jaxbn.functional import batch_norm
-from jaxbn.state import Params, State
+from jaxbn import _elsewhere
+from jaxbn._inspection.hooks import PATH
+from jaxbn._op.arguments import array
+from jaxbn._op.axes import resolve
+from jaxbn._op.one_value import train_anyway
+from jaxbn._op.state import Params, State
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -22,14 +27,35 @@ class BatchNorm(nnx.BatchNorm):
     wrong. `use_fast_variance` is accepted and has nothing to choose: the one pass here is also
     the accurate one.
 
-    Args (new here; all others as Flax's):
-      momentum: may be None for the cumulative average; then a `BatchStat` count is stored.
-      virtual_batch_size: normalize by statistics of groups of this many rows.
-      unbiased: the running var takes n / (n - 1) times the batch's, as PyTorch's does.
-      activation: applied to y last; `flax.nnx.relu` in its own way, see `jaxbn.batch_norm`.
+    Args:
+      num_features: size of the feature axis.
+      use_running_average: normalize by the running statistics, which stay; `model.train()` and
+        `model.eval()` set it.
+      axis: feature axis.
+      momentum: fraction of the old statistics kept. New here: None for the cumulative average;
+        then a `BatchStat` count is stored.
+      epsilon: added to var.
+      dtype: of y; by default what x, scale and bias promote to.
+      param_dtype: of scale and bias.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: initializer of bias.
+      scale_init: initializer of scale.
+      axis_name: mapped axis to pool statistics over.
+      axis_index_groups: pool within these subgroups of the axis.
+      use_fast_variance: accepted; nothing to choose here.
+      promote_dtype: a function of your own is applied to x, scale and bias.
+      rngs: random keys, "params" among them.
+      bias_metadata: of bias' `Param`, such as its sharding.
+      scale_metadata: of scale's.
+      virtual_batch_size: new here: normalize by statistics of groups of this many rows.
+      unbiased: new here: the running var takes n / (n - 1) times the batch's, as PyTorch's does.
+      activation: new here: applied to y last; `flax.nnx.relu` in its own way, see
+        `jaxbn.batch_norm`.
 
     Raises:
-      TypeError, ValueError: as `jaxbn.batch_norm`.
+      TypeError, ValueError: as `jaxbn.batch_norm`; but for one value per channel in training,
+        where y is bias, as Flax's, and `jaxbn.OneValueWarning` comes.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> from flax import nnx
@@ -39,17 +65,52 @@ class BatchNorm(nnx.BatchNorm):
     [0.005 0.005 0.   ]
     """
 
+    @_elsewhere.takes_flax_arguments
     def __init__(
         self,
         num_features: int,
         *,
+        use_running_average: bool | None = False,
+        axis: int = -1,
         momentum: float | None = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = initializers.zeros_init(),  # noqa: B008
+        scale_init: Initializer = initializers.ones_init(),  # noqa: B008
+        axis_name: str | None = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         virtual_batch_size: int | None = None,
         unbiased: bool = False,
         activation: Callable[[jax.Array], jax.Array] | None = None,
-        **kwargs: Any,
     ):
-        super().__init__(num_features, momentum=momentum, **kwargs)  # type: ignore[arg-type]
+        super().__init__(
+            num_features,
+            use_running_average=use_running_average,
+            axis=axis,
+            momentum=momentum,  # type: ignore[arg-type]
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            bias_init=bias_init,
+            scale_init=scale_init,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
+            promote_dtype=promote_dtype,
+            rngs=rngs,
+            bias_metadata=bias_metadata,
+            scale_metadata=scale_metadata,
+        )
         self.virtual_batch_size = virtual_batch_size
         self.unbiased = unbiased
         self.activation = activation
@@ -84,6 +145,14 @@ class BatchNorm(nnx.BatchNorm):
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         mean, var = self.mean[...], self.var[...]
+        axes = resolve("BatchNorm", x, self.axis).features
+        features = tuple(x.shape[a] for a in axes)
+        if features != mean.shape:
+            raise ValueError(
+                f"BatchNorm: num_features={self.num_features}, but x with shape {x.shape} has "
+                f"features {features} on axes {axes}; write num_features={x.shape[axes[0]]}, or "
+                f"pass the feature axis as axis=."
+            )
         # What Flax computes in decides y's dtype; we compute in float32 or wider from x as it
         # is, unless the user brought a promotion of their own.
         with jax.numpy_dtype_promotion("standard"):
@@ -92,7 +161,8 @@ class BatchNorm(nnx.BatchNorm):
         if self.promote_dtype is not dtypes.promote_dtype:
             x, _, _, scale, bias = promoted
         cumulative = self.momentum is None
-        y, state = batch_norm(
+        y, state = train_anyway(
+            getattr(self, PATH, ""),
             x,
             Params(scale, bias),
             State(mean, var, self.count[...] if cumulative else None),

@@ -1,7 +1,7 @@
-"""Watching a training run: what its batch norm layers see and learn, as an aux of the jitted step.
+"""What the batch norm layers of a training run see and learn.
 
-On the devices a step returns `Record`s, O(C) numbers a layer; on the host `metrics` makes of them
-the few figures a layer that `jaxbn.writers` writes.
+A jitted step returns a `Record` for each layer, O(C) numbers, as an auxiliary result. On the host,
+`metrics` turns each record into a few figures, which `jaxbn.writers` write.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -11,36 +11,45 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxbn import calls
-from jaxbn.findings import distance
-from jaxbn.layers import find, nnx_layers
-from jaxbn.state import Moments, Params, State
+from jaxbn._inspection import hooks
+from jaxbn._inspection.layers import find, is_nnx, nnx_layers
+from jaxbn._op.state import Moments, Params, State
+from jaxbn.health._distances import distance
 
 EPSILON = 1e-5  # Flax's
 
 
 class Record(NamedTuple):
-    """What one batch norm layer saw and learned in a step; leaves [C], or stacked by a scan.
+    """What one batch norm layer saw and learned in a step; arrays [C], or [layers, C] of a scan.
 
     >>> from jaxbn import watch
     >>> watch.Record._fields
     ('batch', 'state', 'params', 'grads')
     """
 
-    batch: Moments  # of the layer's input, pooled as the layer pools
+    batch: Moments  # of the layer's input, pooled over devices as the layer pools
     state: State
     params: Params
-    grads: Params  # dscale and dbias; either None where it is not known
+    grads: Params  # dscale and dbias; None for one that is not known
 
 
 def linen(apply: Callable[..., Any], on: bool = True) -> Callable[..., tuple[Any, Any]]:
-    """A linen model's `apply` that returns `(what apply returns, what the layers saw)`.
+    """A linen model's `apply` that also returns the moments of each layer's input.
 
-    `on=False` calls apply itself, to the same compiled program, and no layer saw anything: a
-    step that is written once serves as the watched one and as the plain one.
+    Call it in the jitted training step, and give the moments to `records`. One step serves with
+    `on=True` on some steps and `on=False` on others.
+
+    Args:
+      apply: `model.apply`, or a function that passes its keywords on to it.
+      on: False calls apply itself, which compiles to the program without watching, and returns {}
+        for the moments.
+
+    Returns:
+      A function with apply's arguments that returns `(what apply returns, path → Moments)`.
 
     Raises:
-      ValueError: on, and apply passes through no batch norm layer.
+      TypeError: apply is a model, its variables, or anything else that is not a function.
+      ValueError: when called with on=True, apply passed through no batch norm layer.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> from jaxbn import watch
@@ -52,9 +61,10 @@ def linen(apply: Callable[..., Any], on: bool = True) -> Callable[..., tuple[Any
     >>> seen[""].mean.tolist()
     [0.5, 0.5]
     """
+    hooks.check_apply("watch.linen", apply, "watch.linen(model.apply), or watch.nnx(model) of nnx")
     if not on:
         return lambda *args, **kwargs: (apply(*args, **kwargs), {})
-    hooked = calls.hooked_apply(apply)
+    hooked = hooks.hooked_apply(apply)
 
     def watched(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         out, seen = hooked(*args, **kwargs)
@@ -71,22 +81,36 @@ def linen(apply: Callable[..., Any], on: bool = True) -> Callable[..., tuple[Any
 
 @contextmanager
 def nnx(model: Any, on: bool = True) -> Iterator[dict[str, Any]]:
-    """Within it an nnx model is called as ever; after it, the dict holds what the layers saw.
+    """A context for calls of an nnx model that collects the moments of each layer's input.
 
-    Stands inside the jitted step, around `nnx.value_and_grad`. `on` as in `linen`.
+    Open it in the jitted training step, around `nnx.value_and_grad`, and give the moments to
+    `records`.
+
+    Args:
+      model: an nnx model, which is called as usual.
+      on: False does nothing and leaves the dict empty.
+
+    Yields:
+      A dict that is filled when the context ends: path → `Moments`.
 
     Raises:
-      ValueError: on, and the model has no batch norm layer, or none was called.
+      TypeError: model is not an nnx model.
+      ValueError: with on=True, the model has no batch norm layer, or none was called.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
     >>> from jaxbn import watch
     >>> model = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
     >>> with watch.nnx(model) as seen:
-    ...     y = model(jnp.eye(2))
-    >>> seen[""].mean.tolist()
-    [0.5, 0.5]
+    ...     y = model(jnp.array([[1.0, 3.0], [5.0, 3.0]]))
+    >>> watch.records(seen, model)[""].batch.var.tolist()
+    [4.0, 0.0]
     """
+    if not is_nnx(model):
+        raise TypeError(
+            f"watch.nnx: called with {type(model).__name__}, expected an nnx model; write with "
+            f"watch.nnx(model) as seen: y = model(x), or watch.linen(model.apply) of linen."
+        )
     if not on:
         yield {}
         return
@@ -96,7 +120,7 @@ def nnx(model: Any, on: bool = True) -> Iterator[dict[str, Any]]:
             f"BatchNorm or jaxbn.nnx.BatchNorm in the model; write watch.nnx(model, on=False) for "
             f"a model without them."
         )
-    with calls.hooked_nnx(model) as seen:
+    with hooks.hooked_nnx(model) as seen:
         yield seen
     if not seen:
         raise ValueError(
@@ -106,15 +130,22 @@ def nnx(model: Any, on: bool = True) -> Iterator[dict[str, Any]]:
 
 
 def records(seen: Mapping[str, Moments], variables: Any, grads: Any = None) -> dict[str, Record]:
-    """Path → `Record` of every layer that saw something; {} of nothing seen.
+    """The `Record` of every layer that saw a batch: path → `Record`.
+
+    Call it at the end of the jitted training step, and return the result beside the loss.
 
     Args:
-      seen: from `linen` or `nnx`; or for `jaxbn.batch_norm` a dict, path → `jaxbn.moments(x)`.
+      seen: path → `Moments`, from `linen` or `nnx`. With `jaxbn.batch_norm`, make the dict yourself
+        from `jaxbn.moments(x)`.
       variables: linen's `{"params": …, "batch_stats": …}`, or the nnx model.
-      grads: of the loss, in the structure of the parameters.
+      grads: gradients of the loss, in the structure of the parameters; None leaves them out.
+
+    Returns:
+      Path → `Record`, for the paths in seen; {} if seen is empty.
 
     Raises:
-      ValueError: variables hold no running statistics for a layer that saw something.
+      TypeError: seen is not a dict, path → `Moments`.
+      ValueError: variables hold no running statistics for a layer in seen.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> from jaxbn import watch
@@ -125,6 +156,7 @@ def records(seen: Mapping[str, Moments], variables: Any, grads: Any = None) -> d
     >>> recorded["bn"].grads.scale.tolist()
     [1.0, 1.0]
     """
+    _check_by_path("records", seen, Moments, "watch.records(seen, variables, grads)", "watch.linen")
     found = find(variables)
     if missing := sorted(set(seen) - set(found)):
         raise ValueError(
@@ -143,11 +175,34 @@ def records(seen: Mapping[str, Moments], variables: Any, grads: Any = None) -> d
     }
 
 
+def _check_by_path(call: str, by_path: Any, kind: type, write: str, source: str) -> None:
+    """Raises unless `by_path` is a dict, path → `kind`; the error says where to get such a dict."""
+    if not isinstance(by_path, Mapping) or not all(isinstance(v, kind) for v in by_path.values()):
+        raise TypeError(
+            f"watch.{call}: called with {_types(by_path)}, expected a dict, path → {kind.__name__} "
+            f"of each layer, as {source} gives; write {write}."
+        )
+
+
+def _types(v: Any) -> str:
+    if not isinstance(v, Mapping):
+        return type(v).__name__
+    return f"{type(v).__name__} of {sorted({type(one).__name__ for one in v.values()})}"
+
+
 Channels = dict[str, np.ndarray]
 
 
 def channels(record: Record) -> Channels:
-    """The arrays of a record on the host, flat, in float64 or complex128; None left out.
+    """The arrays of a record as flat NumPy arrays of float64 or complex128, by name.
+
+    `jaxbn.writers` get them for histograms. Use it for figures of your own.
+
+    Args:
+      record: with arrays [C], or [layers, C] of a scanned layer.
+
+    Returns:
+      Name → [C] or [layers · C], without the arrays that are None.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> from jaxbn import watch
@@ -174,12 +229,22 @@ def channels(record: Record) -> Channels:
 
 
 def metrics(records: Mapping[str, Record]) -> dict[str, dict[str, float]]:
-    """Path → name → figure, for each of `METRICS` that the layer has the arrays for.
+    """The figures of each layer: path → name → figure, for the names in `METRICS`.
 
-    Computed on the host in float64. Variances take epsilon 1e-5 before they divide, Flax's
-    default, so that a constant channel gives a large figure and not NaN. The symmetric KL
-    divergence is that of `jaxbn.health.distance`, in nats. Figures of a layer that was stacked
-    by a scan are over the whole stack.
+    Use it to log a training run with a logger of your own. The figures are computed on the host in
+    float64. Where a variance divides, 1e-5 (Flax's default epsilon) is added, so that a constant
+    channel gives a large figure and not NaN. The symmetric KL divergence is that of
+    `jaxbn.health.distance`, in nats. A scanned layer has one figure for all its [layers, C].
+
+    Args:
+      records: path → `Record`, from `records`.
+
+    Returns:
+      Path → name → float. Figures whose arrays a record does not have are left out; values that
+      are NaN or infinite stay in.
+
+    Raises:
+      TypeError: records is not a dict, path → `Record`.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> from jaxbn import watch
@@ -190,7 +255,8 @@ def metrics(records: Mapping[str, Record]) -> dict[str, dict[str, float]]:
     >>> figures["batch_var_min"], round(figures["mean_over_sd_max"], 3)
     (4.0, 2.0)
     """
-    with np.errstate(all="ignore"):  # what overflows or is NaN is reported as such
+    _check_by_path("metrics", records, Record, "watch.metrics(records)", "watch.records")
+    with np.errstate(all="ignore"):  # figures show overflows and NaNs
         return {path: _figures(record) for path, record in jax.device_get(dict(records)).items()}
 
 
@@ -205,7 +271,7 @@ def _figures(record: Record) -> dict[str, float]:
 
 
 class Metric(NamedTuple):
-    """One figure of a layer.
+    """How one figure is computed from the arrays of a record.
 
     >>> from jaxbn import watch
     >>> watch.METRICS["scale_abs_min"].help
@@ -213,8 +279,8 @@ class Metric(NamedTuple):
     """
 
     help: str
-    needs: tuple[str, ...]  # names of `channels`, and count
-    of: Callable[..., Any]
+    needs: tuple[str, ...]  # the names of the arrays, as in `channels`, or "count"
+    of: Callable[..., Any]  # of these arrays
 
 
 def _mean_over_sd(mean: np.ndarray, var: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 # machine that cannot have CIFAR-10. Here they are arrays on the host, CIFAR's images still on
 # disk; loop.py reads them onto the devices, augment.py makes of them what the network sees.
 
+import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,54 +54,63 @@ def find(data_dir: Path) -> Path:
 
 
 def cifar10(folder: Path) -> Data:
-    files = [read(folder / name) for name in TRAIN]
-    x = Images([images for images, _ in files])
-    y = np.concatenate([labels for _, labels in files])
+    train, test = [folder / name for name in TRAIN], folder / TEST
+    y = np.concatenate([labels(path) for path in train])
     mean, std = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
-    test_x, test_y = read(folder / TEST)
-    return Data("cifar10", x, y, Images([test_x]), test_y, mean, std, flip=True)
+    return Data("cifar10", Images(train), y, Images([test]), labels(test), mean, std, flip=True)
 
 
 class Images:
-    """The images of files in a row, on disk: `images[rows]` reads these rows, [R, 32, 32, 3]."""
+    """
+    The images of files in a row, on disk: `images[rows]` reads these rows, [R, 32, 32, 3]. They
+    are read and not mapped, since a mapped file that is cut ends the process without a word.
+    """
 
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, files: list[np.ndarray]):  # [RECORDS, 32, 32, 3] each
-        self.files, self.shape = files, (len(files) * RECORDS, 32, 32, 3)
+    def __init__(self, paths: list[Path]):  # of RECORDS images each
+        self.paths, self.shape = paths, (len(paths) * RECORDS, 32, 32, 3)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        out = np.empty((len(rows), *self.shape[1:]), self.dtype)
-        for i, file in enumerate(self.files):
-            here = rows // RECORDS == i
-            out[here] = file[rows[here] % RECORDS]
-        return out
+        planes = np.empty((len(rows), 3, 32, 32), self.dtype)  # [R, C, H, W], as in the files
+        for i, path in enumerate(self.paths):
+            here = np.flatnonzero(rows // RECORDS == i)
+            with opened(path) as file:
+                for at in here:
+                    file.seek(rows[at] % RECORDS * RECORD + 1)
+                    if file.readinto(planes[at]) < RECORD - 1:
+                        raise DataError(f"{path}: was cut since its labels were read")
+        return planes.transpose(0, 2, 3, 1)
 
 
-def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """
-    One file of the binary version: images [RECORDS, 32, 32, 3] uint8, which stay on disk, and
-    labels [RECORDS] int32.
-    """
+@contextmanager
+def opened(path: Path):
+    """The file to read from; what goes wrong with it is a DataError that names it."""
     try:
-        raw = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+        with open(path, "rb", buffering=0) as file:
+            yield file
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    if raw.size != RECORDS * RECORD:
+
+
+def labels(path: Path) -> np.ndarray:
+    """Those of one file of the binary version, [RECORDS] int32."""
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        raw = np.fromfile(file, np.uint8, RECORDS * RECORD)
+    if size != RECORDS * RECORD or raw.size < size:
         raise DataError(
-            f"{path}: {raw.size:,} bytes, but {RECORDS:,} records of {RECORD:,} bytes are "
+            f"{path}: {size:,} bytes, but {RECORDS:,} records of {RECORD:,} bytes are "
             f"{RECORDS * RECORD:,}: truncated, or not CIFAR-10's binary version"
         )
-    raw = raw.reshape(RECORDS, RECORD)
-    labels = raw[:, 0].astype(np.int32)
-    if labels.max() > 9:
-        bad = int(np.argmax(labels > 9))
-        raise DataError(f"{path}: record {bad} has label {labels[bad]}, labels are 0 to 9")
-    planes = raw[:, 1:].reshape(RECORDS, 3, 32, 32)  # [N, C, H, W], as in the file
-    return planes.transpose(0, 2, 3, 1), labels  # [N, H, W, C], a view of the file
+    found = raw[::RECORD].astype(np.int32)
+    if found.max() > 9:
+        bad = int(np.argmax(found > 9))
+        raise DataError(f"{path}: record {bad} has label {found[bad]}, labels are 0 to 9")
+    return found
 
 
 def digits() -> Data:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import http.client
 import os
+import re
 import shutil
 import tarfile
 import time
@@ -57,6 +58,8 @@ def cached_or_downloaded(say=print, patience: float | None = None) -> Path:
 
 def fetch(part: Path, say, patience: float | None) -> None:
     """Bring `part` to SIZE bytes, from where an earlier run left it."""
+    if part.is_symlink() or (part.exists() and not part.is_file()):
+        raise DataError(f"{part}: a link, or no file: not written to, remove it")
     start = part.stat().st_size if part.exists() else 0
     if start >= SIZE:  # complete; if it is wrong, the checksum says so
         return
@@ -71,17 +74,22 @@ def fetch(part: Path, say, patience: float | None) -> None:
             part.parent.mkdir(parents=True, exist_ok=True)
             with open(part, "ab" if start else "wb") as file, bar() as progress:
                 task = progress.add_task("CIFAR-10", total=SIZE, completed=start)
-                while not slow and (chunk := answer.read(CHUNK)):
-                    file.write(chunk)
+                # read1: what has come, however little, so that patience is asked about in time.
+                while not slow and (chunk := answer.read1(min(CHUNK, SIZE - start))):
+                    start += file.write(chunk)
                     progress.advance(task, len(chunk))
                     slow = patience is not None and time.monotonic() - begun > patience
     # An HTTPError is a URLError is an OSError: the narrowest comes first.
     except urllib.error.HTTPError as error:
-        raise DataError(f"{URL}: the server answered {error.code} {error.reason}") from None
+        error.close()
+        reason = "".join(filter(str.isprintable, str(error.reason)))
+        raise DataError(f"{URL}: the server answered {error.code} {reason}") from None
     except urllib.error.URLError as error:
         raise DataError(f"no network: {URL}: {error.reason}") from None
     except (TimeoutError, ConnectionError, http.client.HTTPException):
         pass  # broken off: the size tells how far it came
+    except ValueError:  # where a redirection leads, for one
+        raise DataError(f"{URL}: the server's answer is not to be understood") from None
     if not part.exists():
         raise DataError(f"no network: {URL}: no answer within {TIMEOUT:.0f} s")
     if (size := part.stat().st_size) < SIZE:
@@ -93,10 +101,15 @@ def fetch(part: Path, say, patience: float | None) -> None:
 
 
 def expect_length(answer, length: int) -> None:
-    """A login page of some hotel has another length than CIFAR-10: notice it before writing."""
-    announced = answer.headers.get("Content-Length")
-    if announced is not None and int(announced) != length:
-        raise DataError(f"{URL}: {int(announced):,} bytes were offered, expected {length:,}")
+    """
+    A login page of some hotel has another length than CIFAR-10, or tells none: notice it before
+    writing, over bytes that an earlier run has left.
+    """
+    announced = answer.headers.get("Content-Length", "")
+    if announced != str(length):
+        known = re.fullmatch("[0-9]{1,15}", announced)
+        offered = f"{int(announced):,}" if known else "an unknown number of"
+        raise DataError(f"{URL}: {offered} bytes were offered, expected {length:,}")
 
 
 def bar() -> Progress:

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 import zlib
 
 LOST = 75  # the exit status that says: resume (EX_TEMPFAIL of sysexits.h)
@@ -23,6 +22,8 @@ RESUME = "Resume with the same command and --resume on every process"
 # What the coordination service writes before it aborts, by jaxlib 0.10 and 0.12.
 SILENT = re.compile(r"Task (\d+) heartbeat timeout|stopped sending heartbeats\):\n((?:\d+\n)+)")
 LEADER = "the leader task was preempted/died"
+FROZEN = re.compile(r"DEADLINE_EXCEEDED[^\n]*\n+RPC: \S*/Heartbeat")  # process 0 answers nobody
+TWICE = re.compile(r"(\d+) unexpectedly tried to connect with a different incarnation")
 ABSENT = re.compile(r"DEADLINE_EXCEEDED[^\n]*\n+RPC: \S*/RegisterTask")
 # From here on stderr is held back: a traceback or a stack dump, perhaps of another's death.
 DUMP = re.compile(r"Traceback|[WEF]\d{4} .*(coordination_|preemption_|client\.h)")
@@ -80,26 +81,44 @@ def supervise(argv: list[str] | None = None) -> None:
         say(f"Stopped. {RESUME}")
         sys.exit(128 + signum)
 
+    def pass_on(signum, frame):  # the child ends when all have saved: stop.py
+        child.terminate()
+
     signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, pass_on)
 
     held = []
-    for line in child.stderr:
-        if held or DUMP.search(line):
-            held.append(line)
-        else:
-            say(line, end="")
-    status, dump = child.wait(), "".join(held)
+    with child:
+        for line in child.stderr:
+            if held or DUMP.search(line):
+                held.append(line)
+            else:
+                say(line, end="")
+        status, dump = child.wait(), "".join(held)
+    if status == 128 + signal.SIGTERM:  # as asked; what is held is said, without JAX's log of it
+        say("".join(line for line in held if not DUMP.search(line)), end="")
+        sys.exit(status)
+    if status == -signal.SIGTERM:  # before training, when there was nothing to save
+        say(f"Stopped. {RESUME}")
+        sys.exit(128 + signal.SIGTERM)
+    if twice := TWICE.search(dump):  # not LOST: started again like this, it would end like this
+        say(
+            f"train.py: error: --process-id {twice[1]}: two processes have it. Give each its own, "
+            "end all, and start them again"
+        )
+        sys.exit(2)
     if ABSENT.search(dump):
         where = "" if args.cluster else f"all {args.num_processes} processes at {args.coordinator} "
         say(
             f"train.py: error: waited {args.timeout} s for {where or 'the cluster '}in vain: is "
-            "process 0 reachable there, are all started, is --num-processes the same everywhere?"
+            "process 0 reachable there, are all started, each with a --process-id of its own, is "
+            "--num-processes the same everywhere?"
         )
         sys.exit(2)
     if lost := lost_processes(dump):
         one, which = len(lost) == 1, ", ".join(map(str, lost))
-        why = "its connection broke" if lost == [0] else f"no heartbeat for {args.heartbeat} s"
+        silent = f"no heartbeat for {args.heartbeat} s"
+        why = "its connection broke" if lost == [0] and LEADER in dump else silent
         say(f"{'Process' if one else 'Processes'} {which} {'was' if one else 'were'} lost ({why}).")
         say(RESUME)
         sys.exit(LOST)
@@ -113,7 +132,8 @@ def supervise(argv: list[str] | None = None) -> None:
 def lost_processes(dump: str) -> list[int]:
     """Whom the coordination service names in `dump`."""
     names = " ".join(one or several for one, several in SILENT.findall(dump)).split()
-    return sorted({int(name) for name in names}) or ([0] if LEADER in dump else [])
+    leader = LEADER in dump or FROZEN.search(dump)
+    return sorted({int(name) for name in names}) or ([0] if leader else [])
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -187,11 +207,22 @@ def agree(problem: str | None, terms: str) -> str | None:
     return problem
 
 
-def give_up(heartbeat: int) -> None:
+def all_of_them(sound: bool) -> bool:
+    """Whether `sound` is true in every process."""
+    import jax
+    import numpy as np
+    from jax.experimental.multihost_utils import process_allgather
+
+    if jax.process_count() == 1:
+        return sound
+    return bool(process_allgather(np.array([sound])).all())
+
+
+def give_up(heartbeat: int, why: str) -> None:
     """
     After an exception in training. If it comes from another's death, the coordination service
     ends us while we sleep, with that one's name; if it is our own, the others must miss us.
     """
-    traceback.print_exc()
     time.sleep(2 * heartbeat)
+    say(why)
     os._exit(1)

@@ -3,22 +3,42 @@
 import argparse
 import importlib.util
 import json
+import shlex
+import shutil
 import socket
+import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import hosts
 import jax
 import model
-from data import Data
+from data import Data, DataError
 from report import write
 
 from jaxbn import writers
 
 
+def told(error: Exception) -> str:
+    """An error in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # one line, without the usage above it
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+@contextmanager
+def one_line(p: Parser):
+    """What cannot be read or written ends the program in one line, with status 2."""
+    try:
+        yield
+    except (DataError, OSError) as error:
+        p.error(told(error))
 
 
 def between(kind, low, high=float("inf")):
@@ -129,20 +149,79 @@ def config(args) -> dict:
     return {key: value for key, value in vars(args).items() if key not in not_the_result}
 
 
-def open_run(args) -> Path:
-    """The run's folder, with its config.json; to resume it the arguments must be the same."""
-    folder = args.runs / (args.name or time.strftime("%Y%m%d-%H%M%S"))
-    asked = config(args)
+def stored(folder: Path) -> dict:
+    """The config.json of a run; ValueError if it holds no such thing."""
     path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is no run of train.py: it has no config.json")
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: no JSON, damaged") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: a {type(found).__name__}, expected the options of a run")
+    return found
+
+
+def run_options(folder: Path) -> argparse.Namespace:
+    """Those of a run of train.py, checked as the command line's are; to compute in float32."""
+
+    def refuse(message):
+        raise ValueError(f"{folder / 'config.json'}: {message}")
+
+    found, p = stored(folder), parser()
+    p.error = refuse
+    names = ("data", "batch", "model", "block", "width", "api", "epochs", "lr", "schedule")
+    names += ("weight_decay", "smoothing")
+    if missing := [name for name in names if name not in found]:
+        refuse(f"does not say {', '.join(missing)}")
+    return p.parse_args([f"--{name.replace('_', '-')}={found[name]}" for name in names])
+
+
+def find_run(args) -> Path:
+    """The run's folder, not there yet; or to resume it, there with the same arguments."""
+    folder = args.runs / (args.name or time.strftime("%Y%m%d-%H%M%S"))
     if not args.resume:
         if folder.exists():
             raise ValueError(f"{folder} is there already: --resume it, or take another --name")
-        folder.mkdir(parents=True)
-        write(path, json.dumps(asked, indent=1) + "\n")
-    elif not path.exists():
-        raise ValueError(f"--resume: there is no run in {folder}")
-    for key, value in json.loads(path.read_text()).items():
+        return folder
+    asked = config(args)
+    try:
+        found = stored(folder)
+    except ValueError as error:
+        raise ValueError(f"--resume: {error}") from None
+    path = folder / "config.json"
+    for key, value in found.items():
+        option = "--" + key.replace("_", "-")
+        if key not in asked:
+            raise ValueError(f"--resume: {path}: {key!r} is no option of train.py")
         if asked[key] != value:
-            option = "--" + key.replace("_", "-")
-            raise ValueError(f"--resume: {folder} has {option} {value}, not {asked[key]}")
+            shown = value if isinstance(value, str) and value.isprintable() else json.dumps(value)
+            raise ValueError(f"--resume: {folder} has {option} {shown}, not {asked[key]}")
+    if missing := sorted(asked.keys() - found.keys()):
+        raise ValueError(f"--resume: {path}: does not say {', '.join(missing)}")
     return folder
+
+
+def begin_run(args, folder: Path) -> None:
+    """The folder of a new run, with its config.json."""
+    folder.mkdir(parents=True)
+    try:
+        write(folder / "config.json", json.dumps(config(args), indent=1) + "\n")
+    except OSError:  # a disk that is full
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def go_on(argv: list[str] | None, args, folder: Path) -> str:
+    """The command line that goes on with this run."""
+    given = sys.argv[1:] if argv is None else argv
+    program = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv[1:])]
+    asked, more = parser().parse_args(given), []
+    if not asked.name:
+        more += ["--name", folder.name]
+    if asked.data == "auto" and not asked.data_dir:  # another day it may be other data
+        more += ["--data", args.data]
+    if not asked.resume:
+        more += ["--resume"]
+    return shlex.join([*program, *given, *more])

@@ -42,22 +42,45 @@ def line(m: dict, left: float) -> str:
     )
 
 
+FIELDS = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
+FIELDS += ("test_images", "images_per_s", "seconds")
+
+
 class Log:
-    """metrics.jsonl: one JSON object an epoch."""
+    """metrics.jsonl: one JSON object an epoch, of FIELDS."""
 
     def __init__(self, path: Path, epochs: int, writes: bool = True):
-        """Goes on after `epochs` epochs: lines of later ones, which a kill left, are dropped."""
-        self.path, self.writes = path, writes
-        lines = path.read_text().splitlines() if epochs else []
-        self.rows = [json.loads(line) for line in lines[:epochs]]
+        """
+        Goes on after `epochs` epochs. Lines of later ones, which a kill left, are dropped, and so
+        are lines that are none of ours: a file of figures keeps no run from going on.
+        """
+        self.path, self.writes, self.rows = path, writes, []
+        try:
+            text = path.read_text(errors="replace") if epochs else ""
+        except FileNotFoundError:
+            text = ""
+        for row in filter(None, map(parsed, text.splitlines())):
+            if len(self.rows) < row["epoch"] <= epochs:
+                self.rows.append(row)
+        self.missing = epochs - len(self.rows)
         if writes:
-            write(path, "".join(line + "\n" for line in lines[:epochs]))
+            write(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, metrics: dict) -> None:
         self.rows.append(metrics)
         if self.writes:
             with open(self.path, "a") as file:
                 file.write(json.dumps(metrics) + "\n")
+
+
+def parsed(line: str) -> dict | None:
+    """A line of metrics.jsonl; None for any other."""
+    try:
+        row = json.loads(line)
+        numbers = {name: float(row[name]) for name in FIELDS}
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
+        return None
+    return row if len(row) == len(numbers) and float.is_integer(numbers["epoch"]) else None
 
 
 def write(path: Path, text: str) -> None:

@@ -6,11 +6,9 @@
 # One table at the end: what each stage costs in accuracy, and what it is worth in bytes and time.
 # Exit status 1 if a stage loses more accuracy than --bound allows, 2 if the run cannot be read.
 
-import json
 import logging
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,10 +16,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from augment import normalize
-from checkpoint import Checkpoints
+from checkpoint import last_state
 from data import DataError, load
 from flax import nnx
-from options import Parser, between
+from options import Parser, between, one_line, run_options, told
 from rich.console import Console
 from rich.table import Table
 from train import make_steps
@@ -54,18 +52,10 @@ def parser() -> Parser:
 
 def read_run(folder: Path, data_dir: Path | None):
     """The data set; of the last checkpoint `apply` and linen's variables, or an nnx model."""
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ValueError(f"{folder} is no run of train.py: it has no config.json")
-    args = Namespace(**{**json.loads(config.read_text()), "dtype": "float32"})
+    args = run_options(folder)
     data = load(args.data, data_dir)
     steps = make_steps(args, len(data.train_y) // args.batch)
-    checkpoints = Checkpoints(folder / "checkpoints", keep=10**6)
-    epoch = checkpoints.latest()
-    if not epoch:
-        raise ValueError(f"{folder} has no complete checkpoint")
-    state = checkpoints.restore(epoch, jax.jit(steps.init)(jax.random.key(0)))
-    checkpoints.close()
+    state = last_state(folder, lambda: jax.jit(steps.init)(jax.random.key(0)))
     if args.api == "linen":
         variables = {"params": state.params, "batch_stats": state.batch_stats}
 
@@ -167,10 +157,10 @@ def main(argv: list[str] | None = None) -> int:
         out = args.out or args.run / "export"
         out.mkdir(exist_ok=True)
     except (DataError, ValueError, OSError) as error:
-        p.error(str(error))
+        p.error(told(error))
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of types it then infers
     rows: list[dict] = []
-    with console.status("recalibrating, folding, exporting"):
+    with one_line(p), console.status("recalibrating, folding, exporting"):
         made = stages(data, apply, model, args, out, console.print)
     for stage in made:
         with console.status(f"measuring: {stage.name}"):

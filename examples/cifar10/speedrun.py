@@ -24,7 +24,7 @@ import optax
 from augment import normalize
 from data import DataError, load
 from optimizer import smooth_cross_entropy
-from options import Parser, between
+from options import Parser, between, one_line, told
 from report import progress, table, write
 from rich.console import Console
 
@@ -282,10 +282,12 @@ def main(argv: list[str] | None = None) -> dict:
             raise ValueError(f"--batch {args.batch}: there are {len(data.train_y)} training images")
         if args.out and not args.out.resolve().parent.is_dir():
             raise ValueError(f"--out {args.out}: there is no folder {args.out.resolve().parent}")
-    except (DataError, ValueError) as error:
-        p.error(str(error))
-    train_x = jnp.asarray(data.train_x[np.arange(len(data.train_y))])  # on the device, once
-    train_y, test_x = jnp.asarray(data.train_y), data.test_x[np.arange(len(data.test_y))]
+        if args.out and args.out.is_dir():
+            raise ValueError(f"--out {args.out}: a folder, expected the file to write")
+        train_x = jnp.asarray(data.train_x[np.arange(len(data.train_y))])  # on the device, once
+        train_y, test_x = jnp.asarray(data.train_y), data.test_x[np.arange(len(data.test_y))]
+    except (DataError, ValueError, OSError) as error:
+        p.error(told(error))
     recipe = Recipe(data, args)
     eval_batch = min(2000, len(data.test_y))
     begin, draw, train, logits, seconds = compiled(
@@ -346,7 +348,8 @@ def main(argv: list[str] | None = None) -> dict:
         **{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
     }
     if args.out:
-        write(args.out, json.dumps(result, indent=1) + "\n")
+        with one_line(p):
+            write(args.out, json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -11,8 +11,8 @@ if __name__ == "__main__":  # before the long imports: a parent needs none of th
 
 import json
 import os
-import sys
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,8 @@ import model
 import numpy as np
 import options
 import report
-from checkpoint import Checkpoints
+import stop
+from checkpoint import CheckpointError, Checkpoints, SaveError
 from data import Data, DataError, load
 from loop import Loop, make_mesh, put_data
 from optimizer import schedule, sgd, smooth_cross_entropy
@@ -48,13 +49,21 @@ def make_steps(args, count: int):
     return Nnx(lambda rngs: make(rngs=rngs), tx, loss)
 
 
-def train_one_epoch(loop: Loop, state, key, x, y, scan: bool, show, watch: writers.Log, first: int):
-    """Every image once, from step `first`; `show(steps done, loss, accuracy)` as it goes on."""
-    if scan:
+def train_one_epoch(loop, state, key, x, y, scan: bool, show, watch, asked, first: int, start=0):
+    """
+    Every image once, or until a SIGTERM: the steps from `start` on of an epoch whose first step
+    is the run's step `first`. Loss and accuracy of each step come back as [2, steps done].
+    `show(steps done, loss, accuracy)` as it goes on.
+    """
+    if scan:  # all or nothing
+        if asked.now():
+            return state, np.empty((2, 0))
         state, metrics = loop.train_epoch(state, key, x, y)  # [steps], [steps]
-        return state, jax.device_get(metrics)
+        return state, np.stack(jax.device_get(metrics))
     metrics, seen = [], {}
-    for i in range(loop.count):
+    for i in range(start, loop.count):
+        if asked.now():
+            break
         before = seen
         step = loop.watched_step if watch.due(first + i) else loop.train_step
         state, new, seen = step(state, key, x, y, i)
@@ -65,11 +74,11 @@ def train_one_epoch(loop: Loop, state, key, x, y, scan: bool, show, watch: write
             watch.write(first + i - 1, before)
         metrics.append(new)
     if seen:
-        watch.write(first + loop.count - 1, seen)
-    return state, np.transpose(jax.device_get(metrics))
+        watch.write(first + start + len(metrics) - 1, seen)
+    return state, np.reshape(jax.device_get(metrics), (-1, 2)).T
 
 
-def train(args, data: Data, folder: Path, console: Console, watch: writers.Log) -> dict:
+def train(args, data: Data, folder: Path, console: Console, watch: writers.Log, asked) -> dict:
     mesh = make_mesh(args.devices)
     arrays = put_data(data, mesh, args.eval_batch)
     steps = make_steps(args, len(data.train_y) // args.batch)
@@ -78,52 +87,67 @@ def train(args, data: Data, folder: Path, console: Console, watch: writers.Log) 
     init_key, data_key = jax.random.split(jax.random.key(args.seed))
     state = loop.init(init_key)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(steps.params(state)))
-    checkpoints = Checkpoints(folder / "checkpoints", args.keep)
-    done = checkpoints.latest() if args.resume else 0
+    checkpoints, done, totals = Checkpoints(folder / "checkpoints", args.keep), 0, np.zeros(2)
+    checkpoints.clear()
+    if args.resume:
+        done, state, totals, damaged = checkpoints.newest(state)
+        checkpoints.remove(damaged)
+        watch.rewind(done)
+        for other in damaged:
+            console.print(f"{checkpoints.folder}/{other} was damaged, and is removed")
+    epochs, start = divmod(done, loop.count)
+    log = report.Log(folder / "metrics.jsonl", epochs, writes=jax.process_index() == 0)
+    if log.missing:
+        console.print(f"{log.path}: {log.missing} of {epochs} epochs not found, and left out")
     if done:
-        state = checkpoints.restore(done, state)
-        watch.rewind(done * loop.count)
-        console.print(f"Resumed after epoch {done}")
-    log = report.Log(folder / "metrics.jsonl", done, writes=jax.process_index() == 0)
+        part = f" and {start} of {loop.count} steps" if start else ""
+        console.print(f"Resumed after epoch {epochs}{part}")
 
     console.print(report.HEADER)
     with report.progress(console) as bar:
-        task = bar.add_task("", total=args.epochs * loop.count, epoch=done + 1, status="compiling")
-        for epoch in range(done + 1, args.epochs + 1):
+        total = args.epochs * loop.count
+        task = bar.add_task("", total=total, epoch=epochs + 1, status="compiling")
+        for epoch in range(epochs + 1, args.epochs + 1):
             begun, first = time.perf_counter(), (epoch - 1) * loop.count
 
-            def show(i, loss, accuracy, epoch=epoch, begun=begun, first=first):
-                rate = i * args.batch / (time.perf_counter() - begun)
+            def show(i, loss, accuracy, epoch=epoch, begun=begun, first=first, start=start):
+                rate = (i - start) * args.batch / (time.perf_counter() - begun)
                 status = f"loss {loss:.3f}  accuracy {accuracy:6.2%}  {rate:,.0f} images/s"
                 bar.update(task, completed=first + i, epoch=epoch, status=status)
 
             # One key an epoch, one fold of it a step: an epoch is the same however it was reached.
             shuffle_key, augment_key = jax.random.split(jax.random.fold_in(data_key, epoch))
             x, y = loop.shuffle(shuffle_key, arrays.train_x, arrays.train_y)
-            state, (losses, accuracies) = train_one_epoch(
-                loop, state, augment_key, x, y, args.scan_epoch, show, watch, first
+            state, metrics = train_one_epoch(
+                loop, state, augment_key, x, y, args.scan_epoch, show, watch, asked, first, start
             )
+            for step in np.float64(metrics.T):  # one by one: the same sum however it was reached
+                totals = totals + step
+            done = first + start + len(metrics.T)
+            if done < epoch * loop.count:
+                if len(metrics.T):
+                    checkpoints.save(done, state, totals)
+                raise stop.Stopped(done)
             trained = time.perf_counter() - begun
             bar.update(task, completed=epoch * loop.count)
             test_loss, test_accuracy, test_count = loop.evaluate(state, arrays)
             seconds = time.perf_counter() - begun
-            log.add(
-                {
-                    "epoch": epoch,
-                    "train_loss": float(np.mean(losses)),
-                    "train_accuracy": float(np.mean(accuracies)),
-                    "test_loss": test_loss,
-                    "test_accuracy": test_accuracy,
-                    "test_images": test_count,
-                    "images_per_s": loop.count * args.batch / trained,
-                    "seconds": seconds,
-                }
+            row = (
+                epoch,
+                *(totals / loop.count).tolist(),
+                test_loss,
+                test_accuracy,
+                test_count,
+                (loop.count - start) * args.batch / trained,
+                seconds,
             )
-            checkpoints.save(epoch, state)
+            log.add(dict(zip(report.FIELDS, row, strict=True)))
+            start, totals = 0, np.zeros(2)
+            checkpoints.save(done, state, totals)
             console.print(report.line(log.rows[-1], seconds * (args.epochs - epoch)))
-    checkpoints.close()
-    last = log.rows[-1]
-    return {"parameters": parameters, "state": state, "rows": log.rows, **last}
+    if not log.rows:
+        raise CheckpointError(f"{log.path}: no epoch in it, and none is left to train")
+    return {"parameters": parameters, "state": state, "rows": log.rows, **log.rows[-1]}
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -135,18 +159,24 @@ def main(argv: list[str] | None = None) -> dict:
         parser.error(str(error))
     first = jax.process_index() == 0  # the one process that prints and writes
     console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not first)
-    problem = None
+    problem, folder = None, args.runs
     try:
         data = load(args.data, args.data_dir, console.print)
         options.fill_in(args, data)
         options.check(args, data)
-        folder = options.open_run(args) if first else args.runs / args.name
+        folder = options.find_run(args) if first else args.runs / args.name
+    except (DataError, ValueError, OSError) as error:
+        problem = options.told(error)
+    terms = json.dumps([args.name, args.resume, options.config(args)])
+    if problem := hosts.agree(problem, terms):
+        parser.error(problem)
+    try:  # all are agreed: from here on there is something written
+        if first and not args.resume:
+            options.begin_run(args, folder)
         watch = writers.open(args.watch, folder, every=args.watch_every, port=args.watch_port)
-    except (DataError, ValueError) as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    if problem := hosts.agree(problem, json.dumps([args.name, args.resume, options.config(args)])):
+    except (ValueError, OSError) as error:
+        problem = options.told(error)
+    if problem := hosts.agree(problem, terms):
         parser.error(problem)
 
     device = f"{args.devices} x {jax.devices()[0].device_kind}"
@@ -164,24 +194,36 @@ def main(argv: list[str] | None = None) -> dict:
         console.print(f"Norm layers, every {args.watch_every} steps: {writer}")
     if args.scan_epoch and jax.default_backend() == "cpu":
         console.print("--scan-epoch is for GPU and TPU: XLA's CPU convolutions are slow in a loop")
+    resume = f"Go on with: {options.go_on(argv, args, folder)}"
     try:
-        with watch:
-            result = train(args, data, folder, console, watch)
+        with watch, stop.Asked() as asked:
+            result = train(args, data, folder, console, watch, asked)
+        if first:
+            finish(args, data, folder, console, result, f"{what} on {data.name}", device)
+    except stop.Stopped as stopped:
+        parser.exit(143, f"Stopped by SIGTERM after {stopped.steps} steps. {resume}\n")
     except KeyboardInterrupt:
-        console.print(f"Stopped. The same command goes on with --name {folder.name} --resume")
-        sys.exit(130)
-    except Exception:
+        parser.exit(130, f"Stopped. {resume}\n")
+    except CheckpointError as error:
+        parser.error(f"--resume: {error}")
+    except Exception as error:
+        ours = isinstance(error, (SaveError, DataError, OSError))
         if jax.process_count() > 1:
-            hosts.give_up(args.heartbeat)
+            why = f"train.py: error: {options.told(error)}" if ours else traceback.format_exc()
+            hosts.give_up(args.heartbeat, why)
+        if ours:
+            parser.error(f"{options.told(error)}. {resume}")
         raise
-    if not first:
-        return result
+    return result
 
+
+def finish(args, data: Data, folder: Path, console: Console, result: dict, what: str, device: str):
+    """The table, and the curves."""
     rows = result["rows"]
     rates = [row["images_per_s"] for row in rows]
     console.print(
         report.table(
-            f"{what} on {data.name}, {device}",
+            f"{what}, {device}",
             [
                 ("test accuracy", f"{result['test_accuracy'] * 100:.2f}", "%"),
                 ("test loss", f"{result['test_loss']:.4f}", "nats"),
@@ -194,9 +236,8 @@ def main(argv: list[str] | None = None) -> dict:
             ],
         )
     )
-    report.curves(folder / "curves.png", rows, f"{what} on {data.name}, seed {args.seed}")
+    report.curves(folder / "curves.png", rows, f"{what}, seed {args.seed}")
     console.print(f"Curves: {folder}/curves.png   Metrics: {folder}/metrics.jsonl")
-    return result
 
 
 if __name__ == "__main__":

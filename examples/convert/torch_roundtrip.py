@@ -4,12 +4,13 @@
 #
 # From PyTorch: safetensors.torch.save_file(torchvision.models.resnet18(...).state_dict(), path)
 
-import sys
+import argparse
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torchvision_resnet import NnxResNet, ResNet
 
@@ -19,6 +20,8 @@ from jaxbn import convert
 def sizes(state):
     """The arguments of the ResNet whose state_dict this is."""
     blocks = {tuple(key.split(".")[:2]) for key in state if key.startswith("layer")}
+    if missing := {"conv1.weight", "fc.bias"} - state.keys():
+        raise ValueError(f"no ResNet by torchvision's names: {', '.join(sorted(missing))} missing")
     counts = [sum(stage == f"layer{s}" for stage, _ in blocks) for s in (1, 2, 3, 4)]
     width, classes = len(state["conv1.weight"]), len(state["fc.bias"])
     return {"blocks": counts, "width": width, "classes": classes}
@@ -47,4 +50,13 @@ def main(source, target):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(prog="torch_roundtrip.py")
+    parser.add_argument("source", help="a ResNet's file, with torchvision's names")
+    parser.add_argument("target", help="the file to write")
+    args = parser.parse_args()
+    try:
+        main(**vars(args))
+    except (OSError, SafetensorError, ValueError) as error:
+        parser.exit(
+            2, f"torch_roundtrip.py: error: {args.source}: {' '.join(str(error).split())}\n"
+        )

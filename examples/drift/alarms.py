@@ -3,8 +3,8 @@
 #   python examples/drift/alarms.py                                         on handwritten digits
 #   python examples/drift/alarms.py --data-dir DIR --run runs/NAME     on CIFAR-10, with the network
 #                                                                that examples/cifar10 trained
+#   python examples/drift/alarms.py --data-dir DIR --clean --windows 500       false alarms alone
 
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from augment import normalize
-from checkpoint import Checkpoints
-from data import load
+from checkpoint import last_state
+from data import DataError, load
 from model_linen import ResNet9
 from optimizer import sgd, smooth_cross_entropy
+from options import Parser, between, one_line
 from rich.console import Console
 from rich.table import Table
 from scipy.ndimage import gaussian_filter
@@ -38,26 +39,36 @@ CORRUPTIONS = {  # of images [N, 32, 32, 3] in bytes: severities, and what they 
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--data-dir", type=Path, help="CIFAR-10's binary files (else: digits)")
-    parser.add_argument("--run", type=Path, help="a run of examples/cifar10 (else: trained here)")
-    parser.add_argument("--width", type=int, default=16, help="of the network (16)")
-    parser.add_argument("--steps", type=int, default=300, help="of training without --run (300)")
-    parser.add_argument("--images", type=int, default=4000, help="corrupted at each severity")
-    parser.add_argument("--window", type=int, default=128, help="images behind a decision (128)")
-    parser.add_argument("--windows", type=int, default=200, help="decisions (200)")
-    parser.add_argument("--figure", type=Path, help="PNG to draw")
+    parser = Parser(prog="alarms.py")
+    add, positive = parser.add_argument, between(int, 1)
+    add("--data-dir", type=Path, help="CIFAR-10's binary files (else: digits)")
+    add("--run", type=Path, help="a run of examples/cifar10 (else: trained here)")
+    add("--width", type=positive, default=16, help="of the network (16)")
+    add("--steps", type=between(int, 0), default=300, help="of training without --run (300)")
+    add("--images", type=positive, default=4000, help="corrupted at each severity")
+    add("--window", type=positive, default=128, help="images behind a decision (128)")
+    add("--windows", type=positive, default=200, help="decisions (200)")
+    add("--clean", action="store_true", help="how often clean images alarm")
+    add("--figure", type=Path, help="PNG to draw")
     args = parser.parse_args(argv)
+    with one_line(parser):
+        return measured(args)
 
+
+def measured(args):
+    """The table's lines: images, severity, accuracy, alarms, alarms with a reference."""
+    if args.figure and not args.figure.resolve().parent.is_dir():
+        raise DataError(f"--figure {args.figure}: there is no folder for it")
     data = load("cifar10" if args.data_dir else "digits", args.data_dir)
+    tested = len(data.test_y)
+    if args.window > (most := min(args.images, tested - tested // 2)):
+        raise DataError(f"--window {args.window}: there are {most} images to draw it from")
     scale = partial(normalize, mean=data.mean, std=data.std)
     net = ResNet9(width=args.width)
     steps = Linen(net, sgd(lambda _: 0.05, 5e-4), partial(smooth_cross_entropy, smoothing=0.1))
-    state = jax.jit(steps.init)(jax.random.key(0))
-    if args.run:
-        saved = Checkpoints(args.run / "checkpoints", keep=99)
-        state = saved.restore(saved.latest(), state)
-    else:
+    init = partial(jax.jit(steps.init), jax.random.key(0))
+    state = last_state(args.run, init) if args.run else init()
+    if not args.run:
         train = jax.jit(steps.train)
         for _ in range(args.steps):
             rows = RNG.choice(len(data.train_y), 64, replace=False)
@@ -88,6 +99,8 @@ def main(argv=None):
     clean = jax.tree.map(lambda v: jnp.asarray(v[..., :half]), rows)
     reference = health.drift(variables, [clean])
     others = order[half:][: args.images]
+    if args.clean:
+        return false_alarms(variables, rows, order[half:], reference, args.windows)
     line = ["clean", 0.0, right[others].mean(), alarms(rows, others)]
     lines = [(*line, alarms(rows, others, reference))]
     for name, (severities, corrupt) in CORRUPTIONS.items():
@@ -105,6 +118,31 @@ def main(argv=None):
     if args.figure:
         draw(lines, args.figure)
     return lines
+
+
+def false_alarms(variables, rows, among, reference, windows):
+    """Share of windows of clean images that raise an alarm, without tolerance and with it."""
+    asked = (0.1, 0.01, 0.001)
+    columns = (*(f"asked {a:g}" for a in asked), "0.001, tolerance", "0.001, running statistics")
+    table, rates = Table("images", *columns), {}
+    for size in (32, 128, 512):
+        if size > len(among) // 2:
+            continue
+        alarms = np.zeros(len(columns))
+        for _ in range(windows):
+            some = RNG.choice(among, size, replace=False)
+            window = jax.tree.map(lambda v, some=some: jnp.asarray(v[..., some]), rows)
+            seen = health.seen(variables, window)
+            strict = [
+                health.decide(seen, reference=reference, false_alarm=a, tolerance=0.0)
+                for a in asked
+            ]
+            default = health.decide(seen, reference=reference), health.decide(seen)
+            alarms += [d.alarm for d in (*strict, *default)]
+        rates[size] = alarms / windows
+        table.add_row(str(size), *(f"{rate:.3f}" for rate in rates[size]))
+    Console().print(table)
+    return rates
 
 
 def draw(lines, path):

@@ -3,11 +3,15 @@
 #
 #   python examples/drift/false_alarms.py --windows 1000
 
-import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from options import Parser, between
 
 import jaxbn
 from jaxbn import health
@@ -33,9 +37,10 @@ def window(key, draw, n):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--windows", type=int, default=1000, help="decisions of each kind (1000)")
-    parser.add_argument("--images", type=int, nargs="+", default=[32, 128, 512], help="a window")
+    parser = Parser(prog="false_alarms.py")
+    add, default = parser.add_argument, [32, 128, 512]
+    add("--windows", type=between(int, 10), default=1000, help="decisions of each kind (1000)")
+    add("--images", type=between(int, 2), nargs="+", default=default, help="a window")
     args = parser.parse_args(argv)
     asked = (0.1, 0.01, 0.001)
     rates = {}

@@ -1,6 +1,8 @@
-"""The failures' table, as docs/troubleshooting.md has it: python examples/failures/all.py"""
+"""The table of docs/troubleshooting.md: python examples/failures/all.py --seeds 10"""
 
 from importlib import import_module
+
+from failure import several, spread, with_seeds
 
 FAILURES = (
     "batch_of_one",
@@ -16,14 +18,19 @@ FAILURES = (
 HEAD = "| failure | finding | by | test accuracy | cure | after |\n|---|---|---|---|---|---|"
 
 
-def row(result):
-    kinds = ", ".join(f"`{kind}`" for kind in dict.fromkeys(f.kind for f in result.findings))
-    link = f"[{result.failure}](#{result.failure.lower().replace(' ', '-')})"
-    cells = link, kinds, f"`{result.call}`", f"{result.before:.2f}", result.cure
-    return f"| {' | '.join(cells)} | {result.after:.2f} |"
+def row(results):
+    """One failure's line: the findings that every seed has, and the spread of accuracy."""
+    first = results[0]
+    every = set.intersection(*({f.kind for f in result.findings} for result in results))
+    kinds = sorted(every, key=[f.kind for f in first.findings].index)
+    link = f"[{first.failure}](#{first.failure.lower().replace(' ', '-')})"
+    shown = ", ".join(f"`{kind}`" for kind in kinds)
+    before, after = (spread([getattr(r, when) for r in results]) for when in ("before", "after"))
+    return f"| {link} | {shown} | `{first.call}` | {before} | {first.cure} | {after} |"
 
 
 if __name__ == "__main__":
+    seeds = with_seeds(__doc__).parse_args().seeds
     print(HEAD)
     for name in FAILURES:
-        print(row(import_module(name).main()), flush=True)
+        print(row(several(import_module(name).main, seeds)), flush=True)

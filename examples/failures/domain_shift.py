@@ -6,19 +6,19 @@ import jaxbn
 from jaxbn import health
 
 
-def main():
+def main(seed=0):
     (x, y), (test_x, test_y) = digits()
     net = Net()
-    variables = train(net.apply, start(net, x[:2]), batches(x, y, 400, 64))
+    variables = train(net.apply, start(net, x[:2], seed=seed), batches(x, y, 400, 64, seed))
     served = 12 + 0.2 * test_x
     cured = jaxbn.recalibrate(net.apply, variables, [served])
     watched = health.incoming(net.apply)
-    before, after = (health.drift(v, [watched(v, served)[1]]) for v in (variables, cured))
+    before, after = (health.drift(v, watched(v, served)[1]) for v in (variables, cured))
     return Result(
         "domain shift",
         evaluate(net, variables, served, test_y),
         list(before.findings),
-        "health.drift(variables, moments)",
+        "health.drift(variables, rows)",
         "jaxbn.recalibrate on served images, without labels",
         evaluate(net, cured, served, test_y),
         list(after.findings),
@@ -26,4 +26,4 @@ def main():
 
 
 if __name__ == "__main__":
-    show(main())
+    show(main)

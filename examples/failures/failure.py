@@ -1,5 +1,6 @@
 """What the scripts beside this one share: a small network on handwritten digits, and `Result`."""
 
+import argparse
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -23,12 +24,36 @@ class Result(NamedTuple):
     left: list[Finding]  # what `call` says after it
 
 
-def show(result):
-    print(f"{result.failure}: test accuracy {result.before:.3f}")
-    for f in result.findings:
+def several(main, seeds):
+    """The results of the seeds 0, 1, ...: other weights to start from, other batches."""
+    return [main(seed) for seed in range(seeds)]
+
+
+def spread(figures):
+    """Mean, least and largest, as docs/troubleshooting.md has them."""
+    return f"{np.mean(figures):.2f} ({min(figures):.2f} to {max(figures):.2f})"
+
+
+def with_seeds(description):
+    """The command line of a script, and of the table of all."""
+    parser = argparse.ArgumentParser(description=description)
+    counts = range(1, 1001)
+    parser.add_argument(
+        "--seeds", type=int, default=1, choices=counts, metavar="N", help="runs (1)"
+    )
+    return parser
+
+
+def show(main):
+    results = several(main, with_seeds("A failure, its finding and its cure.").parse_args().seeds)
+    first = results[0]
+    before, after = ([getattr(r, name) for r in results] for name in ("before", "after"))
+    print(f"{first.failure}: test accuracy {spread(before)}")
+    for f in first.findings:
         print(f"  {f.layer}: {f.kind} ({f.severity}), {f.figure:.3g} beside {f.threshold:.3g}")
         print(f"    {f.remedy}")
-    print(f"cure, {result.cure}: test accuracy {result.after:.3f}, findings {len(result.left)}")
+    left = sum(len(r.left) for r in results)
+    print(f"cure, {first.cure}: test accuracy {spread(after)}, findings {left}")
 
 
 class Net(nn.Module):
@@ -51,14 +76,14 @@ def digits():
     return (x[:1280], y[:1280]), (x[1280:], y[1280:])
 
 
-def batches(x, y, steps, rows):
+def batches(x, y, steps, rows, seed):
     """Drawn at random: arrays [steps, rows, ...]."""
-    some = np.random.default_rng(1).integers(0, len(x), (steps, rows))
+    some = np.random.default_rng(seed).integers(0, len(x), (steps, rows))
     return x[some], y[some]
 
 
-def start(net, *x):
-    return jax.jit(net.init)(jax.random.key(0), *x)
+def start(net, *x, seed=0):
+    return jax.jit(net.init)(jax.random.key(seed), *x)
 
 
 def train(apply, variables, data, rate=0.1, decay=0.0, mode=True, keep=True):

@@ -6,13 +6,13 @@ import jaxbn
 from jaxbn import health
 
 
-def main():
+def main(seed=0):
     (x, y), (test_x, test_y) = digits()
     x, test = x / 16, (test_x / 16, test_y)
-    net, data = Net(depth=3), batches(x, y, 100, 64)
-    fresh = start(net, x[:2])
-    sick = train(net.apply, fresh, data, mode=False)
-    cured = train(net.apply, jaxbn.recalibrate(net.apply, fresh, [x]), data, mode=False)
+    net, data = Net(depth=3), batches(x, y, 100, 64, seed)
+    fresh = start(net, x[:2], seed=seed)
+    sick = train(net.apply, fresh, data, rate=0.03, mode=False)
+    cured = train(net.apply, jaxbn.recalibrate(net.apply, fresh, [x]), data, rate=0.03, mode=False)
     return Result(
         "frozen at initialization",
         evaluate(net, sick, *test),
@@ -35,5 +35,5 @@ def refused():
 
 
 if __name__ == "__main__":
-    show(main())
+    show(main)
     print(refused())

@@ -9,11 +9,11 @@ from jaxbn import health
 LOOKS = [320, 340, 360, 380, 400]  # steps; one look alone may be a lucky one
 
 
-def main():
+def main(seed=0):
     (x, y), test = digits()
     net = Net(depth=2)
-    x_of, y_of = batches(x, y, LOOKS[-1], 64)
-    sick, before, after = start(net, x[:2]), [], []
+    x_of, y_of = batches(x, y, LOOKS[-1], 64, seed)
+    sick, before, after = start(net, x[:2], seed=seed), [], []
     for begin, end in zip([0, *LOOKS], LOOKS, strict=False):
         data = x_of[begin:end], y_of[begin:end]
         # Without decay the kernels grow, and a large step turns a large kernel by little.
@@ -33,4 +33,4 @@ def main():
 
 
 if __name__ == "__main__":
-    show(main())
+    show(main)

@@ -6,10 +6,10 @@ import jaxbn
 from jaxbn import health
 
 
-def main():
+def main(seed=0):
     (x, y), test = digits()
     net = Net()
-    sick = train(net.apply, start(net, x[:2]), batches(x, y, 100, 64), keep=False)
+    sick = train(net.apply, start(net, x[:2], seed=seed), batches(x, y, 100, 64, seed), keep=False)
     cured = jaxbn.recalibrate(net.apply, sick, [x])
     return Result(
         "statistics never updated",
@@ -23,4 +23,4 @@ def main():
 
 
 if __name__ == "__main__":
-    show(main())
+    show(main)

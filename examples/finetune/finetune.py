@@ -2,7 +2,6 @@
 #
 #   python examples/finetune/finetune.py                       on handwritten digits
 #   python examples/finetune/finetune.py --data-dir DIR        on CIFAR-10
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from augment import normalize
 from data import load
 from flax import nnx
 from model_nnx import ResNet9
+from options import Parser, one_line
 from rich import print
 from rich.table import Table
 
@@ -100,6 +100,7 @@ def main(data_dir=None, width=16, steps=400, shots=20, seeds=3):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
+    parser = Parser(prog="finetune.py")
     parser.add_argument("--data-dir", type=Path, help="CIFAR-10's binary files (else: digits)")
-    main(**vars(parser.parse_args()))
+    with one_line(parser):
+        main(**vars(parser.parse_args()))

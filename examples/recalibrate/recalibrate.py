@@ -3,7 +3,6 @@
 #   python examples/recalibrate/recalibrate.py                      on handwritten digits
 #   python examples/recalibrate/recalibrate.py --data-dir DIR --run runs/NAME     on CIFAR-10, with
 #                                                     the network that examples/cifar10 trained
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,10 +13,11 @@ import jax
 import numpy as np
 import optax
 from augment import normalize
-from checkpoint import Checkpoints
+from checkpoint import last_state
 from data import load
 from model_linen import ResNet9
 from optimizer import sgd, smooth_cross_entropy
+from options import Parser, one_line
 from rich import print
 from rich.table import Table
 from scipy.ndimage import gaussian_filter
@@ -39,10 +39,8 @@ def main(data_dir=None, run=None, width=16, steps=300, batch=128):
     scale = partial(normalize, mean=data.mean, std=data.std)
     net = ResNet9(width=width)
     training = Linen(net, sgd(lambda _: 0.05, 5e-4), partial(smooth_cross_entropy, smoothing=0.1))
-    state = jax.jit(training.init)(jax.random.key(0))
-    if run:
-        saved = Checkpoints(run / "checkpoints", keep=99)
-        state = saved.restore(saved.latest(), state)
+    init = partial(jax.jit(training.init), jax.random.key(0))
+    state = last_state(run, init) if run else init()
 
     # Stochastic weight averaging (Izmailov et al. 2018): the mean of every 10th step's weights.
     step, average = jax.jit(training.train), state.params
@@ -84,7 +82,8 @@ def main(data_dir=None, run=None, width=16, steps=300, batch=128):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
+    parser = Parser(prog="recalibrate.py")
     parser.add_argument("--data-dir", type=Path, help="CIFAR-10's binary files (else: digits)")
     parser.add_argument("--run", type=Path, help="a run of examples/cifar10 to start from")
-    main(**vars(parser.parse_args()))
+    with one_line(parser):
+        main(**vars(parser.parse_args()))

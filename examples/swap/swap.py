@@ -2,7 +2,6 @@
 #
 #   python examples/swap/swap.py                       on handwritten digits
 #   python examples/swap/swap.py --data-dir DIR        on CIFAR-10
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import optax
 from augment import normalize
 from data import load
 from model_linen import ResNet9
+from options import Parser, one_line
 from rich import print
 from rich.table import Table
 
@@ -67,6 +67,7 @@ def main(data_dir=None, width=16, images=3200, batches=(2, 8, 32)):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
+    parser = Parser(prog="swap.py")
     parser.add_argument("--data-dir", type=Path, help="CIFAR-10's binary files (else: digits)")
-    main(**vars(parser.parse_args()))
+    with one_line(parser):
+        main(**vars(parser.parse_args()))

@@ -3,7 +3,7 @@
 #   python examples/watch/watched.py FOLDER [STEPS [PORT]]
 #   tensorboard --logdir FOLDER        and http://127.0.0.1:9464/metrics while it runs
 
-import sys
+import argparse
 from functools import partial
 
 import flax.linen as nn
@@ -45,9 +45,9 @@ def step(variables, key, watched):
 
 
 def main(folder: str, steps: int = 500, port: int = 9464) -> None:
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 8)))
     with writers.open(["jsonl", "prometheus", "tensorboard"], folder, every=50, port=port) as log:
         print(*log.writers, sep="\n")
+        variables = model.init(jax.random.key(0), jnp.zeros((1, 8)))
         for i in range(steps):
             variables, loss, seen = step(variables, jax.random.key(i), watched=log.due(i))
             if seen:
@@ -57,4 +57,11 @@ def main(folder: str, steps: int = 500, port: int = 9464) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    parser = argparse.ArgumentParser(prog="watched.py")
+    parser.add_argument("folder", help="of the figures")
+    parser.add_argument("steps", type=int, nargs="?", default=500, help="(500)")
+    parser.add_argument("port", type=int, nargs="?", default=9464, help="of Prometheus (9464)")
+    try:
+        main(**vars(parser.parse_args()))
+    except (OSError, ModuleNotFoundError) as error:
+        parser.exit(2, f"watched.py: error: {error}\n")

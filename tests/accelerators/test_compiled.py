@@ -16,8 +16,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from benchmarks import compiled, peers, targets
-from benchmarks.roads import training
+from benchmarks.studies import compiled, targets
+from benchmarks.subjects import peers
+from benchmarks.subjects.roads import training
 
 SHAPES = [(64, 56, 56, 64), (32, 14, 14, 1024), (8192, 1024)]
 DTYPES = ["float32", "bfloat16"]

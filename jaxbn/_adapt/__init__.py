@@ -1,0 +1,1 @@
+"""Changes to a trained model or to its statistics. No file here imports another."""

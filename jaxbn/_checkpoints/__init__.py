@@ -1,0 +1,1 @@
+"""Files of arrays: read as data, written whole, and the norm layers in them."""

@@ -1,0 +1,284 @@
+"""The commands of `python -m jaxbn`: each calls a tool of the package and prints the result.
+
+The exit status is 0; 1 if there are findings, nothing was folded, or the fold is not exact enough;
+2 if a file cannot be read or written, or the user's code fails.
+"""
+
+import contextlib
+import functools
+import itertools
+import logging
+import os
+import re
+import sys
+import tempfile
+import traceback
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxbn._cli import options
+from jaxbn._text import distinct, printable
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns the exit status. Wrong options raise SystemExit(2).
+
+    Args:
+      argv: the words after `python -m jaxbn`. None: the words this process was started with.
+
+    >>> from jaxbn._cli import commands
+    >>> try:
+    ...     commands.main(["--version"])
+    ... except SystemExit as end:
+    ...     end.code
+    jaxbn 0.1.0
+    0
+    """
+    args = options.parse(argv)
+    try:
+        with _quiet():
+            return COMMANDS[args.command](args)
+    except BrokenPipeError:
+        raise
+    except (Exception, SystemExit) as error:
+        if args.traceback:
+            traceback.print_exc()
+        from jaxbn.convert._matching import MisfitError
+
+        if isinstance(error, SystemExit):
+            error = ValueError(f"the model's code ended the program: SystemExit: {error}")
+        # The error begins with the name of a function; the line printed begins with the command's.
+        text = re.sub(r"^[a-z]\w*: ", "", str(error).strip()) or type(error).__name__
+        lines = text.split("\n")
+        if not isinstance(error, MisfitError):  # a MisfitError has a line for each array
+            lines = lines[:1]
+        print(f"{args.command}: " + "\n".join(map(printable, lines)), file=sys.stderr)
+        return 2
+
+
+def doctor(args: Namespace) -> int:
+    """Prints what is wrong with the norm layers of a checkpoint. Status 1 if there are findings."""
+    from jaxbn import health
+    from jaxbn._checkpoints import norm_layers
+    from jaxbn._checkpoints.read import read
+    from jaxbn._cli import picture, terminal
+
+    _on_the_cpu()
+    found = norm_layers.norms_in(read(args.checkpoint))
+    if not found:
+        raise ValueError(
+            f"{printable(args.checkpoint)} holds no batch norm layer, expected arrays mean and "
+            f"var, or PyTorch's running_mean and running_var, beside each other."
+        )
+    _check_arrays(found)
+    found = dict(zip(distinct(map(printable, found)), found.values(), strict=True))
+    given = {"momentum": args.momentum, "epsilon": args.epsilon, "dtype": args.dtype}
+    findings = health.check(found, **given)
+    rows = health.summary(found, findings, epsilon=args.epsilon)
+    source = printable(args.checkpoint)
+    if args.plot:
+        title = f"{source}: {terminal.verdict(findings)}"
+        picture.plot(args.plot, title, found, findings)
+    if args.json:
+        print(terminal.as_json(source, rows, findings, momentum=args.momentum))
+    else:
+        terminal.show(source, rows, findings, momentum=args.momentum)
+    return 1 if findings else 0
+
+
+def convert(args: Namespace) -> int:
+    """Writes a checkpoint in another format, or by the names and layouts of another library."""
+    from jaxbn import convert as tool
+    from jaxbn._checkpoints import contents, write
+    from jaxbn._cli import users_model
+
+    write.check_destination(Path(args.dest))
+    if not args.model:
+        _on_the_cpu()
+    source = contents.read_model(args.source, args.part)
+    report: Any = None
+    new: Mapping[str, Any]
+    if args.model:
+        model, report = _loaded(source, users_model.network(args.model).model, args)
+        new = contents.arrays(model)
+    elif args.torch:
+        new, report = tool.to_torch(source.variables(), rename=args.rename)
+    elif args.like:
+        like = contents.read_model(args.like)
+        if like.kind == "torch":
+            names = like.state_dict()
+            new, report = tool.to_torch(source.variables(), names, rename=args.rename)
+        else:
+            new, report = _loaded(source, like.variables(), args)
+            new = new if like.kind == "linen" else new["params"]
+    else:
+        new = source.tree
+    write.save(args.dest, new)
+    print(*[report] * (report is not None), f"wrote {printable(args.dest)}", sep="\n")
+    return 0
+
+
+def recalibrate(args: Namespace) -> int:
+    """Computes running statistics again by the user's model, over the user's data."""
+    import jaxbn
+    from jaxbn._checkpoints import contents, write
+
+    write.check_destination(Path(args.dest))
+    apply, model, batches = _network(args)
+    where = args.where or "*"
+    model = jaxbn.recalibrate(apply, model, batches, where=where, limit=args.batches)
+    write.save(args.dest, contents.arrays(model))
+    print(f"wrote {printable(args.dest)}")
+    return 0
+
+
+def fold(args: Namespace) -> int:
+    """Prints what can be folded and the error of each. Status 1 if nothing can, or not exactly."""
+    from jaxbn._folding.fold import FoldError
+    from jaxbn._folding.fold import fold as tool
+
+    fn, x, _ = _function(args)
+    try:
+        report = tool(fn, x, tolerance=args.tolerance)[1]
+    except FoldError as error:
+        print(error.report, str(error).removeprefix("fold: "), sep="\n")
+        return 1
+    print(report)
+    return 0 if report.folded else 1
+
+
+def export(args: Namespace) -> int:
+    """Folds the norms of the user's model and writes a file to serve."""
+    import jaxbn
+    from jaxbn import export as tool
+
+    dest = Path(args.dest)
+    if dest.suffix not in (".onnx", ".stablehlo"):
+        ends = f"{printable(dest)} ends in {printable(dest.suffix) or 'nothing'}"
+        raise ValueError(f"{ends}, expected .onnx or .stablehlo")
+    if args.int8 and dest.suffix != ".onnx":
+        raise ValueError(f"--int8 is for .onnx, and {printable(dest)} ends in {dest.suffix}")
+    fn, x, batches = _function(args)
+    if args.fold:
+        fn, report = jaxbn.fold(fn, x)
+        print(report)
+    own = {} if args.tolerance is None else {"tolerance": args.tolerance}
+    if dest.suffix == ".stablehlo":
+        done = tool.stablehlo(fn, x, dest, **own)
+    elif args.int8:
+        with tempfile.TemporaryDirectory() as folder:
+            wide = tool.onnx(fn, x, Path(folder, "float.onnx"))
+            done = tool.int8(wide.path, batches, dest, **own)
+    else:
+        done = tool.onnx(fn, x, dest, **own)
+    print(
+        f"wrote {printable(dest)}: {done.bytes} bytes, largest error {done.relative:.1e} of the "
+        f"largest value"
+    )
+    return 0
+
+
+COMMANDS = {
+    "doctor": doctor,
+    "convert": convert,
+    "recalibrate": recalibrate,
+    "fold": fold,
+    "export": export,
+}
+
+
+def _check_arrays(found: Mapping[str, Any]) -> None:
+    """Raises unless each layer's arrays are numbers of one shape, and its count is a number."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    def numbers(v: Any, *kinds: Any) -> bool:
+        return any(jnp.issubdtype(v.dtype, kind) for kind in kinds) and v.dtype.kind != "m"
+
+    for name, (params, state) in found.items():
+        like = "scale" if state.mean is None else "mean"
+        arrays = {**params._asdict(), **state._asdict(), "count": None}
+        shape = arrays[like].shape
+        for field, v in arrays.items():
+            if v is None:
+                continue
+            real = [] if field == "var" else [jnp.complexfloating]
+            if not numbers(v, jnp.floating, jnp.integer, *real) or v.shape != shape:
+                raise ValueError(
+                    f"{field} of layer {name!r} has shape {v.shape} and dtype {v.dtype}, expected "
+                    f"numbers of the {like}'s shape {shape}."
+                )
+            if not v.size:
+                raise ValueError(
+                    f"{field} of layer {name!r} has shape {shape}: it holds no number."
+                )
+        if (v := state.count) is None:
+            continue
+        if not numbers(v, jnp.floating, jnp.integer) or not v.size:
+            raise ValueError(
+                f"count of layer {name!r} has shape {v.shape} and dtype {v.dtype}, expected the "
+                f"number of its updates."
+            )
+        wide = np.asarray(v, np.float64)
+        if not (np.isfinite(wide) & (wide >= 0)).all():
+            raise ValueError(
+                f"count of layer {name!r} is {wide.min():g}, expected the number of its updates."
+            )
+
+
+def _network(args: Namespace) -> tuple[Any, Any, Any]:
+    """The user's (apply, model, batches), with the checkpoint's arrays in the model."""
+    from jaxbn._checkpoints.contents import read_model
+    from jaxbn._cli import users_model
+
+    source = read_model(args.source, args.part)
+    apply, model, batches = users_model.network(args.model)
+    return apply, _loaded(source, model, args)[0], batches
+
+
+def _function(args: Namespace) -> tuple[Any, Any, Any]:
+    """The user's model as a function of x; the first batch; all batches, the first included."""
+    apply, model, batches = _network(args)
+    some = itertools.islice(batches, args.batches)
+    x = next(some, None)
+    if x is None:
+        raise ValueError(f"{args.model} gives no batches, expected at least one as the example.")
+    return functools.partial(apply, model), x, itertools.chain([x], some)
+
+
+def _loaded(source: Any, like: Any, args: Namespace) -> tuple[Any, Any]:
+    """`users_model.load` with the options of the command line; a refusal names these options."""
+    from jaxbn._cli import users_model
+    from jaxbn.convert._matching import MisfitError
+
+    given = {"rename": args.rename, "keep": args.keep, "epsilon": args.epsilon}
+    try:
+        return users_model.load(source, like, **given)
+    except MisfitError as error:
+        raise MisfitError(
+            f"{error}\nHere: --rename A=B, --keep LAYER, --part PATH if the model is a part of the "
+            f"checkpoint."
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences logs and warnings of other libraries: they may quote the bytes of a file."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _on_the_cpu() -> None:
+    """Keeps JAX on the CPU: an accelerator's memory may belong to a run that trains there."""
+    import jax
+
+    jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")

@@ -1,0 +1,1 @@
+"""A traced function, and its batch norms folded into the weights before or after."""

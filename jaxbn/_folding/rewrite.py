@@ -1,0 +1,207 @@
+"""Runs a program with its affines folded into the convolutions and dots beside them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxbn._folding.chains import AFFINE, LAYOUT, Chain, holds_contraction, into, site_of, start
+from jaxbn._folding.constants import Known, compute, known
+from jaxbn._folding.program import CUSTOM, Op, Program, bodies, run, shape_of
+
+
+class SiteOutcome(NamedTuple):
+    """What became of one site, and a function that runs a folded site alone."""
+
+    name: str
+    folded: bool | None  # None if there is nothing to fold
+    note: str
+    reads: int  # the value that the site computes from
+    gives: int  # the value that the site computes
+    alone: Callable[[Any], Any] | None
+
+
+class Rewrite:
+    """One run of a program with its affines folded. `outcomes` records what became of each site."""
+
+    def __init__(self, program: Program, kept: dict[Any, jax.Array]):
+        self.program = program
+        self.kept = kept
+        self.outcomes: dict[int, SiteOutcome] = {}  # by the number of the site's first result
+        self.origin = dict.fromkeys(program.inputs, "the input")
+        self.readers: dict[int, list[str]] = {i: ["the caller"] for i in program.outputs}
+        for op in program.ops:
+            for i in op.inputs:
+                self.readers.setdefault(i, []).append(_name(op))
+
+    def run(self, leaves: Sequence[Any]) -> list[Any]:
+        """Runs the program on `leaves` and returns its results."""
+        self.values: dict[int, Any] = dict(zip(self.program.inputs, leaves, strict=True))
+        for i, value in self.program.consts.items():
+            constant = known(value)
+            self.values[i] = value if constant is None else constant
+        for op in self.program.ops:
+            operands = [self.values[i] for i in op.inputs]
+            results: Sequence[Any] | None = None
+            if all(isinstance(v, Known) for v in operands):
+                results = compute(op, operands)
+            for attempt in (self._contraction, self._affine, self._plain):
+                if results is None:
+                    results = attempt(op, operands)
+            assert results is not None
+            self.values |= zip(op.outputs, results, strict=True)
+            for i in op.outputs:
+                self.origin.setdefault(i, _name(op))
+                if len(self.readers.get(i, ())) > 1:
+                    self.array(i)
+        return [self.array(i) for i in self.program.outputs]
+
+    def array(self, i: int, why: str = "") -> Any:
+        """Value i as an array. A chain ends here, because of its reader, or because of `why`."""
+        value = self.values[i]
+        if isinstance(value, Known):
+            if value.source is not None:
+                return value.source
+            array = self._keep(i, value.value.astype(value.dtype))
+            if array.shape == value.shape:
+                return array
+            return lax.broadcast_in_dim(array, value.shape, range(array.ndim))
+        if isinstance(value, Chain):
+            value = self.values[i] = self._finish(i, value, why)
+        return value
+
+    def _keep(self, key: Any, value: np.ndarray) -> jax.Array:
+        """The numbers as an array. All shapes that the program runs on share one array."""
+        old = self.kept.get(key)
+        if old is None or old.dtype != value.dtype or np.asarray(old).tobytes() != value.tobytes():
+            with jax.ensure_compile_time_eval():
+                self.kept[key] = old = jnp.asarray(value)
+        return old
+
+    def _plain(self, op: Op, operands: Sequence[Any]) -> list[Any]:
+        if holds_contraction(op.eqn):
+            note = f"inside {op.name}, which is not looked into; unroll it"
+            self._row("convolutions or dots", op, False, note)
+        return run(op, *(self.array(i) for i in op.inputs))
+
+    def _contraction(self, op: Op, operands: list[Any]) -> list[Chain] | None:
+        site = site_of(op, operands)
+        if site is None:
+            return None
+        i = op.inputs[1 - site.slot]
+        value = self.values[i]
+        if isinstance(value, Chain) and value.site is None and not value.trivial:
+            inside = into(site, value)
+            if not isinstance(inside, str):
+                return [start(inside[0], value.base, inside[1])]
+            self.array(i, f"{_name(op)} {inside}")
+        self.array(i)
+        return [start(site, i)]
+
+    def _affine(self, op: Op, operands: list[Any]) -> list[Chain] | None:
+        unknown = [p for p, v in enumerate(operands) if not isinstance(v, Known)]
+        if len(unknown) != 1:
+            return None
+        p = unknown[0]
+        i, chain = op.inputs[p], operands[p]
+        if op.name in AFFINE and shape_of(op.eqn.invars[p]) != op.shape:
+            return None
+        if not isinstance(chain, Chain):
+            if op.name not in AFFINE or op.name == "neg":
+                return None
+            ones = np.ones((1,) * len(op.shape))
+            chain = Chain(i, None, ones, 0 * ones, None)
+        longer = chain.then(op, p, operands[1 - p] if len(operands) == 2 else None)
+        return None if longer is None else [longer]
+
+    def _finish(self, end: int, chain: Chain, why: str) -> Any:
+        """The result of a chain: folded, or computed as it was written."""
+        readers = " and ".join(self.readers[end])
+        site, ops = chain.site, chain.ops
+        if site is None:
+            if not chain.trivial:
+                note = f"after {self.origin[chain.base]}, before {why or readers}"
+                self._row(f"norm of {chain.scale.size} channels", ops[-1], False, note)
+        elif chain.trivial:
+            note = "a bias alone follows" if chain.arithmetic else f"read by {readers}"
+            self._row(str(site), site.op, None, note)
+            self.origin[end] = f"{site}, which is read by {readers}"
+            ops = (site.op, *ops)
+        else:
+            alone = self._emit(chain)
+            self._row(str(site), site.op, True, _what(chain), chain.base, end, alone)
+            return alone(self.array(chain.base))
+        previous, y = chain.base, self.array(chain.base)
+        for op in ops:
+            y = run(op, *(y if i == previous else self.array(i) for i in op.inputs))[0]
+            previous = op.outputs[0]
+        return y
+
+    def _row(
+        self,
+        what: str,
+        op: Op,
+        folded: bool | None,
+        note: str,
+        reads: int = 0,
+        gives: int = 0,
+        alone: Callable[[Any], Any] | None = None,
+    ) -> None:
+        name = f"{what} {op.path}".rstrip()
+        self.outcomes[op.outputs[0]] = SiteOutcome(name, folded, note, reads, gives, alone)
+
+    def _emit(self, chain: Chain) -> Callable[[Any], Any]:
+        """The site with its chain in kernel and bias, as a function of the site's input."""
+        site = chain.site
+        assert site is not None
+        op, key = site.op, site.op.outputs[0]
+        scale, bias = chain.by_channel(chain.scale), chain.by_channel(chain.offset)
+        kernel = site.scaled(scale)
+        wide = max((o.dtype for o in (op, *chain.ops)), key=lambda d: jnp.finfo(d).bits)
+        last = chain.ops[-1].dtype if chain.ops else op.dtype
+        reads: Any = op.eqn.invars[1 - site.slot].aval
+        kernel_array = self._keep((key, "kernel"), kernel.astype(site.dtype))
+        bias_array = self._keep((key, "bias"), site.of_result(bias).astype(wide))
+
+        def emit(x: Any) -> Any:
+            for o in site.before:
+                if _moves(o):
+                    (x,) = run(o, x)
+            x = lax.convert_element_type(x, reads.dtype)
+            (y,) = run(op, *((x, kernel_array) if site.slot else (kernel_array, x)))
+            if bias.any():
+                y = lax.add(lax.convert_element_type(y, wide), bias_array)
+            for o in chain.ops:
+                if _moves(o):
+                    (y,) = run(o, y)
+            return lax.convert_element_type(y, last)
+
+        return emit
+
+
+def _moves(op: Op) -> bool:
+    """Whether op moves values to other positions. Casts do not count: one at the end is enough."""
+    return op.name in LAYOUT and op.name not in ("convert_element_type", "copy")
+
+
+def _name(op: Op) -> str:
+    """The operation's name for people; for a call with its own derivative, its function's."""
+    if op.name in CUSTOM:
+        return next(bodies(op.eqn))[0].debug_info.func_name
+    return {"conv_general_dilated": "conv", "dot_general": "dot"}.get(op.name, op.name)
+
+
+def _what(chain: Chain) -> str:
+    """The operations that the kernel absorbed, and the scopes that wrote the operations."""
+    assert chain.site is not None
+    texts = []
+    for ops, where in ((chain.site.before, " before"), (chain.arithmetic, "")):
+        ops = tuple(op for op in ops if op.name in AFFINE)
+        if ops:
+            paths = dict.fromkeys(op.path for op in ops if op.path != chain.site.op.path)
+            names = ", ".join(op.name for op in ops)
+            texts.append(" of ".join(filter(None, (names + where, ", ".join(filter(None, paths))))))
+    return "; ".join(texts)

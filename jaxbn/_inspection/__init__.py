@@ -1,0 +1,1 @@
+"""Inside a Flax model, without changing it: where its norm layers are, and what they see."""

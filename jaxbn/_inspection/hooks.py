@@ -1,0 +1,280 @@
+"""A hook sees, and may answer, every call of a batch norm layer; the model stays as it is.
+
+The layers may be Flax's own or those of this library, linen's or nnx's.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxbn._inspection import nnx_classes
+from jaxbn._inspection.layers import is_nnx, join, nnx_layers
+from jaxbn._op.moments import moments
+from jaxbn._op.pooling import merge
+from jaxbn._op.state import Moments
+
+OBSERVED = "jaxbn_observed"  # name of the variable, beside mean and var, that holds the record
+PATH = "jaxbn_path"  # attribute of a hooked nnx layer: its path, which the layer does not know
+
+
+class Call(NamedTuple):
+    """One call of a batch norm layer, as a hook gets it.
+
+    >>> from jaxbn import calls
+    >>> calls.Call._fields
+    ('layer', 'x', 'mask', 'train', 'path', 'residual')
+    """
+
+    layer: Any  # the Flax module, with axis, momentum, epsilon, axis_name
+    x: jax.Array
+    mask: jax.Array | None  # of the call; True for cells that count
+    train: bool  # whether the model asked the layer to normalize by the batch
+    path: str = ""  # as in `layers.find`
+    residual: jax.Array | None = None  # of the call
+
+
+Hook = Callable[[Call, Callable[[bool], jax.Array]], tuple[jax.Array, Any]]
+
+
+def batch_moments(call: Call, run: Callable[[bool], jax.Array]) -> tuple[jax.Array, Any]:
+    """The default hook: run the layer as called, and record the moments of x.
+
+    The moments are pooled over devices exactly where the layer pools its own.
+
+    Args:
+      call: the call of the layer.
+      run: `run(train)` is the layer itself.
+
+    Returns:
+      `(y, Moments)`, with count [] and mean and var [C].
+
+    >>> import jaxbn, jax.numpy as jnp
+    >>> from jaxbn import calls
+    >>> call = calls.Call(jaxbn.linen.BatchNorm(), jnp.eye(2), None, True)
+    >>> y, seen = calls.batch_moments(call, lambda train: call.x)
+    >>> seen.mean.tolist()
+    [0.5, 0.5]
+    """
+    return run(call.train), pooled(call, call.mask)
+
+
+def pooled(call: Call, mask: jax.Array | None) -> Moments:
+    """The moments of those cells of x where the mask is True.
+
+    The moments are pooled over devices exactly where the layer pools its own. Use it in a hook that
+    needs another mask than the call's.
+
+    Args:
+      call: the call of the layer.
+      mask: booleans that broadcast to the shape of x; None for all cells.
+
+    Returns:
+      `Moments` with count [] and mean and var [C].
+
+    >>> import jaxbn, jax.numpy as jnp
+    >>> from jaxbn import calls
+    >>> call = calls.Call(jaxbn.linen.BatchNorm(), jnp.eye(2), None, True)
+    >>> calls.pooled(call, jnp.array([[True], [False]])).mean.tolist()
+    [1.0, 0.0]
+    """
+    layer = call.layer
+    groups = layer.axis_index_groups
+    return moments(call.x, layer.axis, mask, axis_name=layer.axis_name, axis_index_groups=groups)
+
+
+def check_apply(call: str, apply: Any, write: str) -> None:
+    """Refuse what is not a linen model's `apply`; any function may be one.
+
+    Args:
+      call: the public call that was given `apply`, for the error.
+      apply: what was given.
+      write: the line to write instead, for the error.
+
+    Raises:
+      TypeError: apply is a module, or cannot be called, as variables cannot.
+
+    >>> import jaxbn
+    >>> from jaxbn import calls
+    >>> calls.check_apply("watch", jaxbn.linen.BatchNorm().apply, "watch(model.apply)")
+    """
+    if not callable(apply) or is_nnx(apply) or hasattr(apply, "apply"):
+        raise TypeError(
+            f"{call}: called with {type(apply).__name__}, expected a linen model's apply; write "
+            f"{write}."
+        )
+
+
+def hooked_apply(
+    apply: Callable[..., Any], hook: Hook = batch_moments, combine: Callable[..., Any] = merge
+) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """A linen model's `apply` whose batch norm layers are run by a hook.
+
+    Use it to look at what reaches the layers, or to let them answer otherwise. It works under every
+    transform of Flax and JAX, `nn.scan`, `nn.remat` and `nn.vmap` among them.
+
+    Args:
+      apply: `net.apply`, or a function that passes its keywords on to it.
+      hook: `hook(call, run)` returns `(y, record)`. `run(train)` is the layer itself, in the mode
+        that you pass. Train mode updates the statistics, so a hook that wants both modes runs eval
+        mode first. A record is a pytree of arrays, or None to record nothing.
+      combine: `combine(record, record)` gives the record of a layer that is called twice.
+
+    Returns:
+      A function with apply's arguments that returns `(what apply returns, path → record)`. Under
+      `nn.scan` a layer's records are stacked as its variables are.
+
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> from jaxbn import calls
+    >>> model = nn.Sequential([nn.BatchNorm(use_running_average=True)])
+    >>> variables = model.init(jax.random.key(0), jnp.ones((1, 2)))
+    >>> y, seen = calls.hooked_apply(model.apply)(variables, jnp.eye(2))
+    >>> seen["layers_0"].mean.tolist()
+    [0.5, 0.5]
+    """
+    import flax.linen as nn
+    from flax.core.scope import in_filter, union_filters
+
+    def intercept(layer_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        layer = context.module
+        its_call = isinstance(layer, nn.BatchNorm) and context.method_name == "__call__"
+        if not its_call or layer.is_initializing():
+            return layer_call(*args, **kwargs)
+        x, given, mask, more = _arguments(*args, **kwargs)
+        constructed = layer.use_running_average
+        mode = nn.merge_param("use_running_average", constructed, given)
+
+        def run(train: bool) -> jax.Array:
+            # A layer with a mode in its constructor refuses a mode in its call.
+            object.__setattr__(layer, "use_running_average", None)
+            try:
+                return layer_call(x, not train, mask=mask, **more)
+            finally:
+                object.__setattr__(layer, "use_running_average", constructed)
+                # Flax rewinds the scope after a call, so that a second call finds the variables
+                # of the first. This does the same between two runs in one call.
+                object.__setattr__(layer, "scope", layer.scope.rewound())
+
+        y, record = hook(
+            Call(layer, x, mask, not mode, join("", *layer.path), more.get("residual")), run
+        )
+        if record is not None:
+            # The record is stored in batch_stats, because nn.scan, nn.vmap and nn.remat carry that
+            # collection already. They would drop a collection of our own.
+            if layer.has_variable("batch_stats", OBSERVED):
+                record = combine(layer.get_variable("batch_stats", OBSERVED), record)
+            layer.put_variable("batch_stats", OBSERVED, record)
+        return y
+
+    @functools.wraps(apply)
+    def hooked(variables: Any, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
+        with nn.intercept_methods(intercept):
+            out, updates = apply(
+                variables, *args, mutable=union_filters(mutable, ["batch_stats"]), **kwargs
+            )
+        updates = dict(updates)
+        stats, seen = _without_records(updates.get("batch_stats", {}))
+        if mutable is False:
+            return out, seen
+        if in_filter(mutable, "batch_stats") and stats:
+            updates["batch_stats"] = stats
+        else:
+            updates.pop("batch_stats", None)
+        return (out, updates), seen
+
+    return hooked
+
+
+@contextmanager
+def hooked_nnx(
+    model: Any, hook: Hook = batch_moments, combine: Callable[..., Any] = merge
+) -> Iterator[dict[str, Any]]:
+    """A context in which a hook runs the batch norm layers of an nnx model.
+
+    Use it for nnx as `hooked_apply` for linen. The model is not copied, so calls in the context
+    update the model's own statistics. The context may stand inside a jitted step.
+
+    Args:
+      model: an nnx model.
+      hook: as in `hooked_apply`. Pass the same function each time: nnx.jit compiles a step again
+        for a new function.
+      combine: as in `hooked_apply`.
+
+    Yields:
+      A dict that is filled when the context ends: path → record of each layer that was called.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from jaxbn import calls
+    >>> model = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+    >>> with calls.hooked_nnx(model) as seen:
+    ...     y = model(jnp.eye(2))
+    >>> seen[""].mean.tolist()
+    [0.5, 0.5]
+    """
+    found = list(nnx_layers(model))
+    # A context around this one has set its layers' paths already, and will delete them.
+    named = [layer for _, layer in found if not hasattr(layer, PATH)]
+    seen: dict[str, Any] = {}
+    for path, layer in found:
+        cls: Any = type(layer)
+        nnx_classes.exchange(
+            layer, nnx_classes.subclass(cls, cls.__name__, _hooked_call, hook, combine)
+        )
+        setattr(layer, PATH, path)
+    try:
+        yield seen
+    finally:
+        for path, layer in found:
+            nnx_classes.restore(layer)
+            if hasattr(layer, OBSERVED):
+                seen[path] = getattr(layer, OBSERVED).get_value()
+                delattr(layer, OBSERVED)
+        for layer in named:
+            delattr(layer, PATH)
+
+
+def _hooked_call(cls: Any, hook: Hook, combine: Callable[..., Any]) -> Callable[..., Any]:
+    """The `__call__` of an nnx layer that lets the hook run the layer, and keeps the record."""
+    from flax import nnx
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> jax.Array:  # noqa: N807
+        x, given, mask, more = _arguments(*args, **kwargs)
+        mode = nnx.module.first_from(
+            given, self.use_running_average, error_msg="BatchNorm: use_running_average is not set"
+        )
+        call = Call(self, x, mask, not mode, getattr(self, PATH), more.get("residual"))
+
+        def run(train: bool) -> jax.Array:
+            return cls.__call__(self, x, not train, mask=mask, **more)
+
+        y, record = hook(call, run)
+        if record is not None:
+            if hasattr(self, OBSERVED):
+                record = combine(getattr(self, OBSERVED).get_value(), record)
+            setattr(self, OBSERVED, nnx.Intermediate(record))
+        return y
+
+    return __call__
+
+
+def _arguments(
+    x: Any, use_running_average: Any = None, *, mask: Any = None, **more: Any
+) -> tuple[Any, ...]:
+    return x, use_running_average, mask, more
+
+
+def _without_records(stats: Any, path: str = "") -> tuple[Any, dict[str, Any]]:
+    """batch_stats without records, and the records: path → record."""
+    if not isinstance(stats, Mapping):
+        return stats, {}
+    kept, seen = {}, {}
+    for key, node in stats.items():
+        if key == OBSERVED:
+            seen[path] = node
+            continue
+        kept[key], inner = _without_records(node, join(path, key))
+        seen |= inner
+    return kept, seen

@@ -1,0 +1,276 @@
+"""Count, mean and var of one array."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxbn._op import arguments
+from jaxbn._op import axes as axes_
+from jaxbn._op import devices as devices_
+from jaxbn._op.axes import Axes, wide
+from jaxbn._op.pooling import across
+from jaxbn._op.primitives import Operation
+from jaxbn._op.state import Moments
+from jaxbn._op.sums import divisible, parts, real_product, total, totals
+from jaxbn._op.tangent import summed
+
+# The pivot is read from one position in so many; see `_pivot`.
+STRIDE = 8
+
+# On GPUs, from one in at most so many; see `_by_grid`.
+SPARSE = 64
+
+# Channels whose mean² is at most so many times their var need no pivot; see `_at_once`.
+NEAR = 16
+
+
+def moments(
+    x: jax.Array,
+    axis: int | Sequence[int] = -1,
+    mask: jax.Array | None = None,
+    axis_name: str | Sequence[str] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> Moments:
+    """Equals count, mean and biased variance of x over all axes but `axis`, pooled over devices.
+
+    Args:
+      x: any rank, floating or complex.
+      axis: feature axis, or a tuple of them.
+      mask: broadcastable to x; cells that are False (or 0) take no part. True and 1 are the
+        other values it may hold.
+      axis_name: mapped axis or axes to pool over, each device weighted by its count.
+      axis_index_groups: pool within subgroups of that axis.
+
+    Returns:
+      `Moments(count, mean, var)`: mean and var [C] in float32 or wider, exact to a few
+      roundings at any mean; count [] or, where the mask differs per feature, [C]. Plainly
+      differentiable, to any order. An empty set has count 0, mean 0 and var 0.
+
+    Raises:
+      TypeError: x is not floating or complex.
+      ValueError: an axis, the mask, or an axis name does not fit.
+      NotImplementedError: under `jax.experimental.jet`, which cannot; `jax.jvp` nests.
+
+    >>> import jax.numpy as jnp, jaxbn
+    >>> m = jaxbn.moments(
+    ...     jnp.array([[1.0], [2.0], [9.0]]), mask=jnp.array([[True], [True], [False]])
+    ... )
+    >>> float(m.count), float(m.mean[0]), float(m.var[0])
+    (2.0, 1.5, 0.25)
+    """
+    x = arguments.array("moments", "x", x)
+    where = axes_.resolve("moments", x, axis)
+    if mask is not None:
+        mask = arguments.check_mask("moments", mask, x)
+    return across(of(x, where, mask), arguments.resolve("moments", axis_name, axis_index_groups))
+
+
+# Traced once for equal layers.
+@functools.partial(jax.jit, static_argnames="axes", inline=True)
+def of(
+    x: jax.Array, axes: Axes, mask: jax.Array | None = None, near: jax.Array | None = None
+) -> Moments:
+    """Equals the moments of x over `axes.reduced`, in float32 or wider.
+
+    Sums are taken of `x - pivot`, so nothing cancels however large the mean is, and they are
+    exact for a constant channel, whose mean is then that constant and whose var is 0. TPUs take
+    them of x itself where that is as good, and those of a bfloat16 x about `near` [C], or 0.
+    """
+    real = jnp.finfo(wide(x.dtype)).dtype
+    count = jnp.asarray(axes.count(x), real) if mask is None else _count(mask, x, axes, real)
+    if near is not None:
+        near = lax.stop_gradient(near).astype(wide(x.dtype)) if x.dtype == jnp.bfloat16 else None
+    return Moments(count, *mean_and_var(x, divisor(count), mask, near, axes=axes))
+
+
+def _mean_and_var(  # type: ignore[no-untyped-def]
+    device, x, n, mask, near, *, axes: Axes
+) -> tuple[jax.Array, jax.Array]:
+    way = _by_pivot
+    if device == "gpu" and mask is None and all(isinstance(size, int) for size in x.shape):
+        way = _by_grid
+    if device == "tpu":
+        way = functools.partial(_about_near, near) if x.dtype == jnp.bfloat16 else _at_once
+    mean, var = way(device, axes, x, mask, n)
+    return mean, jnp.maximum(var, 0)  # of a constant channel, that rounding left a hair below
+
+
+mean_and_var = Operation("moments", _mean_and_var)
+
+
+@mean_and_var.differentiated
+def _(tx: jax.Array, operands: Any, moments: Any, *, axes: Axes) -> tuple[jax.Array, jax.Array]:
+    """The tangents of mean and var, also of a var that was rounded to 0."""
+    x, n, mask, _ = operands
+    s1, s2 = sums_about(tx.astype(wide(x.dtype)), x, moments[0], mask, axes)
+    return s1 / n.astype(s1.dtype), 2 * s2 / n
+
+
+def sums_about(
+    t: jax.Array,
+    x: jax.Array,
+    mean: jax.Array,
+    mask: jax.Array | None,
+    axes: Axes,
+    held: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Equals Σt and Σ Re(conj(x - mean) t) over the valid cells; linear in t."""
+    others = None, x.conj(), mean.conj(), mask, None, None
+    static = {"dtype": t.dtype, "valid": True, "relu": False, "held": held}
+    s1, s2 = summed(t, *others, axes=axes, **static)
+    return s1, s2.real
+
+
+def _by_pivot(
+    device: str, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance by sums about a pivot, which is read from x first."""
+    return _about(device, _pivot(device, x, axes, mask, n), axes, x, mask, n)
+
+
+def _by_grid(
+    device: str, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The same about the mean of a grid of positions, in units of one over their number.
+
+    For GPUs: that number K is a power of two where the batch is one, so K x - Σ is K (x - pivot)
+    to the bit, and no kernel has to divide. (pivot - mean)² is at most SPARSE times the variance
+    whatever the values are; and where the batch is sharded, each device has its part of the grid.
+    """
+    kind = wide(x.dtype)
+    grid = _grid(x, axes).astype(kind)
+    total, k = grid.sum(axes.reduced), axes.count(grid)
+    if k & (k - 1):
+        total, k = total / k, 1
+    mean, var = _about(device, total, axes, x.astype(kind) * k, mask, n)
+    return mean / k, var / k**2
+
+
+def _grid(x: jax.Array, axes: Axes) -> jax.Array:
+    """One position in at most SPARSE, evenly over each image, and of rows alone over the batch."""
+    inner = axes.reduced[1:] or axes.reduced
+    counts = dict.fromkeys(inner, 1)
+    while math.prod(x.shape[a] for a in inner) > SPARSE * math.prod(counts.values()):
+        counts[max(inner, key=lambda a: x.shape[a] / counts[a])] *= 2
+    starts, limits, strides = [0] * x.ndim, list(x.shape), [1] * x.ndim
+    for a, count in counts.items():
+        strides[a] = x.shape[a] // count
+        starts[a] = (x.shape[a] - 1 - (count - 1) * strides[a]) // 2
+        limits[a] = starts[a] + (count - 1) * strides[a] + 1
+    return lax.slice(x, starts, limits, strides)
+
+
+def _at_once(
+    device: str, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The same by sums about 0, and by a pivot only where some channel's mean is far from 0.
+
+    For TPUs: sums that wait for nothing are made inside the convolution that makes x, and x is
+    not read for them. They lose a factor of 1 + mean² / var to cancellation, at most 1 + NEAR
+    here; a constant channel other than 0, and what is not finite, are never near.
+    """
+    zero = jnp.zeros([x.shape[a] for a in axes.features], wide(x.dtype))
+    mean, var = _about(device, zero, axes, x, mask, n)
+    near = jnp.all(real_product(mean, mean) <= NEAR * var)
+    by_pivot = functools.partial(_by_pivot, device, axes)
+    return lax.cond(near, lambda *_: (mean, var), by_pivot, x, mask, n)
+
+
+def _about_near(
+    near: jax.Array | None,
+    device: str,
+    axes: Axes,
+    x: jax.Array,
+    mask: jax.Array | None,
+    n: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The same about `near` as it is, or 0.
+
+    For a bfloat16 x on TPUs, which then read x for its sums never. About 0, var loses a factor of
+    1 + mean² / var of float32's precision, in which bfloat16 has lost more when x was rounded to
+    it: a quarter of a unit of x's last place, squared. About the running mean nothing is lost
+    once that is near.
+    """
+    pivot = jnp.zeros([x.shape[a] for a in axes.features], wide(x.dtype))
+    if near is not None:
+        pivot = jnp.where(jnp.isfinite(near), near, pivot)
+    return _about(device, pivot, axes, x, mask, n)
+
+
+def _about(
+    device: str, pivot: jax.Array, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance by Σ(x - pivot) and Σ|x - pivot|², over n."""
+    d = x.astype(pivot.dtype) - axes.expand(pivot)
+    if mask is not None:
+        d = jnp.where(mask, d, 0)
+    sum_d, sum_d2 = totals(d, d.conj(), axes, device)
+    shift = sum_d / n.astype(d.dtype)
+    return pivot + shift, sum_d2.real / n - real_product(shift, shift)
+
+
+def divisor(count: jax.Array) -> jax.Array:
+    """Equals count, or 1 where that is 0, behind a barrier.
+
+    A constant would make XLA multiply by 1 / n: a constant channel's var would not quite be 0,
+    and the products would move into the loops over x, where a division stays [C] before them.
+    """
+    return lax.optimization_barrier(jnp.where(count > 0, count, 1))
+
+
+def _pivot(
+    device: str, x: jax.Array, axes: Axes, mask: jax.Array | None, n: jax.Array
+) -> jax.Array:
+    """A value near each channel's mean [C], to shift by.
+
+    The mean of one position in STRIDE along the axis after the batch. For k of n values,
+    (pivot - mean)² is at most n/k times the variance whatever the values are, so the shifted
+    sums lose at most a factor 1 + n/k of float32's precision: no outlier breaks it, as it
+    would break a pivot of one row. The sample is taken of x in its own dtype, or a TPU writes out
+    all of it in float32 first. A masked x is not sampled, since its valid cells might be missed:
+    the pivot is then the mean itself, at the price of one more read.
+    """
+    kind = wide(x.dtype)
+    if mask is not None:
+        return total(jnp.where(mask, x.astype(kind), 0), axes, device) / n.astype(kind)
+    axis, stride = _sample(x, axes)
+    if stride > 1:
+        x = lax.slice_in_dim(x, 0, None, stride, axis=axis)
+    count = jnp.asarray(axes.count(x), jnp.finfo(kind).dtype)
+    return total(x.astype(kind), axes, device) / jnp.maximum(count, 1).astype(kind)
+
+
+def _sample(x: jax.Array, axes: Axes) -> tuple[int, int]:
+    """The axis that the pivot's sample is taken along, and one position in how many.
+
+    The batch axis only where there is no other, and by a stride that divides it: it may be
+    sharded, and devices then have each its part of the sample, if their rows are a multiple of it.
+    Where shardings are types, the stride is one that leaves each device as many positions.
+    """
+    if len(axes.reduced) > 1:
+        axis = axes.reduced[1]
+        devices = devices_.split_over(x, axis)
+        fits = (k for k in range(STRIDE, 1, -1) if -(-x.shape[axis] // k) % devices == 0)
+        return axis, next(fits, 1) if x.size else 1
+    if not divisible(x, axes):
+        return 0, 1
+    axis = axes.reduced[0]
+    return axis, parts(x.shape[axis])
+
+
+def _count(mask: jax.Array, x: jax.Array, axes: Axes, dtype: jnp.dtype) -> jax.Array:
+    """Valid cells per channel: [] where the mask does not tell features apart, else [C]."""
+    repeats = 1  # cells of x behind one cell of the mask
+    for a in axes.reduced:
+        repeats *= x.shape[a] if mask.shape[a] == 1 else 1
+    # Summed in the pivot's dtype, so that on a sharded mask it shares its all-reduce.
+    count = mask.astype(dtype).sum(axes.reduced) * repeats
+    if all(mask.shape[a] == 1 for a in axes.features):
+        return count.reshape(())
+    count = jnp.broadcast_to(count, tuple(x.shape[a] for a in axes.features))
+    return devices_.sharded_as(count, x, axes.features)

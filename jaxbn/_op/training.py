@@ -1,0 +1,126 @@
+"""The training op and its derivative: what is kept for backward, and what crosses devices.
+
+With n the pooled count, m = mean, r = rstd, d = x - m, a = r * scale, and t the tangent of x,
+
+    S1 = Σ t / n                      (the tangent of mean)
+    S2 = Σ Re(conj(d) t) / n          (half the tangent of var; that of r is -r³ S2)
+
+and y = d * a + bias has the tangent
+
+    ty = a t + d (r tscale - a r² S2) + (tbias - a S1),
+
+Σ running over the valid cells of all devices. JAX transposes that map to
+
+    dx = a (dy - Σdy / n - d r² Σ(dy d) / n),   dscale = r Σ(dy d),   dbias = Σdy,
+
+which is Ioffe & Szegedy 2015, section 3 in two sums over dy.
+
+The rule is a JVP, so forward mode works as reverse mode does, and it is a function of x alone, so
+every higher derivative is right. What is as large as x in it are the operations of `tangent`, so
+kept for backward are x in its own dtype and numbers [C], never a float32 copy of x. No two of the
+three x - mean (that of y, that of the sums, that of dx) are the same to XLA's CPU back end, which
+would keep that array alive from one to the next. With all that, the compiled temporary memory of a
+small ResNet step is 0.67 of Flax's; with dx and the sums sharing theirs, 0.99 (`python -m
+benchmarks memory`).
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn._op import devices
+from jaxbn._op.axes import Axes, wide
+from jaxbn._op.checkpoint_policy import named
+from jaxbn._op.devices import Pool
+from jaxbn._op.moments import divisor, of, sums_about
+from jaxbn._op.normalize import normalize, rstd
+from jaxbn._op.pooling import across
+from jaxbn._op.state import Moments, Params
+from jaxbn._op.tangent import affine
+
+
+class Spec(NamedTuple):
+    """Everything about one call that is known before it runs."""
+
+    axes: Axes
+    epsilon: float  # 0 where it is traced, and so an operand
+    pool: Pool | None
+    dtype: jnp.dtype  # of y
+    relu: bool = False  # whether y is relu of the rest
+
+
+class Operands(NamedTuple):
+    """The arrays of one call; all but x may be None."""
+
+    x: jax.Array
+    params: Params = Params(None, None)
+    mask: jax.Array | None = None
+    epsilon: jax.Array | None = None
+    residual: jax.Array | None = None  # where relu follows; of y's dtype
+    near: jax.Array | None = None  # the running mean, which the batch's may be near to
+
+
+# Not inlined: equal layers share one function, and eager calls compile nothing anew.
+@functools.partial(jax.jit, static_argnums=0)
+def normalize_by_batch(spec: Spec, v: Operands) -> tuple[jax.Array, Moments]:
+    """Equals `relu(normalize(x, *moments) + residual)` and the pooled moments it used.
+
+    Without what is not asked for. Where no device has a valid cell, rstd is taken as 0, so y is
+    bias and gradients are finite.
+    """
+    return _normalize_by_batch(spec, v)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _normalize_by_batch(spec: Spec, v: Operands) -> tuple[jax.Array, Moments]:
+    y, m, _ = _forward(spec, v)
+    return y, m
+
+
+def _forward(spec: Spec, v: Operands) -> tuple[jax.Array, Moments, jax.Array]:
+    m = named(across(of(v.x, spec.axes, v.mask, v.near), spec.pool))
+    r = rstd(m.var, spec.epsilon if v.epsilon is None else v.epsilon)
+    r = jnp.where(m.count > 0, r, 0)
+    last = spec.relu and v.residual is None
+    y = normalize(v.x, m.mean, r, v.params, spec.axes, spec.dtype, v.mask, last)
+    return y if v.residual is None else jnp.maximum(y + v.residual, 0), m, r
+
+
+@_normalize_by_batch.defjvp
+def _jvp(spec: Spec, primals: Any, tangents: Any) -> Any:
+    """The map above, linear in the tangents t. [C] unless said otherwise."""
+    (v,), (t,) = primals, tangents
+    axes, pool, kind = spec.axes, spec.pool, wide(v.x.dtype)
+    y, m, r = _forward(spec, v)
+    n = divisor(m.count).astype(kind)
+    r = r.astype(kind)
+    a = r if v.params.scale is None else r * v.params.scale.astype(kind)
+
+    tx = t.x.astype(kind)  # [..., C]
+    s1, s2 = sums_about(tx, v.x, m.mean, v.mask, axes, spec.relu)
+    s2 = s2.astype(kind)
+    if pool is not None:
+        s1, s2 = devices.totals((s1, s2), pool)
+    s1, s2 = s1 / n, s2 / n
+
+    half = s2  # of the tangent of var + epsilon
+    if t.epsilon is not None:
+        half = half + t.epsilon.astype(kind) / 2
+    by_d = -a * r * r * half
+    by_1 = -a * s1
+    if t.params.scale is not None:
+        by_d = by_d + r * t.params.scale.astype(kind)
+    if t.params.bias is not None:
+        by_1 = by_1 + t.params.bias.astype(kind)
+    if pool is not None and pool.axis_name:
+        # Typed like x in one array: the sums of backward are then one collective.
+        by_d, by_1 = devices.alike(jnp.stack([by_d, by_1]), v.x)[0]
+    bias = None
+    if spec.relu:
+        bias = jnp.zeros_like(a) if v.params.bias is None else v.params.bias.astype(kind)
+    others = a, v.x, m.mean, v.mask, bias, None if v.residual is None else y
+    static = {"dtype": spec.dtype, "valid": False, "relu": spec.relu, "held": spec.relu}
+    (ty,) = affine(tx, by_1, by_d, t.residual, *others, axes=axes, **static)
+    return (y, m), (ty, Moments(jnp.zeros_like(m.count), s1, 2 * s2.real))

@@ -1,0 +1,86 @@
+"""StableHLO: a file that any XLA runs, at any batch size."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxbn.export._checked_file import Exported, inference_input, written
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def stablehlo(
+    fn: Callable[..., jax.Array],
+    x: Any,
+    path: str | os.PathLike[str],
+    *,
+    platforms: Sequence[str] = PLATFORMS,
+    tolerance: float = 1e-5,
+) -> Exported:
+    """Writes `fn` as StableHLO, for any batch size. `load_stablehlo` reads the file.
+
+    `fn` closes over its weights, so they become part of the file. Before the file takes its place,
+    it is read again and compared with fn on x. An older jax may not be able to read a file that a
+    newer jax wrote.
+
+    Args:
+      fn: an inference function of one array, batch first.
+      x: an example batch.
+      path: the file; an older file is replaced once the new one is complete.
+      platforms: the platforms that can run the file. Only that of this machine is compared.
+      tolerance: the largest error over fn's largest value.
+
+    Raises:
+      TypeError: x is no array.
+      ValueError: fn is in training mode, or the file differs from fn by more than tolerance.
+        Nothing is written then.
+      ModuleNotFoundError: flatbuffers is missing.
+
+    >>> import tempfile, jax, jax.numpy as jnp
+    >>> from jaxbn import export
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     done = export.stablehlo(lambda x: 2 * x, jnp.ones((4, 3)), f"{folder}/f.hlo")
+    ...     export.load_stablehlo(done.path)(jnp.ones((1, 3))).tolist()
+    [[2.0, 2.0, 2.0]]
+    """
+    x = inference_input("stablehlo", fn, x, "flatbuffers")
+    batch = jax.export.symbolic_shape("batch")
+    shape = jax.ShapeDtypeStruct((*batch, *x.shape[1:]), x.dtype)
+    program = jax.export.export(jax.jit(fn), platforms=platforms)(shape)
+    content = bytes(program.serialize())
+
+    def reloaded(path: Path) -> Any:
+        here = jax.default_backend()
+        wanted = "cuda" if here == "gpu" else here
+        return load_stablehlo(path)(x) if wanted in platforms else None
+
+    return written(
+        "stablehlo", path, lambda file: file.write_bytes(content), reloaded, fn, x, tolerance
+    )
+
+
+def load_stablehlo(path: str | os.PathLike[str]) -> Callable[..., jax.Array]:
+    """Reads a file of `stablehlo` and returns the function in it.
+
+    Raises:
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is no StableHLO of `jax.export`.
+
+    >>> import tempfile, jax.numpy as jnp
+    >>> from jaxbn import export
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     done = export.stablehlo(jnp.sin, jnp.zeros((1, 2)), f"{folder}/sin.hlo")
+    ...     export.load_stablehlo(done.path)(jnp.zeros((3, 2))).shape
+    (3, 2)
+    """
+    content = Path(path).read_bytes()
+    try:
+        return jax.export.deserialize(bytearray(content)).call
+    except Exception as error:
+        raise ValueError(
+            f"load_stablehlo: {path} is no StableHLO of jax.export that jax {jax.__version__} can "
+            f"read; expected a file of jaxbn.export.stablehlo, written by this jax or an older one."
+        ) from error

@@ -1,0 +1,40 @@
+"""What is wrong with a checkpoint, a model or the data that a model is served.
+
+`check` and `summary` look at the arrays of the layers. `gap` runs a model on a batch. `drift` looks
+at a stream of served data. All give `Finding`s, each with a remedy, by the thresholds in `Limits`.
+"""
+
+from jaxbn.health._check import Row, check, summary
+from jaxbn.health._distances import Distance, distance, divergence, initial_share
+from jaxbn.health._drift import Drift, LayerDrift, decide, drift
+from jaxbn.health._findings import KINDS, Finding, Limits, Setting, worst_first
+from jaxbn.health._gap import Gap, LayerGap, gap
+from jaxbn.health._layer import of_layer
+from jaxbn.health._rows import Seen, incoming, merge, seen
+
+__all__ = [
+    "KINDS",
+    "Distance",
+    "Drift",
+    "Finding",
+    "Gap",
+    "LayerDrift",
+    "LayerGap",
+    "Limits",
+    "Row",
+    "Seen",
+    "Setting",
+    "check",
+    "decide",
+    "distance",
+    "divergence",
+    "drift",
+    "gap",
+    "incoming",
+    "initial_share",
+    "merge",
+    "of_layer",
+    "seen",
+    "summary",
+    "worst_first",
+]

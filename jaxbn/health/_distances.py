@@ -1,0 +1,137 @@
+"""How far running statistics are from those of a batch, and how far chance may put them."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxbn._op.state import Moments
+from jaxbn.health._findings import Limits, Setting
+
+
+class Distance(NamedTuple):
+    """How far running statistics are from those of a batch, per channel [C], float64.
+
+    >>> import numpy as np, jaxbn
+    >>> from jaxbn import health
+    >>> running = jaxbn.State(np.zeros(1), np.ones(1), None)
+    >>> health.distance(running, jaxbn.Moments(64, np.ones(1), np.ones(1)), 0.0)
+    Distance(divergence=array([1.]), shift=array([-1.]), log_ratio=array([0.]))
+    """
+
+    divergence: np.ndarray  # symmetric KL divergence of the two Gaussians, in nats
+    shift: np.ndarray  # (running mean - batch mean) / batch sd
+    log_ratio: np.ndarray  # log(running var / batch var)
+
+
+def distance(running: Any, batch: Moments, epsilon: float = 1e-5) -> Distance:
+    """Equals, with the batch's Gaussian p and the running Gaussian q of each channel::
+
+        divergence = KL(p‖q) + KL(q‖p) = (v_p/v_q + v_q/v_p + d²/v_p + d²/v_q) / 2 - 1
+
+    v is var + epsilon, which x is divided by, and d is the difference of the means. Use it for your
+    own measure of staleness; `divergence` sums it up for a layer.
+
+    Args:
+      running: anything with `mean` and `var` [C]: a `State`, or `Moments`.
+      batch: the moments to compare with, [C].
+      epsilon: of the layer.
+
+    Returns:
+      A `Distance`, NaN or infinite where a variance is negative or a value is not finite.
+
+    >>> import numpy as np, jaxbn
+    >>> from jaxbn import health
+    >>> running = jaxbn.State(np.zeros(2), np.array([1.0, 2.0]), None)
+    >>> d = health.distance(running, jaxbn.Moments(64, np.array([0.5, 0.0]), np.ones(2)))
+    >>> d.divergence.round(3).tolist(), d.shift.round(3).tolist(), d.log_ratio.round(3).tolist()
+    ([0.25, 0.25], [-0.5, 0.0], [0.0, 0.693])
+    """
+    v, w = in_double(batch.var) + epsilon, in_double(running.var) + epsilon
+    with np.errstate(all="ignore"):  # values may be negative or not finite
+        d = np.abs(difference := in_double(running.mean) - in_double(batch.mean))
+        divergence = ((v - w) ** 2 / (v * w) + d**2 / v + d**2 / w) / 2
+        return Distance(divergence, difference / np.sqrt(v), np.log(w / v))
+
+
+def divergence(
+    running: Any,
+    batch: Moments,
+    setting: Setting = Setting(),  # noqa: B008
+    limits: Limits = Limits(),  # noqa: B008
+) -> tuple[float, float, np.ndarray]:
+    """The upper quartile of the channels' divergences, its limit, and the divergences [C].
+
+    `check` calls statistics stale if the quartile is above the limit. The quartile is used and not
+    the mean, so that a few channels cannot decide: the statistics of a channel that is rarely
+    active differ much from batch to batch. The limit grows with 1 / rows. With one row, or with
+    fewer than `limits.values` values, it is infinite: a variance of so few values says nothing.
+
+    Args:
+      running: anything with `mean` and `var` [C].
+      batch: the moments to compare with, [C].
+      setting: how the layer is used; epsilon and rows are read.
+      limits: the thresholds.
+
+    Returns:
+      `(quartile, limit, divergences)`. The quartile of a layer without channels is 0.
+
+    >>> import numpy as np, jaxbn
+    >>> from jaxbn import health
+    >>> batch = jaxbn.Moments(110, np.zeros(10), np.ones(10))
+    >>> figure, limit, _ = health.divergence(jaxbn.State(np.ones(10), np.ones(10), None), batch)
+    >>> round(figure, 3), round(limit, 3)
+    (1.0, 0.4)
+    """
+    apart = distance(running, batch, setting.epsilon).divergence
+    rows = rows_of(batch, setting)
+    noise = limits.divergence_noise * (1 + 5 / max(apart.size, 1)) / rows
+    enough = rows > 1 and values_of(batch) >= limits.values
+    limit = limits.divergence + noise if enough else math.inf
+    return float(np.quantile(apart, 0.75)) if apart.size else 0.0, limit, apart
+
+
+def values_of(moments: Moments) -> float:
+    """The number of values behind the moments, in the channel with the fewest."""
+    return float(np.min(in_double(moments.count), initial=np.inf))
+
+
+def rows_of(moments: Moments, setting: Setting) -> float:
+    """The number of independent rows behind the moments, at least 1."""
+    n = values_of(moments)
+    return max(1.0, n if setting.rows is None else min(n, setting.rows))
+
+
+def initial_share(running: Any, batch: Moments, epsilon: float = 1e-5) -> float:
+    """The share of the initial statistics (mean 0, var 1) in the running statistics.
+
+    Equals the s that fits `running = s * initial + (1 - s) * batch` best, by least squares over
+    channels in units of the batch's sd. `count` updates with one momentum leave
+    `s = momentum**count`. Use it to see whether a model was updated too few times.
+
+    Args:
+      running: anything with `mean` and `var` [C].
+      batch: the moments of data as in training, [C].
+      epsilon: of the layer.
+
+    Returns:
+      s; 0 if the batch has mean 0 and var 1 itself.
+
+    >>> import numpy as np, jaxbn
+    >>> from jaxbn import health
+    >>> batch = jaxbn.Moments(64, np.array([3.0, -2.0]), np.array([4.0, 0.5]))
+    >>> running = jaxbn.State(0.4 * batch.mean, 0.6 + 0.4 * batch.var, None)
+    >>> round(health.initial_share(running, batch), 6)
+    0.6
+    """
+    v = in_double(batch.var) + epsilon
+    to_batch = np.stack([in_double(batch.mean) / np.sqrt(v), (in_double(batch.var) - 1) / v])
+    gone = np.stack([in_double(running.mean) / np.sqrt(v), (in_double(running.var) - 1) / v])
+    whole = np.vdot(to_batch, to_batch).real
+    return float(1 - np.vdot(to_batch, gone).real / whole) if whole else 0.0
+
+
+def in_double(v: Any) -> np.ndarray:
+    """Equals v as a NumPy array of float64 or complex128."""
+    v = np.asarray(v)
+    return v.astype(np.complex128 if np.iscomplexobj(v) else np.float64)

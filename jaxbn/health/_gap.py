@@ -1,0 +1,259 @@
+"""How far each layer's output in eval mode is from its output in train mode, and why."""
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbn._inspection import hooks, layers
+from jaxbn._op.axes import resolve
+from jaxbn._op.devices import sharded_as
+from jaxbn._op.state import Moments
+from jaxbn.health._distances import divergence, rows_of, values_of
+from jaxbn.health._findings import (
+    ERROR,
+    RECALIBRATE,
+    WARNING,
+    Finding,
+    Limits,
+    Setting,
+    setting_of,
+    worst_first,
+)
+from jaxbn.health._layer import of_layer
+
+
+class LayerGap(NamedTuple):
+    """One layer's output in train mode against its output in eval mode.
+
+    >>> from jaxbn import health
+    >>> health.LayerGap("bn", gap=0.4, own=0.1, limit=0.3, cause=None).gap  # from layers before it
+    0.4
+    """
+
+    layer: str  # the path
+    gap: float  # RMS of train output minus eval output of the whole model, in sd of train's output
+    own: float  # the same for one x, that of train mode, in both modes: the layer's own share
+    limit: float  # for `own`, by the number of rows of the batch
+    cause: Finding | None  # why `own` is above its limit
+
+
+class Gap(NamedTuple):
+    """What `gap` returns: the layers in the order of their calls, and the first with a gap.
+
+    >>> from jaxbn import health
+    >>> fine = health.LayerGap("bn", 0.1, 0.1, 0.3, None)
+    >>> health.Gap((fine,), None, (), {}).first is None
+    True
+    """
+
+    layers: tuple[LayerGap, ...]
+    first: LayerGap | None  # the first layer whose own gap is above its limit
+    findings: tuple[Finding, ...]  # causes of gaps first, then the layers' other findings
+    outputs: dict[str, tuple[jax.Array, jax.Array]]  # path → y in train mode, y in eval mode
+
+
+class _TrainCall(NamedTuple):
+    """What one call of a layer gave while the model ran in train mode."""
+
+    y: jax.Array
+    y_eval: jax.Array  # of the same x in eval mode
+    valid: jax.Array  # broadcasts to y: True for the cells that the mask takes
+    moments: Moments
+    other: Moments  # with a mask: of all cells; without: of the cells that are not trailing padding
+
+
+def gap(model: Any, *args: Any, limits: Limits = Limits(), **kwargs: Any) -> Gap:  # noqa: B008
+    """How far every batch norm layer's output in eval mode is from that in train mode, and why.
+
+    Use it when a model does well in training and badly in evaluation. The model runs twice on the
+    batch: once with all its batch norm layers in train mode, once with all in eval mode, whatever
+    mode the call asks for. The model and its statistics do not change.
+
+    Args:
+      model: linen's `model.apply`, or an nnx model.
+      *args: the arguments of the model: linen's variables and the batch, or the batch for nnx.
+      limits: the thresholds.
+      **kwargs: keywords of the model: `gap(model.apply, variables, x, train=False)`.
+
+    Returns:
+      A `Gap`. `first` is the layer where the gap opens; its `cause` says why.
+
+    Raises:
+      TypeError: model is neither of the two, or the variables or the batch are missing.
+      ValueError: the model has no batch norm layer, or the batch has no rows.
+
+    >>> import jax, jax.numpy as jnp, flax.linen as nn, jaxbn
+    >>> model = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=True)])
+    >>> x = 9 * jax.random.normal(jax.random.key(0), (64, 3))
+    >>> gap = jaxbn.health.gap(model.apply, model.init(jax.random.key(1), x), x)
+    >>> gap.first.layer, gap.first.cause.kind
+    ('layers_1', 'never_updated')
+    """
+    _check_model(model, args, kwargs)
+    run, held = _runner(model, args, kwargs)
+    # Path → how the layer is used. The hook fills it in the order of the calls, which the records
+    # do not keep.
+    used: dict[str, tuple[Setting, bool]] = {}
+
+    def train(call: hooks.Call, run: Callable[[bool], jax.Array]) -> tuple[jax.Array, Any]:
+        _refuse_empty(call.x)
+        layer, x = call.layer, call.x
+        setting = setting_of(layer, Setting(rows=x.shape[0] if x.ndim > 1 else None))
+        used[call.path] = setting._replace(dtype=x.dtype), getattr(layer, "unbiased", False)
+        other = _no_padding(x, layer.axis) if call.mask is None else None
+        both = (hooks.pooled(call, mask) for mask in (call.mask, other))
+        valid = jnp.ones((1,) * x.ndim, bool) if call.mask is None else call.mask
+        y_eval = run(False)  # before train mode, which updates the statistics
+        y = run(True)
+        return y, (_TrainCall(y, y_eval, valid, *both),)
+
+    def evaluate(_: hooks.Call, run: Callable[[bool], jax.Array]) -> tuple[jax.Array, Any]:
+        y = run(False)
+        return y, (y,)
+
+    seen, evaluated = run(train), run(evaluate)
+    if not seen:
+        raise ValueError(
+            "gap: the model called no batch norm layer; expected a model with Flax's BatchNorm, "
+            "jaxbn.linen.BatchNorm or jaxbn.nnx.BatchNorm."
+        )
+    reports, causes, others = [], [], []
+    for path, (setting, unbiased) in used.items():
+        layer, first = held[path], seen[path][0]
+        sd = _output_sd(layer, first.moments, setting)
+        pairs = zip(seen[path], evaluated[path], strict=True)
+        whole = max(_relative(_rms_difference(one.y, y, one.valid), sd) for one, y in pairs)
+        own = max(
+            _relative(_rms_difference(one.y, one.y_eval, one.valid), sd) for one in seen[path]
+        )
+        limit = math.sqrt(limits.gap**2 + limits.gap_noise / rows_of(first.moments, setting))
+        found = [
+            *_padding(path, layer, first, setting, limits),
+            *(_unbiased(path, first.moments, limits) if unbiased else ()),
+            *of_layer(path, layer, first.moments, setting, limits),
+        ]
+        cause = None if own <= limit else _cause(path, found, own, limit)
+        reports.append(LayerGap(path, whole, own, limit, cause))
+        causes += [cause] if cause else []
+        others += [finding for finding in found if finding is not cause]
+    opens = next((report for report in reports if report.cause), None)
+    outputs = {path: (seen[path][0].y, evaluated[path][0]) for path in used}
+    return Gap(tuple(reports), opens, (*causes, *worst_first(others)), outputs)
+
+
+def _check_model(model: Any, args: Any, kwargs: Any) -> None:
+    if layers.is_nnx(model):
+        fits = bool(args or kwargs)
+    else:
+        fits = callable(model) and not hasattr(model, "apply")
+        fits = fits and len(args) + len(kwargs) > 1 and isinstance((*args, None)[0], Mapping)
+    if not fits:
+        came = ", ".join(type(v).__name__ for v in (model, *args))
+        raise TypeError(
+            f"gap: called with ({came}), expected linen's apply, its variables and a batch, or an "
+            f"nnx model and a batch; write gap(model.apply, variables, x) or gap(model, x)."
+        )
+
+
+def _runner(model: Any, args: Any, kwargs: Any) -> tuple[Callable[[hooks.Hook], Any], Any]:
+    """`run(hook)`, which runs the model and returns the records, and the layers' `Layer`s."""
+    if layers.is_nnx(model):
+        from flax import nnx
+
+        def run_nnx(hook: hooks.Hook) -> dict[str, Any]:
+            copy = nnx.clone(model)  # train mode updates it
+            with hooks.hooked_nnx(copy, hook, operator.add) as seen:
+                copy(*args, **kwargs)
+            return seen
+
+        return run_nnx, layers.find(model)
+
+    def run_linen(hook: hooks.Hook) -> dict[str, Any]:
+        return hooks.hooked_apply(model, hook, operator.add)(*args, **kwargs)[1]
+
+    return run_linen, layers.find(args[0])
+
+
+def _refuse_empty(x: jax.Array) -> None:
+    if x.size == 0:
+        raise ValueError(
+            f"gap: x of a batch norm layer has shape {x.shape}, which holds no values; pass a "
+            f"batch as in training."
+        )
+
+
+def _no_padding(x: jax.Array, axis: Any) -> jax.Array:
+    """The cells that differ from the last cell. Padding is at the end, and its cells are equal."""
+    axes = resolve("gap", x, axis)
+    # On a mesh with Explicit axes JAX refuses to slice an axis that is sharded, so the reduced axes
+    # are gathered first.
+    last = sharded_as(x, x, [a if a in axes.features else None for a in range(x.ndim)])
+    for a in axes.reduced:
+        last = jax.lax.slice_in_dim(last, -1, None, axis=a)
+    return (x != last).any(axes.features, keepdims=True)
+
+
+def _output_sd(layer: layers.Layer, of_x: Moments, setting: Setting) -> float:
+    """The sd of y in train mode within a channel, RMS over channels: scale² var / (var + eps)."""
+    var = np.asarray(of_x.var, np.float64)
+    scale = 1.0 if layer.params.scale is None else np.abs(np.asarray(layer.params.scale))
+    return float(np.sqrt((scale**2 * var / (var + setting.epsilon)).mean()))
+
+
+def _rms_difference(a: jax.Array, b: jax.Array, valid: jax.Array) -> float:
+    """RMS of a - b over the valid cells."""
+    d = np.where(valid, np.abs(np.asarray(a - b)), 0).astype(np.float64)
+    return float(np.sqrt((d**2).sum() / np.broadcast_to(valid, d.shape).sum()))
+
+
+def _relative(apart: float, sd: float) -> float:
+    return 0.0 if apart == 0 else apart / sd if sd else math.inf
+
+
+def _padding(
+    path: str, layer: layers.Layer, seen: _TrainCall, setting: Setting, limits: Limits
+) -> list[Finding]:
+    """Statistics that fit the batch if the mask is dropped, or if its padding is masked."""
+    n, others = map(values_of, (seen.moments, seen.other))
+    if not others or abs(others - n) < 2:
+        return []
+    own, limit, _ = divergence(layer.state, seen.moments, setting, limits)
+    other, other_limit, _ = divergence(layer.state, seen.other, setting, limits)
+    if not (own > limit and other <= other_limit):
+        return []
+    share = abs(n - others) / max(n, others)
+    remedy = (
+        "pass mask= here as well: the batch ends in padding that the statistics never saw"
+        if n > others
+        else f"pass mask= in training too, or {RECALIBRATE} with it: the statistics hold padding"
+    )
+    return [Finding(path, "padding", ERROR, share, 0.0, (), remedy)]
+
+
+def _unbiased(path: str, of_x: Moments, limits: Limits) -> list[Finding]:
+    """A running var that is n / (n - 1) times the batch's, with an n small enough to matter."""
+    n = rows_of(of_x, Setting())
+    factor = math.sqrt(n / (n - 1)) if n > 1 else math.inf
+    if not limits.bessel < factor - 1 < math.inf:
+        return []
+    remedy = "unbiased=False in training, or a larger batch: eval divides by a larger sd than train"
+    return [Finding(path, "unbiased", WARNING, factor - 1, limits.bessel, (), remedy)]
+
+
+CAUSES = (
+    *("not_finite", "negative_variance", "never_updated", "padding", "unbiased"),
+    *("hardly_updated", "stale", "replicas_differ", "few_values"),
+)
+
+
+def _cause(path: str, found: list[Finding], own: float, limit: float) -> Finding:
+    """The finding that explains a layer's gap; a finding "gap" if no other does."""
+    causes = sorted((f for f in found if f.kind in CAUSES), key=lambda f: CAUSES.index(f.kind))
+    if causes:
+        return causes[0]
+    return Finding(path, "gap", WARNING, own, limit, (), RECALIBRATE)

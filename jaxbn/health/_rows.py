@@ -1,0 +1,194 @@
+"""What reaches the batch norm layers of a served model: the moments of rows, merged.
+
+The values of one image are not independent, because neighbouring pixels are alike. So the unit here
+is the row (the image). Each row gives one mean and one variance per channel. The spread of these
+between rows gives the standard error of their average.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbn._inspection import hooks, layers
+from jaxbn._op.axes import resolve
+from jaxbn._op.moments import moments
+from jaxbn._op.pooling import merge as merge_moments
+from jaxbn._op.state import Moments, State
+
+
+class Seen(NamedTuple):
+    """What has reached one layer: moments over rows, each weighted by its valid cells.
+
+    mean, var and sd are the running ones.
+
+    >>> import jax, jax.numpy as jnp, jaxbn
+    >>> state = {"bn": jaxbn.State(jnp.zeros(1), jnp.ones(1), None)}
+    >>> rows = jax.vmap(jaxbn.moments, out_axes=-1)(jnp.full((4, 2, 1), 0.5))
+    >>> seen = jaxbn.health.seen(state, {"bn": rows}, epsilon=0.0)["bn"]
+    >>> seen.shift.mean.tolist(), seen.spread.mean.tolist()
+    ([0.5], [-0.75])
+    """
+
+    weight2: jax.Array  # [C]: the sum of the squared weights
+    shift: Moments  # [C]: of (row's mean - mean) / sd
+    spread: Moments  # [C]: of (row's mean square distance from mean - var) / sd²
+
+
+def row_moments(call: hooks.Call, run: Callable[[bool], jax.Array]) -> tuple[jax.Array, Any]:
+    """The hook that runs a layer in eval mode and records the moments [C, rows] of each row.
+
+    >>> import jaxbn, jax.numpy as jnp
+    >>> from jaxbn import calls
+    >>> from jaxbn.health import _rows
+    >>> call = calls.Call(jaxbn.linen.BatchNorm(), jnp.array([[[1.0], [3.0]]]), None, False)
+    >>> rows = _rows.row_moments(call, lambda train: call.x)[1]
+    >>> rows.mean.shape, float(rows.mean[0, 0]), float(rows.var[0, 0])
+    ((1, 1), 2.0, 1.0)
+    """
+    x, mask = call.x, call.mask
+    features = resolve("drift", x, call.layer.axis).features
+    if 0 in features or x.shape[0] == 0:
+        raise ValueError(
+            f"drift: x of a batch norm layer has shape {x.shape} with features on axis "
+            f"{call.layer.axis}, expected rows (images) on axis 0, and at least one."
+        )
+    axis = tuple(a - 1 for a in features)
+    if mask is None:
+        return run(False), jax.vmap(lambda x: moments(x, axis), out_axes=-1)(x)
+    mask = jnp.broadcast_to(mask, (x.shape[0], *mask.shape[1:]))
+    return run(False), jax.vmap(lambda x, mask: moments(x, axis, mask), out_axes=-1)(x, mask)
+
+
+def incoming(model: Any) -> Callable[..., tuple[Any, dict[str, Moments]]]:
+    """The model in eval mode, which also returns the moments of each row at each layer.
+
+    Use it in place of the model where the model is served, and give the moments to `drift` or
+    `seen`. It may be jitted: `jax.jit(incoming(model.apply))`, or inside an `nnx.jit` of the model.
+
+    Args:
+      model: linen's `model.apply`, or an nnx model.
+
+    Returns:
+      A function with the model's arguments that returns `(y, path → Moments)`, with a count of
+      [rows] and mean and var [C, rows].
+
+    Raises:
+      TypeError: model is neither of the two.
+
+    >>> import jax, jax.numpy as jnp, flax.linen as nn, jaxbn
+    >>> model = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=True)])
+    >>> variables = model.init(jax.random.key(0), jnp.ones((1, 3)))
+    >>> y, rows = jaxbn.health.incoming(model.apply)(variables, jnp.ones((8, 3)))
+    >>> rows["layers_1"].mean.shape
+    (4, 8)
+    """
+    if not layers.is_nnx(model):
+        hooks.check_apply("incoming", model, "health.incoming(model.apply)")
+        return hooks.hooked_apply(model, row_moments, _more_rows)
+
+    def call(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, Moments]]:
+        with hooks.hooked_nnx(model, row_moments, _more_rows) as rows:
+            y = model(*args, **kwargs)
+        return y, rows
+
+    return call
+
+
+def seen(state: Any, rows: Mapping[str, Moments], *, epsilon: float = 1e-5) -> dict[str, Seen]:
+    """The rows of one batch against the running statistics: path → `Seen`.
+
+    Use it for a stream that goes on: merge the results of all batches, and give them to `decide`.
+
+    Args:
+      state: the running statistics: linen's variables, an nnx model, or any tree that
+        `jaxbn.layers.find` reads.
+      rows: path → `Moments` [C, rows] of each row, as `incoming` returns them. For an x without a
+        model, `jax.vmap(jaxbn.moments, out_axes=-1)(x)`.
+      epsilon: of the layers.
+
+    Returns:
+      Path → `Seen`, a few numbers per channel.
+
+    Raises:
+      ValueError: a path or a shape does not fit the state.
+
+    >>> import jax, jax.numpy as jnp, jaxbn
+    >>> state = {"bn": jaxbn.State(jnp.zeros(1), jnp.ones(1), None)}
+    >>> rows = jax.vmap(jaxbn.moments, out_axes=-1)(jnp.ones((4, 2, 1)))
+    >>> round(float(jaxbn.health.seen(state, {"bn": rows})["bn"].shift.mean[0]), 4)
+    1.0
+    """
+    held = layers.find(state)
+    for path, of_rows in rows.items():
+        _check_fits(held, path, of_rows)
+    return {path: _seen(held[path].state, of_rows, epsilon) for path, of_rows in rows.items()}
+
+
+def merge(a: Mapping[str, Seen], b: Mapping[str, Seen]) -> dict[str, Seen]:
+    """Equals `seen` of the rows of both streams; `{}` is a stream without rows.
+
+    Args:
+      a: path → `Seen`.
+      b: path → `Seen`, of the same model.
+
+    Returns:
+      Path → `Seen`, for the layers of either.
+
+    >>> from jaxbn import health
+    >>> health.merge({}, {})
+    {}
+    """
+    both = {**a, **b}
+    for path in a.keys() & b.keys():
+        v, w = a[path], b[path]
+        shift, spread = merge_moments(v.shift, w.shift), merge_moments(v.spread, w.spread)
+        both[path] = Seen(v.weight2 + w.weight2, shift, spread)
+    return both
+
+
+def rows_in(seen: Seen) -> np.ndarray:
+    """The number of equally weighted rows that these are worth: (Σ w)² / Σ w² (Kish 1965)."""
+    weight2 = np.asarray(seen.weight2, np.float64).ravel()
+    total = np.asarray(seen.shift.count, np.float64).ravel()
+    return total**2 / np.where(weight2 > 0, weight2, 1)
+
+
+def _more_rows(a: Moments, b: Moments) -> Moments:
+    """The rows of both calls, for a layer that is called twice."""
+    return jax.tree.map(lambda v, w: jnp.concatenate([v, w], -1), a, b)
+
+
+def _seen(state: State, rows: Moments, epsilon: float) -> Seen:
+    n = rows.count
+    weight = n.reshape(*n.shape[:-1], *(1,) * (rows.mean.ndim - n.ndim), n.shape[-1])
+    weight = jnp.broadcast_to(weight.astype(rows.var.dtype), rows.mean.shape)
+    var = state.var[..., None].astype(rows.var.dtype)
+    sd = jnp.sqrt(var + epsilon)
+    off = rows.mean - state.mean[..., None].astype(rows.mean.dtype)
+    shift, spread = off / sd.astype(off.dtype), (rows.var + jnp.abs(off) ** 2 - var) / sd**2
+    return Seen((weight**2).sum(-1), _over_rows(weight, shift.real), _over_rows(weight, spread))
+
+
+def _over_rows(weight: jax.Array, v: jax.Array) -> Moments:
+    total = weight.sum(-1)
+    share = weight / jnp.where(total > 0, total, 1)[..., None]
+    mean = (share * v).sum(-1)
+    return Moments(total, mean, (share * (v - mean[..., None]) ** 2).sum(-1))
+
+
+def _check_fits(held: Mapping[str, layers.Layer], path: str, rows: Moments) -> None:
+    if path not in held:
+        raise ValueError(
+            f"drift: moments are of a layer {path!r}, but the state has {sorted(held)}; pass the "
+            f"result of health.incoming(model.apply)(variables, x)[1] for these variables."
+        )
+    shape, features = np.shape(rows.mean), np.shape(held[path].state.mean)
+    if shape[:-1] != features:
+        raise ValueError(
+            f"drift: moments of {path!r} have shape {shape}, expected {(*features, 'rows')}, "
+            f"the moments of each row; write health.incoming(model.apply)(variables, x)[1], or "
+            f"jax.vmap(jaxbn.moments, out_axes=-1)(x)."
+        )

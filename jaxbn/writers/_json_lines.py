@@ -1,0 +1,57 @@
+"""Figures as lines of JSON in a file."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from jaxbn._files import replacing
+from jaxbn.watch import Channels
+from jaxbn.writers._writer import Figures, Writer, append, new_or_there
+
+
+class JSONLines(Writer):
+    """A line for each step: `{"step": 50, "layers": {"bn1": {"batch_var_min": 0.25, …}, …}}`.
+
+    Use it to keep all figures in one file that any program can read. NaN and infinity become null,
+    because JSON has neither. An existing file is continued. If a killed program left half a line at
+    the end, that half is cut off.
+
+    Args:
+      path: of the file; missing folders are made.
+
+    Raises:
+      OSError: the file cannot be written.
+
+    >>> import pathlib, tempfile
+    >>> from jaxbn import writers
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = pathlib.Path(folder, "watch.jsonl")
+    ...     writers.JSONLines(path).write(50, {"bn": {"scale_abs_min": 0.5}}, {})
+    ...     print(path.read_text(), end="")
+    {"step": 50, "layers": {"bn": {"scale_abs_min": 0.5}}}
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = new_or_there("JSONLines", Path(path))
+        whole = self.path.read_bytes().rfind(b"\n") + 1
+        os.truncate(self.path, whole)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def write(self, step: int, figures: Figures, arrays: Mapping[str, Channels]) -> None:
+        """Append the step's line."""
+        layers = {
+            layer: {k: v if math.isfinite(v) else None for k, v in of_layer.items()}
+            for layer, of_layer in figures.items()
+        }
+        line = json.dumps({"step": step, "layers": layers}, allow_nan=False) + "\n"
+        append(self.path, line.encode())
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of this step and later ones."""
+        lines = self.path.read_text().splitlines(keepends=True)
+        with replacing(self.path) as file:
+            file.write_text("".join(x for x in lines if json.loads(x)["step"] < step))

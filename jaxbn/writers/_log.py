@@ -1,0 +1,192 @@
+"""The writers of a training loop: when and in which process they write; a writer that fails."""
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+
+from jaxbn.health._drift import Drift, LayerDrift
+from jaxbn.watch import Record, channels, metrics
+from jaxbn.writers._json_lines import JSONLines
+from jaxbn.writers._prometheus import DRIFT, Prometheus
+from jaxbn.writers._tensorboard import TensorBoard
+from jaxbn.writers._writer import Writer, reason
+
+
+class Log:
+    """The writers of a training loop.
+
+    Use `open` for the writers of this package, or `Log` itself with writers of your own. Only
+    process 0 writes. `due(step)` is the same in every process. It must be: a watched step may
+    contain collectives, so all processes run the watched step or none does. A writer that fails
+    during training is closed and dropped. A RuntimeWarning then names the writer, the step and the
+    error, and training goes on. What the writer has written before stays whole.
+
+    Args:
+      writers: instances of `Writer`.
+      every: the number of steps from one watched step to the next; 0 for none.
+
+    Raises:
+      ValueError: every is negative.
+
+    >>> from jaxbn import writers
+    >>> with writers.Log([], every=50) as log:
+    ...     [step for step in range(200) if log.due(step)]
+    [0, 50, 100, 150]
+    """
+
+    def __init__(self, writers: Sequence[Writer], every: int = 50):
+        """Keep the writers in process 0, and none in other processes."""
+        if every < 0:
+            raise ValueError(
+                f"Log: every={every!r}, expected a number of steps, or 0 for never; write every=50."
+            )
+        self.every = every
+        self.writers = list(writers) if jax.process_index() == 0 else []
+
+    def due(self, step: int) -> bool:
+        """Whether to watch this step."""
+        return self.every > 0 and step % self.every == 0
+
+    def write(self, step: int, records: Mapping[str, Record] | Drift) -> None:
+        """Give the figures of a watched step to the writers.
+
+        Args:
+          step: the training step.
+          records: path → `jaxbn.watch.Record`, which are brought to the host; or a
+            `jaxbn.health.Drift`, the verdict on served data. Of the latter the layers' figures are
+            written, `drift_alarm` (1 or 0), `drift_figure` and so on, and no arrays.
+
+        Raises:
+          TypeError: records are something else.
+          ValueError: records are empty.
+        """
+        if isinstance(records, Drift):
+            figures, arrays = {layer.layer: _verdict(layer) for layer in records.layers}, {}
+        else:
+            _check_records(records)
+            if not self.writers:
+                return
+            on_host: dict[str, Record] = jax.device_get(dict(records))
+            figures = metrics(on_host)
+            arrays = {layer: channels(record) for layer, record in on_host.items()}
+        self._each(f"at step {step}", lambda writer: writer.write(step, figures, arrays))
+
+    def rewind(self, step: int) -> None:
+        """Drop what was written for this step and later ones, because training repeats them."""
+        self._each(f"going back to step {step}", lambda writer: writer.rewind(step))
+
+    def close(self) -> None:
+        """Close all writers."""
+        self._each("closing", lambda writer: writer.close())
+        self.writers = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _each(self, when: str, do: Any) -> None:
+        failed = []
+        for writer in list(self.writers):
+            try:
+                do(writer)
+            except Exception as error:
+                self.writers.remove(writer)
+                with suppress(Exception):
+                    writer.close()
+                failed.append(f"{type(writer).__name__}: {reason(error)}")
+        # Warnings come after all writers have written, because a program may turn a warning into
+        # an error.
+        for what in failed:
+            warnings.warn(
+                f"watching: a writer failed {when} and is closed; training and the other writers "
+                f"go on. {what}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+def _verdict(layer: LayerDrift) -> dict[str, float]:
+    return {name: float(getattr(layer, name.removeprefix("drift_"))) for name in DRIFT}
+
+
+def _check_records(records: Any) -> None:
+    """Raises unless these are records, at least one."""
+    if not isinstance(records, Mapping) or not all(
+        isinstance(record, Record) for record in records.values()
+    ):
+        raise TypeError(
+            f"Log.write: called with {type(records).__name__}, expected path → watch.Record, or a "
+            f"health.Drift; write log.write(step, watch.records(seen, variables, grads))."
+        )
+    if not records:
+        raise ValueError(
+            "Log.write: no records, expected the records of a watched step; write "
+            "watch.linen(model.apply, on=True), or watch.nnx(model, on=True), in that step."
+        )
+
+
+NAMES = ("jsonl", "prometheus", "tensorboard")
+
+
+def open(
+    names: Sequence[str],
+    folder: str | os.PathLike[str],
+    *,
+    every: int = 50,
+    port: int = 9464,
+    address: str = "127.0.0.1",
+) -> Log:
+    """A `Log` with the writers of these names.
+
+    Use it before the training loop, in every process; only the first process opens writers. The
+    files are `watch.jsonl` and TensorBoard's event file, in the folder.
+
+    Args:
+      names: some of "jsonl", "prometheus", "tensorboard".
+      folder: of the files; it is made if it is missing.
+      every: the number of steps from one watched step to the next.
+      port: of `Prometheus`.
+      address: of `Prometheus`; by default only this machine can read the figures.
+
+    Returns:
+      The `Log`, which is a context that closes the writers at its end.
+
+    Raises:
+      ValueError: a name is unknown.
+      OSError, ModuleNotFoundError: a writer cannot be opened. The others are closed then.
+
+    >>> import tempfile
+    >>> from jaxbn import writers
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with writers.open(["jsonl"], folder) as log:
+    ...         [type(writer).__name__ for writer in log.writers]
+    ['JSONLines']
+    """
+    if isinstance(names, str) or (unknown := sorted(set(names) - set(NAMES))):
+        raise ValueError(
+            f"writers.open: {names if isinstance(names, str) else unknown!r}, expected a list of "
+            f"some of {', '.join(NAMES)}; write writers.open(['jsonl'], folder)."
+        )
+    log = Log([], every)
+    if jax.process_index() != 0:
+        return log
+    kinds = {
+        "prometheus": lambda: Prometheus(port, address),
+        "tensorboard": lambda: TensorBoard(folder),
+        "jsonl": lambda: JSONLines(Path(folder) / "watch.jsonl"),
+    }
+    try:
+        for name in kinds:  # Prometheus first: it fails without leaving a file
+            if name in names:
+                log.writers.append(kinds[name]())
+    except BaseException:
+        log.close()
+        raise
+    return log

@@ -1,0 +1,270 @@
+"""Files that others serve: they compute what the function computes, or are not written."""
+
+import json
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnx
+import pytest
+from flax import nnx
+
+import jaxbn
+from jaxbn import export
+
+X = np.random.default_rng(0).normal(size=(6, 8, 8, 3)).astype(np.float32)
+EXAMPLE = Path(__file__).parents[2] / "examples" / "cifar10"
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        for features in (4, 6):
+            x = nn.Conv(features, (3, 3), strides=2, use_bias=False)(x)
+            x = nn.relu(jaxbn.linen.BatchNorm(use_running_average=not train)(x))
+        return nn.Dense(5)(x.mean((1, 2)))
+
+
+@pytest.fixture(scope="module")
+def fn():
+    variables = Net().init(jax.random.key(0), X)
+    random = np.random.default_rng(1)
+    variables = jax.tree.map(
+        lambda v: v + random.uniform(0, 0.5, v.shape).astype(np.float32), variables
+    )
+    return lambda x, **options: Net().apply(variables, x, **options)
+
+
+@pytest.fixture(scope="module")
+def folded(fn):
+    return jaxbn.fold(fn, X)[0]
+
+
+def test_stablehlo_is_the_function_at_any_batch_size(fn, tmp_path):
+    done = export.stablehlo(fn, X, tmp_path / "net.stablehlo")
+    assert done[:2] == (tmp_path / "net.stablehlo", done.path.stat().st_size)
+    assert done.relative < 1e-6  # fn runs operation by operation, the file in one program
+    program = jax.export.deserialize(bytearray(done.path.read_bytes()))
+    assert program.platforms == ("cpu", "cuda", "tpu")
+    read = export.load_stablehlo(done.path)
+    for rows in (1, 4):
+        np.testing.assert_allclose(read(X[:rows]), fn(X[:rows]), rtol=1e-5, atol=1e-6)
+
+
+def test_an_nnx_model_is_exported(tmp_path):
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    model.eval()
+    done = export.stablehlo(model, X[:, 0, 0], tmp_path / "nnx")
+    np.testing.assert_allclose(
+        export.load_stablehlo(done.path)(X[:2, 0, 0]), model(X[:2, 0, 0]), rtol=1e-5
+    )
+
+
+def nodes(path):
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+def test_onnx_is_the_function_at_any_batch_size(fn, folded, tmp_path):
+    """Error: rounding of two convolutions and a dot, a few units in the last place of float32."""
+    for name, function in (("net", fn), ("folded", folded)):
+        done = export.onnx(function, X, tmp_path / f"{name}.onnx")
+        assert done.relative < 2e-6
+        assert done.bytes == done.path.stat().st_size
+        run = export.session(done.path)
+        for rows in (1, 5):
+            np.testing.assert_allclose(run(X[:rows]), fn(X[:rows]), rtol=1e-4, atol=1e-5)
+    # A folded norm is the Add after a Conv; the dense layer's bias is in its Gemm.
+    assert nodes(tmp_path / "net.onnx").count("Sub") == 2
+    ops = nodes(tmp_path / "folded.onnx")
+    assert not {"Sub", "Mul", "Sqrt"} & set(ops)
+    assert (ops.count("Conv"), ops.count("Add"), ops.count("Gemm")) == (2, 2, 1)
+
+
+def test_int8_is_the_function_to_eight_bits(folded, tmp_path):
+    export.onnx(folded, X, tmp_path / "float.onnx")
+    done = export.int8(tmp_path / "float.onnx", [X, X[:2]], tmp_path / "int8.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["float.onnx", "int8.onnx"]
+    # 256 levels over the range seen: a few halves of 1 / 127 add up over three layers.
+    assert 1e-4 < done.relative < 0.05
+    weights = {tensor.data_type for tensor in onnx.load(done.path).graph.initializer}
+    assert onnx.TensorProto.INT8 in weights
+    y = export.session(done.path)(X[:3])
+    largest = np.abs(folded(X)).max()
+    assert np.abs(y - np.asarray(folded(X[:3]))).max() < 0.05 * largest
+
+
+@pytest.mark.parametrize("call", [export.stablehlo, export.onnx])
+def test_training_mode_is_refused(call, fn, tmp_path):
+    def trains(x):
+        return fn(x, train=True, mutable=["batch_stats"])[0]
+
+    with pytest.raises(ValueError) as error:
+        call(trains, X, tmp_path / "file")
+    assert str(error.value) == (
+        f"{call.__name__}: Net/BatchNorm_0 normalizes by statistics of the batch, expected a "
+        "function in inference mode: train=False, use_running_average=True, or model.eval()."
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", [export.stablehlo, export.onnx])
+@pytest.mark.parametrize(("x", "what"), [([1.0], "a list"), (np.float32(1), "a scalar")])
+def test_an_example_that_is_no_batch_is_refused(call, x, what, tmp_path):
+    with pytest.raises(TypeError) as error:
+        call(jnp.sin, x, tmp_path / "file")
+    assert str(error.value) == (
+        f"{call.__name__}: x is {what}, expected an example batch, batch first; write "
+        "jnp.asarray(x)."
+    )
+
+
+def test_a_file_that_differs_is_not_written(folded, tmp_path, monkeypatch):
+    path = tmp_path / "net.onnx"
+    path.write_text("as it was")
+    session = export.session
+    monkeypatch.setattr(
+        "jaxbn.export._onnx.session",
+        lambda *args, **options: lambda x: 2 * session(*args, **options)(x),
+    )
+    with pytest.raises(ValueError) as error:
+        export.onnx(folded, X, path)
+    assert str(error.value) == (
+        "onnx: the file's result differs from the function's by 1.0e+00 of its largest value, "
+        "expected 1.0e-04 at most; nothing was written. If that is enough, write tolerance=2e+00."
+    )
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("net.onnx", "as it was")]
+
+
+@pytest.mark.parametrize(
+    ("call", "package"), [(export.stablehlo, "flatbuffers"), (export.onnx, "jax2onnx")]
+)
+def test_a_missing_package_is_named(call, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError) as error:
+        call(jnp.sin, X, "file")
+    assert str(error.value) == (
+        f"{call.__name__}: needs the package {package}, which is not installed; write "
+        f"pip install 'jaxbn[export]'."
+    )
+
+
+def test_what_is_no_file_of_ours_is_refused(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"hello")
+    with pytest.raises(ValueError) as error:
+        export.load_stablehlo(path)
+    assert str(error.value) == (
+        f"load_stablehlo: {path} is no StableHLO of jax.export that jax {jax.__version__} can "
+        "read; expected a file of jaxbn.export.stablehlo, written by this jax or an older one."
+    )
+    with pytest.raises(ValueError) as error:
+        export.session(path)
+    assert str(error.value).startswith(f"session: onnxruntime cannot read {path}: ")
+    with pytest.raises(FileNotFoundError) as missing:
+        export.int8(tmp_path / "nothing.onnx", [X], path)
+    assert str(missing.value) == f"session: no ONNX file at {tmp_path}/nothing.onnx"
+
+
+def test_int8_refuses_what_it_cannot_calibrate_with(folded, tmp_path):
+    source, path = tmp_path / "float.onnx", tmp_path / "int8.onnx"
+    export.onnx(folded, X, source)
+    cases = {
+        "int8: no batches to calibrate with, expected some real inputs; write "
+        "jaxbn.export.int8(source, [x], path).": [],
+        "int8: batch 1 has shape (6, 4, 8, 3) but batch 0 has (6, 8, 8, 3); expected arrays alike "
+        "but for the number of rows.": [X, X[:, :4]],
+    }
+    for message, batches in cases.items():
+        with pytest.raises(ValueError) as error:
+            export.int8(source, iter(batches), path)
+        assert str(error.value) == message
+    with pytest.raises(ValueError) as error:
+        export.int8(source, [X[..., :2]], path)
+    assert str(error.value).startswith(
+        "int8: source cannot run on batch 0 of shape (6, 8, 8, 2), dtype float32: "
+    )
+    assert not path.exists()
+
+
+# The example: a checkpoint through all stages
+
+
+@pytest.fixture(scope="module")
+def example():
+    sys.path.insert(0, str(EXAMPLE))
+    import ship
+    import train
+
+    yield ship, train
+    sys.path.remove(str(EXAMPLE))
+
+
+@pytest.fixture(scope="module", params=["linen", "nnx"])
+def run(request, example, tmp_path_factory):
+    """A run of a small network on the digits."""
+    runs = tmp_path_factory.mktemp("runs")
+    options = "--data digits --model resnet9 --width 2 --epochs 1 --batch 128 --devices 1"
+    api = request.param
+    example[1].main([*options.split(), "--api", api, "--runs", str(runs), "--name", "small"])
+    return runs / "small"
+
+
+def test_a_checkpoint_is_shipped(run, example, capsys, monkeypatch):
+    ship, _ = example
+    options = "--images 512 --calibrate 64 --test 100 --repeats 5 --bound 100"
+    seen = []
+    measure = ship.measure
+    monkeypatch.setattr(ship, "measure", lambda *args: seen.append(measure(*args)) or seen[-1])
+    assert ship.main([str(run), *options.split()]) == 0
+    rows = {row["stage"]: row for row in seen}
+    stages = ["checkpoint", "recalibrated", "folded", "StableHLO", "ONNX", "ONNX int8"]
+    assert list(rows) == stages
+    for stage in ("folded", "StableHLO", "ONNX"):
+        assert rows[stage]["error"] < 1e-5
+        assert rows[stage]["accuracy"] == rows["recalibrated"]["accuracy"]
+    # Two channels leave little to average over: a wide network's error is some per cent.
+    assert 1e-3 < rows["ONNX int8"]["error"] < 0.5
+    files = {path.name: path.stat().st_size for path in (run / "export").iterdir()}
+    assert sorted(files) == ["model.int8.onnx", "model.onnx", "model.stablehlo"]
+    out = capsys.readouterr().out
+    assert "…" not in out  # the table fits 80 columns
+    assert all(stage in out for stage in stages)
+
+
+def test_a_loss_of_accuracy_is_an_exit_status(example, tmp_path, capsys, monkeypatch):
+    ship, _ = example
+    data = ship.load("digits", None)
+    monkeypatch.setattr(ship, "read_run", lambda *args: (data, None, None))
+    good = {"accuracy": 0.9, "error": 0.0, "bytes": 1, "logits": []}
+    good |= {f"p{p}_{batch}": 1.0 for p in (50, 95) for batch in ship.LATENCIES}
+    rows = [{**good, "stage": "checkpoint"}, {**good, "stage": "ONNX int8", "accuracy": 0.885}]
+    made = [ship.Stage(str(i), None, 1) for i in range(2)]
+    monkeypatch.setattr(ship, "stages", lambda *args: made)
+    monkeypatch.setattr(ship, "measure", lambda stage, *args: dict(rows[int(stage.name)]))
+    assert ship.main([str(tmp_path)]) == 1
+    assert capsys.readouterr().err == (
+        "ship.py: ONNX int8 loses 1.50 points of accuracy, more than --bound 1\n"
+    )
+    assert ship.main([str(tmp_path), "--bound", "2"]) == 0
+
+
+def test_what_is_no_run_is_refused(example, tmp_path, capsys):
+    ship, _ = example
+    config = {"data": "digits", "batch": 64}
+    for content, message in (
+        (None, "{} is no run of train.py: it has no config.json"),
+        (config, "{} has no complete checkpoint"),
+    ):
+        if content:
+            (tmp_path / "config.json").write_text(json.dumps(content | MODEL))
+        with pytest.raises(SystemExit) as exit:
+            ship.main([str(tmp_path)])
+        assert exit.value.code == 2
+        assert capsys.readouterr().err == f"ship.py: error: {message.format(tmp_path)}\n"
+
+
+MODEL = {"api": "linen", "model": "resnet9", "block": "post", "width": 2, "schedule": "onecycle"}
+MODEL |= {"lr": 0.1, "epochs": 1, "weight_decay": 0.0, "smoothing": 0.0}

@@ -1,0 +1,285 @@
+"""Watching a training run: what the aux of a step holds, what it costs, and its figures."""
+
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jaxbn
+from jaxbn import watch
+from tests.support import hlo
+from tests.support.messages import message
+from tests.support.watching import record_of
+
+rng = np.random.default_rng(0)
+X = rng.normal(3, 2, (16, 5)).astype(np.float32)
+DY = rng.normal(size=(16, 4)).astype(np.float32)
+
+
+class Linen(linen.Module):
+    norm: type
+
+    @linen.compact
+    def __call__(self, x):
+        return self.norm(use_running_average=False, momentum=0.9)(linen.Dense(4)(x))
+
+
+class Nnx(nnx.Module):
+    def __init__(self, norm, rngs):
+        self.dense = nnx.Linear(5, 4, rngs=rngs)
+        self.norms = nnx.List([norm(4, momentum=0.9, rngs=rngs)])
+
+    def __call__(self, x):
+        return self.norms[0](self.dense(x))
+
+
+def linen_step(norm, on, observe=watch.linen):
+    """`step(variables, x)` → new variables, loss, records; written once, watched or not."""
+    model = Linen(norm)
+
+    def step(variables, x):
+        def loss(params):
+            out, seen = observe(model.apply, on)(
+                {**variables, "params": params}, x, mutable=["batch_stats"]
+            )
+            y, updates = out
+            return jnp.sum(y * DY), (updates, seen)
+
+        (value, (new, seen)), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+        records = watch.records(seen, {"params": variables["params"], **new}, grads)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], grads)
+        return {"params": params, **new}, value, records
+
+    return step, model.init(jax.random.key(0), X), "BatchNorm_0", "Dense_0"
+
+
+def nnx_step(norm, on, observe=watch.nnx):
+    graph, state = nnx.split(Nnx(norm, nnx.Rngs(0)))
+
+    def step(state, x):
+        model = nnx.merge(graph, state)
+        with observe(model, on) as seen:
+            value, grads = nnx.value_and_grad(lambda model: jnp.sum(model(x) * DY))(model)
+        records = watch.records(seen, model, grads)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, nnx.state(model, nnx.Param), grads)
+        nnx.update(model, params)
+        return nnx.state(model), value, records
+
+    return step, state, "norms/0", "dense"
+
+
+STEPS = {"linen": linen_step, "nnx": nnx_step}
+NORMS = {
+    ("linen", "flax"): linen.BatchNorm,
+    ("linen", "jaxbn"): jaxbn.linen.BatchNorm,
+    ("nnx", "flax"): nnx.BatchNorm,
+    ("nnx", "jaxbn"): jaxbn.nnx.BatchNorm,
+}
+
+
+def plain(tree):
+    return nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
+
+
+def leaf(tree, path):
+    """The arrays at a path: of linen's params and batch_stats put together, or of nnx."""
+    tree = plain(tree)
+    if "params" in tree:
+        return {**tree["params"].get(path, {}), **tree["batch_stats"].get(path, {})}
+    for key in path.split("/"):
+        tree = tree[int(key) if key.isdigit() else key]
+    return tree
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one device", "eight devices"])
+@pytest.mark.parametrize(("api", "library"), NORMS)
+def test_a_record_holds_what_the_layer_saw_and_learned(api, library, sharded):
+    step, variables, path, dense = STEPS[api](NORMS[api, library], True)
+    x = X
+    if sharded:
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+        x = jax.device_put(X, jax.NamedSharding(mesh, P("data")))
+    new, _, records = jax.jit(step)(variables, x)
+    assert list(records) == [path]
+    record = records[path]
+
+    kernel = np.asarray(leaf(variables, dense)["kernel"], float)
+    seen = X.astype(float) @ kernel  # the bias of Dense is 0
+    mean, var = seen.mean(0), seen.var(0)
+    xhat = (seen - mean) / np.sqrt(var + 1e-5)
+    # Products of float32 matrices with inner dimension 5, sums over 16 rows: a few eps of 1.2e-7.
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    assert float(record.batch.count) == 16
+    np.testing.assert_allclose(record.batch.mean, mean, **close)
+    np.testing.assert_allclose(record.batch.var, var, **close)
+    np.testing.assert_allclose(record.state.mean, 0.1 * mean, **close)
+    np.testing.assert_allclose(record.state.var, 0.9 + 0.1 * var, **close)
+    np.testing.assert_array_equal(record.params.scale, np.ones(4))
+    np.testing.assert_array_equal(record.params.bias, np.zeros(4))
+    np.testing.assert_allclose(record.grads.scale, (DY * xhat).sum(0), **close)
+    np.testing.assert_allclose(record.grads.bias, DY.sum(0), **close)
+    # What the model returned and kept is what it returns and keeps when nobody looks.
+    expected, _, none = jax.jit(STEPS[api](NORMS[api, library], False)[0])(variables, x)
+    assert none == {}
+    assert jax.tree.structure(new) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, **close)
+
+
+def never_watched(model_or_apply, on):
+    """What `linen` and `nnx` do when off, written without them."""
+    if isinstance(model_or_apply, nnx.Module):
+        from contextlib import nullcontext
+
+        return nullcontext({})
+    return lambda *args, **kwargs: (model_or_apply(*args, **kwargs), {})
+
+
+@pytest.mark.parametrize(("api", "library"), NORMS)
+def test_off_is_the_same_program_as_no_watching_at_all(api, library):
+    def programs(on, **observe):
+        step, variables, *_ = STEPS[api](NORMS[api, library], on, **observe)
+        lowered = jax.jit(step).lower(variables, X)
+        return lowered.as_text(), hlo.text(lowered.compile())
+
+    off, on = programs(False), programs(True)
+    assert off == programs(False, observe=never_watched)
+    assert off[0] != on[0]
+
+
+def test_the_functional_core_is_watched_by_moments_of_its_own_taking():
+    params, state = jaxbn.init(5)
+
+    def loss(params, state):
+        y, state = jaxbn.batch_norm(X, params, state, train=True)
+        return jnp.sum(y), (state, {"bn": jaxbn.moments(X)})
+
+    grads, (state, seen) = jax.jit(jax.grad(loss, has_aux=True))(params, state)
+    variables = {"params": {"bn": params}, "batch_stats": {"bn": state}}
+    record = watch.records(seen, variables, {"bn": grads})["bn"]
+    np.testing.assert_allclose(record.batch.mean, X.mean(0), rtol=1e-5)
+    np.testing.assert_array_equal(record.state.mean, state.mean)
+    np.testing.assert_allclose(record.grads.bias, np.full(5, 16), rtol=1e-6)
+
+
+# --- figures ----------------------------------------------------------------------------------
+
+
+def kl(m, v, n, w):
+    """KL divergence of two Gaussians by quadrature, nats."""
+    x = np.linspace(m - 12 * np.sqrt(v), m + 12 * np.sqrt(v), 20_001)
+    log_p = -((x - m) ** 2) / (2 * v) - np.log(v) / 2
+    log_q = -((x - n) ** 2) / (2 * w) - np.log(w) / 2
+    p = np.exp(log_p) / np.sqrt(2 * np.pi)
+    return np.sum(p * (log_p - log_q)) * (x[1] - x[0])
+
+
+def test_metrics_are_what_their_help_says():
+    record = record_of(3)
+    got = watch.metrics({"a": record})["a"]
+    v = {
+        **{f"batch_{k}": x for k, x in record.batch._asdict().items()},
+        **{f"running_{k}": x for k, x in record.state._asdict().items()},
+        **record.params._asdict(),
+        **{f"d{k}": x for k, x in record.grads._asdict().items()},
+    }
+    v = {k: np.asarray(x, float) for k, x in v.items() if x is not None}
+    arrays = watch.channels(record)
+    assert set(arrays) == set(v) - {"batch_count"}
+    for name, x in arrays.items():
+        np.testing.assert_array_equal(x, v[name])
+    eps = 1e-5
+    divergence = [
+        kl(m, b + eps, n, r + eps) + kl(n, r + eps, m, b + eps)
+        for m, b, n, r in zip(
+            v["batch_mean"], v["batch_var"], v["running_mean"], v["running_var"], strict=True
+        )
+    ]
+    expected = {
+        "batch_count": 640,
+        "mean_over_sd_max": max(abs(v["batch_mean"]) / np.sqrt(v["batch_var"] + eps)),
+        "batch_var_min": min(v["batch_var"]),
+        "batch_var_max": max(v["batch_var"]),
+        "running_var_min": min(v["running_var"]),
+        "running_var_max": max(v["running_var"]),
+        "symmetric_kl_max": max(divergence),
+        "symmetric_kl_mean": np.mean(divergence),
+        "scale_abs_min": min(abs(v["scale"])),
+        "scale_abs_max": max(abs(v["scale"])),
+        "bias_abs_max": max(abs(v["bias"])),
+        "dscale_norm": sum(v["dscale"] ** 2) ** 0.5,
+        "dbias_norm": sum(v["dbias"] ** 2) ** 0.5,
+        "nonfinite": 0,
+    }
+    assert list(got) == list(watch.METRICS) == list(expected)
+    assert got == pytest.approx(expected, rel=1e-6)
+
+
+def test_metrics_of_odd_layers_show_what_is_odd():
+    """Without parameters, dead, NaN, complex, bfloat16, stacked by a scan."""
+    zeros, nan = np.zeros(3, np.float32), np.array([0, np.nan, np.inf], np.float32)
+    none = jaxbn.Params(None, None)
+    odd = {
+        "bare": record_of(3)._replace(params=none, grads=none),
+        "dead": record_of(3, bm=zeros, bv=zeros, rm=zeros, rv=zeros),
+        "nan": record_of(3, bm=nan),
+        "complex": record_of(3, bm=np.array([3 + 4j] * 3, np.complex64), bv=zeros + 1),
+        "bfloat16": record_of(3, scale=jnp.full(3, -0.5, jnp.bfloat16)),
+        "stacked": record_of((2, 3), n=np.float32([640, 10])),
+    }
+    got = watch.metrics(odd)
+    assert set(watch.METRICS) - set(got["bare"]) == {
+        *("scale_abs_min", "scale_abs_max", "bias_abs_max", "dscale_norm", "dbias_norm")
+    }
+    assert (got["dead"]["mean_over_sd_max"], got["dead"]["symmetric_kl_max"]) == (0, 0)
+    assert got["nan"]["nonfinite"] == 2
+    assert np.isnan(got["nan"]["symmetric_kl_max"])
+    assert got["complex"]["mean_over_sd_max"] == pytest.approx(5, rel=1e-4)
+    assert got["bfloat16"]["scale_abs_min"] == 0.5
+    assert got["stacked"]["batch_count"] == 10
+    assert got["stacked"]["batch_var_max"] == pytest.approx(odd["stacked"].batch.var.max())
+
+
+# --- bad input --------------------------------------------------------------------------------
+
+
+def test_models_without_batch_norm_and_models_not_called_are_refused():
+    dense = linen.Dense(3)
+    variables = dense.init(jax.random.key(0), X)
+    assert message(ValueError, watch.linen(dense.apply), variables, X) == (
+        "watch.linen: apply passed through no batch norm layer, expected flax.linen.BatchNorm or "
+        "jaxbn.linen.BatchNorm in the model; write watch.linen(model.apply, on=False) for a model "
+        "without them."
+    )
+    watch.linen(dense.apply, on=False)(variables, X)
+
+    def within(model, call):
+        with watch.nnx(model):
+            if call:
+                model(X)
+
+    assert message(ValueError, within, nnx.Linear(5, 3, rngs=nnx.Rngs(0)), True) == (
+        "watch.nnx: Linear has no batch norm layer, expected flax.nnx.BatchNorm or "
+        "jaxbn.nnx.BatchNorm in the model; write watch.nnx(model, on=False) for a model without "
+        "them."
+    )
+    model = nnx.BatchNorm(5, rngs=nnx.Rngs(0))
+    assert message(ValueError, within, model, False) == (
+        "watch.nnx: no batch norm layer of BatchNorm was called, expected a call of the model; "
+        "write with watch.nnx(model) as seen: y = model(x)."
+    )
+    with pytest.raises(ZeroDivisionError), watch.nnx(model):
+        raise ZeroDivisionError  # and not that nothing was called
+
+
+def test_records_of_other_variables_are_refused():
+    assert message(ValueError, watch.records, {"bn": jaxbn.moments(X)}, {"params": {}}) == (
+        "watch.records: no running statistics in variables for the layers ['bn'] that saw the "
+        "batch; expected the variables of the model that was called; write watch.records(seen, "
+        '{"params": params, "batch_stats": batch_stats}, grads), or the nnx model in place of the '
+        "variables."
+    )
