@@ -391,9 +391,9 @@ BUGS = (
     Bug(
         "ghost batches interleaved",
         "jaxbn/_op/batch_norm.py",
-        "        return v.reshape(*before, c.ghosts, v.shape[at] // c.ghosts, *after)",
-        "        v = v.reshape(*before, v.shape[at] // c.ghosts, c.ghosts, *after)\n"
-        "        return v.swapaxes(at, at + 1)",
+        "        return v.reshape(*before, ghosts, v.shape[batch_axis] // ghosts, *after)",
+        "        v = v.reshape(*before, v.shape[batch_axis] // ghosts, ghosts, *after)\n"
+        "        return v.swapaxes(batch_axis, batch_axis + 1)",
         "op/test_batch_norm.py::test_ghost_batches_equal_a_loop_over_groups[rows]",
     ),
     Bug(
