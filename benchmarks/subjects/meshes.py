@@ -117,7 +117,7 @@ def variables(params, state):
 
 
 def with_moments(statistics, seen):
-    # Without the count: where shard_map splits features, it is typed as they are, with which it came.
+    # Without the count: where shard_map splits features, the count is typed as they are.
     return (statistics, [m[1:] for m in seen.values()]), ()
 
 
