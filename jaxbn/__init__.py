@@ -72,6 +72,10 @@ else:
 
     def __getattr__(name: str) -> ModuleType:
         if name in _LAZY:
+            if name in ("linen", "nnx"):
+                from jaxbn._extras import need
+
+                need(f"jaxbn.{name}", "flax")
             return importlib.import_module(f"jaxbn.{name}")
         from jaxbn._elsewhere import attribute
 

@@ -35,9 +35,8 @@ def need(call: str, module: str) -> Any:
     """
     package = module.partition(".")[0]
     try:
-        importlib.import_module(
-            package
-        )  # a part of a package may be loaded when the package cannot be
+        # First the package: a part of it may still be loaded where the package is missing.
+        importlib.import_module(package)
         return importlib.import_module(module)
     except ImportError as error:
         raise ModuleNotFoundError(

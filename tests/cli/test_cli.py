@@ -646,6 +646,8 @@ MISSING = {
     "flax": [
         (lambda: read.read("a.msgpack"), "read", "flax"),
         (lambda: write_.save("b.msgpack", {"a": ONE}), "save", "flax"),
+        (lambda: jaxbn.__getattr__("linen"), "jaxbn.linen", "flax"),
+        (lambda: jaxbn.__getattr__("nnx"), "jaxbn.nnx", "flax"),
     ],
     "tensorstore": [(lambda: read.read("a"), "read", "orbax-checkpoint")],
     "orbax": [(lambda: write_.save("b", {"a": ONE}), "save", "orbax-checkpoint")],
