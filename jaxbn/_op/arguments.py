@@ -95,12 +95,24 @@ def check(
             values = axes.count(x) // ghosts
         if mask is None:
             check_count(call, x, values, virtual_batch_size if ghosts else None)
-    numbers_ = axes, momentum, epsilon
-    return Checked(x, params, state, *numbers_, mask, dtype, residual, pool, batch_axis, ghosts)
+    return Checked(
+        x=x,
+        params=params,
+        state=state,
+        axes=axes,
+        momentum=momentum,
+        epsilon=epsilon,
+        mask=mask,
+        dtype=dtype,
+        residual=residual,
+        pool=pool,
+        batch_axis=batch_axis,
+        ghosts=ghosts,
+    )
 
 
 def names_keywords(f: F) -> F:
-    """F, with an error that names the right keyword where another library's keyword came.
+    """Wraps `f`: another library's keyword raises an error that names the keyword to write here.
 
     A wrapper, because `**kwargs` in the signature would hide typing errors from type checkers.
     """
@@ -126,7 +138,7 @@ class OneValueError(ValueError):
 
 
 def array(call: str, what: str, v: Any) -> jax.Array:
-    """V as a JAX array, or an error for what no batch norm can be taken of."""
+    """Returns `v` as a JAX array, or raises where no batch norm of `v` can be computed."""
     library = type(v).__module__.partition(".")[0]
     if library in ("torch", "tensorflow"):
         raise TypeError(
@@ -179,7 +191,7 @@ def check_features(call: str, params: Any, state: Any, x: jax.Array, axes: Axes)
 
 
 def check_train(call: str, train: Any) -> None:
-    """Train is a bool that is known when tracing."""
+    """Refuses a `train` that is not a bool, or is traced."""
     if not isinstance(train, bool | np.bool_):
         raise TypeError(
             f"{call}: train={train!r}, expected True or False, known when tracing. Both return "

@@ -132,7 +132,7 @@ def finish(y: jax.Array, activation: Any, residual: jax.Array | None) -> jax.Arr
 
 
 def _by_batch(c: Checked) -> tuple[jax.Array, Moments]:
-    """X normalized by the moments of the batch, pooled over devices; and those moments."""
+    """Normalizes x by the moments of the batch, pooled over devices; returns those moments too."""
     return normalize_by_batch(_spec(c, c.pool), c.x, c.params, c.mask, _traced(c.epsilon))
 
 
