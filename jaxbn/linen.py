@@ -44,7 +44,8 @@ class BatchNorm(nn.BatchNorm):
       force_float32_reductions: of the dtype of the statistics, see above.
       virtual_batch_size: new here: normalize by statistics of groups of this many rows.
       unbiased: new here: the running var takes n / (n - 1) times the batch's, as PyTorch's does.
-      activation: new here: a function applied to y last, such as `flax.linen.relu`.
+      activation: new here: applied to y last; `flax.linen.relu` in its own way, see
+        `jaxbn.batch_norm`.
 
     Raises:
       TypeError, ValueError: as `jaxbn.batch_norm`; but for one value per channel in training,

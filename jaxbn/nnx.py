@@ -50,7 +50,8 @@ class BatchNorm(nnx.BatchNorm):
       scale_metadata: of scale's.
       virtual_batch_size: new here: normalize by statistics of groups of this many rows.
       unbiased: new here: the running var takes n / (n - 1) times the batch's, as PyTorch's does.
-      activation: new here: a function applied to y last, such as `flax.nnx.relu`.
+      activation: new here: applied to y last; `flax.nnx.relu` in its own way, see
+        `jaxbn.batch_norm`.
 
     Raises:
       TypeError, ValueError: as `jaxbn.batch_norm`; but for one value per channel in training,

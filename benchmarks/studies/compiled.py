@@ -36,7 +36,7 @@ RESNET = {
     "tiny": network.Task("ResNet-8", (1, 1, 1), False, 8, 8, 16),
     "usual": network.Task("ResNet-50", R50, True, 64, 64, 224),
 }
-OURS, FLAX, NONE = "jaxbn", "Flax linen", "no norm"
+OURS, FUSED, FLAX, NONE = "jaxbn", "jaxbn, relu inside", "Flax linen", "no norm"
 COMPILERS = ("jax-cuda12-plugin", "libtpu")
 
 
@@ -121,7 +121,7 @@ def op(device: Any, size: str) -> Table:
 def step(device: Any, size: str) -> Table:
     task = RESNET[size]
     rows: list[list[str | float]] = []
-    norms = {OURS: peers.ours, FLAX: peers.linen, NONE: None}
+    norms = {OURS: peers.ours, FUSED: peers.fused, FLAX: peers.linen, NONE: None}
     steps = [(d, n) for d in DTYPES for n in norms]
     made = {}
     for dtype, name in track(steps, "step"):

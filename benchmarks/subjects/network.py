@@ -8,6 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.subjects import peers
+
+
+def finished(y, activation, residual):
+    """Equals `activation(y + residual)`, each where it is given."""
+    y = y if residual is None else y + residual
+    return y if activation is None else activation(y)
+
 
 class Norm(nn.Module):
     """A function of `benchmarks.subjects.peers` as a layer, or None for a network without norms."""
@@ -17,9 +25,9 @@ class Norm(nn.Module):
     scale_init: Any = nn.initializers.ones
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, activation=None, residual=None):
         if self.batch_norm is None:
-            return x
+            return finished(x, activation, residual)
         c = x.shape[-1:]
         params = (
             self.param("scale", self.scale_init, c),
@@ -30,10 +38,13 @@ class Norm(nn.Module):
         if self.is_initializing():
             return x
         state = mean.value, var.value
-        y, state = self.batch_norm(x, params, state, train=self.train, momentum=0.9)
+        inside = {}
+        if self.batch_norm is peers.fused:
+            inside = {"activation": activation, "residual": residual}
+        y, state = self.batch_norm(x, params, state, train=self.train, momentum=0.9, **inside)
         if self.train:
             mean.value, var.value = state
-        return y
+        return y if inside else finished(y, activation, residual)
 
 
 class Block(nn.Module):
@@ -56,11 +67,12 @@ class Block(nn.Module):
             convs = [conv(c, 1), conv(c, 3, self.stride), conv(4 * c, 1)]
         y = x
         for layer in convs[:-1]:
-            y = nn.relu(self.norm()(layer(y)))
-        y = self.norm(scale_init=nn.initializers.zeros)(convs[-1](y))
+            y = self.norm()(layer(y), nn.relu)
+        y = convs[-1](y)
+        last = self.norm(scale_init=nn.initializers.zeros)
         if x.shape != y.shape:
             x = self.norm()(conv(y.shape[-1], 1, self.stride)(x))
-        return nn.relu(x + y)
+        return last(y, nn.relu, x)
 
 
 class ResNet(nn.Module):
@@ -79,7 +91,7 @@ class ResNet(nn.Module):
 
         size, stride = ((7, 7), 2) if x.shape[1] >= 64 else ((3, 3), 1)
         x = nn.Conv(self.width, size, stride, use_bias=False, dtype=self.dtype)(x)
-        x = nn.relu(norm()(x))
+        x = norm()(x, nn.relu)
         if stride == 2:
             x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
         for i, blocks in enumerate(self.stages):

@@ -46,6 +46,11 @@ def ours(x, params, state, *, train, momentum=0.99, mask=None, axis_name=None, *
     return y, (state.mean, state.var)
 
 
+def fused(x, params, state, **options):
+    """Ours, with what follows inside: `activation` and `residual`."""
+    return ours(x, params, state, **options)
+
+
 def linen(x, params, state, *, train, momentum=0.99, mask=None, axis_name=None, **options):
     layer = flax.linen.BatchNorm(
         use_running_average=not train,

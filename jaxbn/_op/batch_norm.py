@@ -13,11 +13,10 @@ from jax import lax
 from jaxbn._op import arguments
 from jaxbn._op.arguments import Checked
 from jaxbn._op.axes import promote
-from jaxbn._op.devices import Pool
 from jaxbn._op.normalize import normalize_lean, rstd
 from jaxbn._op.pooling import across, merge, merge_all
 from jaxbn._op.state import Moments, Params, State, blend
-from jaxbn._op.training import Spec, normalize_by_batch
+from jaxbn._op.training import Operands, Spec, normalize_by_batch
 
 S = TypeVar("S", bound=State | Moments | None)  # what comes in, and in the same kind goes out
 
@@ -72,8 +71,10 @@ def batch_norm(
         everywhere, as if x were the mean where such a cell is NaN or infinite. With no valid cell
         at all, y is bias and the state stays. Numbers do as well, 0 and 1 alone.
       dtype: of y; x's by default.
-      activation: a function that is applied to y last, such as `jax.nn.relu`.
-      residual: an array of x's shape that is added to y, in y's dtype, before the activation.
+      activation: applied to y last, as `activation(y)`. For `jax.nn.relu` (which Flax's are too)
+        backward makes its sign again, of x, or of y where there is a residual: on a GPU that is
+        less to read and write than relu apart. Any other function is called as it is.
+      residual: of x's shape, added to y before the activation, in y's dtype.
 
     Returns:
       `(y, state)`: y with x's shape; the state in both modes with mean and var in float32 or
@@ -116,13 +117,14 @@ def batch_norm(
     if not train:
         r = rstd(c.state.var, c.epsilon)
         y = normalize_lean(c.x, c.state.mean, r, c.params, c.axes, c.dtype, c.mask)
-    else:
-        y, moments = _by_ghosts(c) if c.ghosts else _by_batch(c)
-        if isinstance(new, Moments):
-            new = _gathered(new, moments)
-        elif new is not None:
-            new = blend(new, moments, c.momentum, unbiased)
-    return finish(y, activation, c.residual), new
+        return finish(y, activation, c.residual), new
+    relu = activation is jax.nn.relu and not jnp.issubdtype(c.dtype, jnp.complexfloating)
+    y, moments = _by_batch(c, relu)
+    if isinstance(new, Moments):
+        new = _gathered(new, moments)
+    elif new is not None:
+        new = blend(new, moments, c.momentum, unbiased)
+    return y if relu else finish(y, activation, c.residual), new
 
 
 def finish(y: jax.Array, activation: Any, residual: jax.Array | None) -> jax.Array:
@@ -131,37 +133,18 @@ def finish(y: jax.Array, activation: Any, residual: jax.Array | None) -> jax.Arr
     return y if activation is None else activation(y)
 
 
-def _by_batch(c: Checked) -> tuple[jax.Array, Moments]:
-    """Normalizes x by the moments of the batch, pooled over devices; returns those moments too."""
-    return normalize_by_batch(_spec(c, c.pool), c.x, c.params, c.mask, _traced(c.epsilon))
+def _by_batch(c: Checked, relu: bool) -> tuple[jax.Array, Moments]:
+    """Normalizes x by the moments of the batch, or of each ghost batch.
 
-
-def _by_ghosts(c: Checked) -> tuple[jax.Array, Moments]:
-    """Each ghost batch normalized by its own moments; the moments of all of them, pooled."""
-    spec, at = _spec(c, None)._replace(mapped=True), c.batch_axis
-
-    def split(v: jax.Array) -> jax.Array:
-        before, after = v.shape[:at], v.shape[at + 1 :]
-        return v.reshape(*before, c.ghosts, v.shape[at] // c.ghosts, *after)
-
-    each = jax.vmap(
-        lambda x, mask: normalize_by_batch(spec, x, c.params, mask, _traced(c.epsilon)),
-        in_axes=(at, at),
-        out_axes=(at, 0),
-    )
-    mask = None if c.mask is None else split(jnp.broadcast_to(c.mask, c.x.shape))
-    y, moments = each(split(c.x), mask)
-    return y.reshape(c.x.shape), across(merge_all(moments), c.pool)
-
-
-def _spec(c: Checked, pool: Pool | None) -> Spec:
-    """What is known of the call before it runs; a traced epsilon is an operand instead."""
-    return Spec(c.axes, 0.0 if _traced(c.epsilon) is not None else c.epsilon, pool, c.dtype)
-
-
-def _traced(epsilon: Any) -> Any:
-    """Epsilon where it is traced, else None."""
-    return None if isinstance(epsilon, float) else epsilon
+    Returns y and the moments of all devices. With relu, y is `relu(bn(x) + residual)`.
+    """
+    known, traced = (c.epsilon, None) if isinstance(c.epsilon, float) else (0.0, c.epsilon)
+    near = None if c.state is None else c.state.mean
+    v = Operands(c.x, c.params, c.mask, traced, c.residual if relu else None, near)
+    if not c.ghosts:
+        return normalize_by_batch(Spec(c.axes, known, c.pool, c.dtype, relu), v)
+    y, moments = _by_ghosts(Spec(c.axes, known, None, c.dtype, relu), v, c.batch_axis, c.ghosts)
+    return y, across(moments, c.pool)
 
 
 def _gathered(state: Any, moments: Moments) -> Moments:
@@ -169,3 +152,24 @@ def _gathered(state: Any, moments: Moments) -> Moments:
     kinds = [promote(a.dtype, b.dtype) for a, b in zip(state, moments, strict=True)]
     both = (Moments(*map(lax.convert_element_type, m, kinds)) for m in (state, moments))
     return jax.tree.map(lax.stop_gradient, merge(*both))
+
+
+def _by_ghosts(spec: Spec, v: Operands, batch_axis: int, ghosts: int) -> tuple[jax.Array, Moments]:
+    """Each ghost batch normalized by its own moments; the moments of all of them, pooled."""
+
+    def split(v: jax.Array) -> jax.Array:
+        before, after = v.shape[:batch_axis], v.shape[batch_axis + 1 :]
+        return v.reshape(*before, ghosts, v.shape[batch_axis] // ghosts, *after)
+
+    large = {"x": v.x}
+    if v.mask is not None:
+        large["mask"] = jnp.broadcast_to(v.mask, v.x.shape)
+    if v.residual is not None:
+        large["residual"] = v.residual
+    each = jax.vmap(
+        lambda large: normalize_by_batch(spec, v._replace(**large)),
+        in_axes=batch_axis,
+        out_axes=(batch_axis, 0),
+    )
+    y, moments = each({name: split(leaf) for name, leaf in large.items()})
+    return y.reshape(v.x.shape), merge_all(moments)

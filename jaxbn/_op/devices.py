@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,11 +73,11 @@ def varying_axes(v: jax.Array) -> frozenset[str]:
     return frozenset(getattr(aval, "vma", ()) if kind is None else kind.varying)
 
 
-def alike(*vs: jax.Array | None) -> tuple[jax.Array | None, ...]:
+def alike(*vs: Any) -> tuple[Any, ...]:
     """The same values, all typed as different over the mapped axes that any of them differs over.
 
-    For operands of a conditional: `vmap` of one makes them so, and then fails on branches that
-    were traced with a value equal on all devices.
+    For operands of one operation. Where a value equal on all devices is made different, the
+    backward pass sums its cotangent over them; two values that are stacked, in one collective.
     """
     axes = frozenset[str]().union(*(varying_axes(v) for v in vs if v is not None))
 
@@ -86,18 +86,6 @@ def alike(*vs: jax.Array | None) -> tuple[jax.Array | None, ...]:
         return lax.pcast(v, more, to="varying") if more else v
 
     return tuple(v if v is None else widened(v) for v in vs)
-
-
-def varying(v: jax.Array, pool: Pool) -> jax.Array:
-    """v, typed as different on each device of the pool.
-
-    Where `check_vma` types values, the backward pass sums a cotangent over devices at the
-    point where an equal value first meets a different one. Called on stacked values, it
-    makes that one collective instead of one for each.
-    """
-    if not pool.axis_name:
-        return v
-    return v + (0 * lax.axis_index(pool.axis_name)).astype(v.dtype)
 
 
 def typed(v: jax.Array) -> bool:

@@ -1,7 +1,9 @@
 """Count, mean and var of one array."""
 
 import functools
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +13,20 @@ from jaxbn._op import arguments
 from jaxbn._op import axes as axes_
 from jaxbn._op import devices as devices_
 from jaxbn._op.axes import Axes, wide
-from jaxbn._op.pooling import across, not_negative
+from jaxbn._op.pooling import across
+from jaxbn._op.primitives import Operation
 from jaxbn._op.state import Moments
 from jaxbn._op.sums import divisible, parts, real_product, total, totals
+from jaxbn._op.tangent import summed
 
 # The pivot is read from one position in so many; see `_pivot`.
 STRIDE = 8
 
-# The platform that needs no pivot for channels whose mean² is at most NEAR times their var; see
-# `_at_once`.
-AT_ONCE, NEAR = "tpu", 16
+# On GPUs, from one in at most so many; see `_by_grid`.
+SPARSE = 64
+
+# Channels whose mean² is at most so many times their var need no pivot; see `_at_once`.
+NEAR = 16
 
 
 def moments(
@@ -65,38 +71,102 @@ def moments(
 
 
 # Traced once for equal layers.
-@functools.partial(jax.jit, static_argnames=("axes", "mapped"), inline=True)
-def of(x: jax.Array, axes: Axes, mask: jax.Array | None = None, mapped: bool = False) -> Moments:
+@functools.partial(jax.jit, static_argnames="axes", inline=True)
+def of(
+    x: jax.Array, axes: Axes, mask: jax.Array | None = None, near: jax.Array | None = None
+) -> Moments:
     """Equals the moments of x over `axes.reduced`, in float32 or wider.
 
     Sums are taken of `x - pivot`, so nothing cancels however large the mean is, and they are
     exact for a constant channel, whose mean is then that constant and whose var is 0. TPUs take
-    them of x itself where that is as good, but not where `mapped` says that this is called under
-    `vmap`, which takes both branches of a conditional.
+    them of x itself where that is as good, and those of a bfloat16 x about `near` [C], or 0.
     """
-    kind = wide(x.dtype)
-    real = jnp.finfo(kind).dtype
+    real = jnp.finfo(wide(x.dtype)).dtype
     count = jnp.asarray(axes.count(x), real) if mask is None else _count(mask, x, axes, real)
-    n = divisor(count)
-    at_once, by_pivot = (functools.partial(way, axes) for way in (_at_once, _by_pivot))
-    # Where shardings are types, JAX cannot map a conditional either.
-    if mapped or devices_.typed(x):
-        return Moments(count, *by_pivot(x, mask, n))
-    operands = devices_.alike(x, mask, n)
-    mean, var = lax.platform_dependent(*operands, default=by_pivot, **{AT_ONCE: at_once})
-    return Moments(count, mean, var)
+    if near is not None:
+        near = lax.stop_gradient(near).astype(wide(x.dtype)) if x.dtype == jnp.bfloat16 else None
+    return Moments(count, *mean_and_var(x, divisor(count), mask, near, axes=axes))
+
+
+def _mean_and_var(  # type: ignore[no-untyped-def]
+    device, x, n, mask, near, *, axes: Axes
+) -> tuple[jax.Array, jax.Array]:
+    way = _by_pivot
+    if device == "gpu" and mask is None and all(isinstance(size, int) for size in x.shape):
+        way = _by_grid
+    if device == "tpu":
+        way = functools.partial(_about_near, near) if x.dtype == jnp.bfloat16 else _at_once
+    mean, var = way(device, axes, x, mask, n)
+    return mean, jnp.maximum(var, 0)  # of a constant channel, that rounding left a hair below
+
+
+mean_and_var = Operation("moments", _mean_and_var)
+
+
+@mean_and_var.differentiated
+def _(tx: jax.Array, operands: Any, moments: Any, *, axes: Axes) -> tuple[jax.Array, jax.Array]:
+    """The tangents of mean and var, also of a var that was rounded to 0."""
+    x, n, mask, _ = operands
+    s1, s2 = sums_about(tx.astype(wide(x.dtype)), x, moments[0], mask, axes)
+    return s1 / n.astype(s1.dtype), 2 * s2 / n
+
+
+def sums_about(
+    t: jax.Array,
+    x: jax.Array,
+    mean: jax.Array,
+    mask: jax.Array | None,
+    axes: Axes,
+    held: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Equals Σt and Σ Re(conj(x - mean) t) over the valid cells; linear in t."""
+    others = None, x.conj(), mean.conj(), mask, None, None
+    static = {"dtype": t.dtype, "valid": True, "relu": False, "held": held}
+    s1, s2 = summed(t, *others, axes=axes, **static)
+    return s1, s2.real
 
 
 def _by_pivot(
-    axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
+    device: str, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Mean and variance by sums about a pivot, which is read from x first."""
-    mean, var = _about(lax.stop_gradient(_pivot(x, axes, mask, n)), axes, x, mask, n)
-    return mean, not_negative(var)
+    return _about(device, _pivot(device, x, axes, mask, n), axes, x, mask, n)
+
+
+def _by_grid(
+    device: str, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The same about the mean of a grid of positions, in units of one over their number.
+
+    For GPUs: that number K is a power of two where the batch is one, so K x - Σ is K (x - pivot)
+    to the bit, and no kernel has to divide. (pivot - mean)² is at most SPARSE times the variance
+    whatever the values are; and where the batch is sharded, each device has its part of the grid.
+    """
+    kind = wide(x.dtype)
+    grid = _grid(x, axes).astype(kind)
+    total, k = grid.sum(axes.reduced), axes.count(grid)
+    if k & (k - 1):
+        total, k = total / k, 1
+    mean, var = _about(device, total, axes, x.astype(kind) * k, mask, n)
+    return mean / k, var / k**2
+
+
+def _grid(x: jax.Array, axes: Axes) -> jax.Array:
+    """One position in at most SPARSE, evenly over each image, and of rows alone over the batch."""
+    inner = axes.reduced[1:] or axes.reduced
+    counts = dict.fromkeys(inner, 1)
+    while math.prod(x.shape[a] for a in inner) > SPARSE * math.prod(counts.values()):
+        counts[max(inner, key=lambda a: x.shape[a] / counts[a])] *= 2
+    starts, limits, strides = [0] * x.ndim, list(x.shape), [1] * x.ndim
+    for a, count in counts.items():
+        strides[a] = x.shape[a] // count
+        starts[a] = (x.shape[a] - 1 - (count - 1) * strides[a]) // 2
+        limits[a] = starts[a] + (count - 1) * strides[a] + 1
+    return lax.slice(x, starts, limits, strides)
 
 
 def _at_once(
-    axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
+    device: str, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The same by sums about 0, and by a pivot only where some channel's mean is far from 0.
 
@@ -105,22 +175,43 @@ def _at_once(
     here; a constant channel other than 0, and what is not finite, are never near.
     """
     zero = jnp.zeros([x.shape[a] for a in axes.features], wide(x.dtype))
-    mean, var = _about(zero, axes, x, mask, n)
+    mean, var = _about(device, zero, axes, x, mask, n)
     near = jnp.all(real_product(mean, mean) <= NEAR * var)
-    by_pivot = functools.partial(_by_pivot, axes)
+    by_pivot = functools.partial(_by_pivot, device, axes)
     return lax.cond(near, lambda *_: (mean, var), by_pivot, x, mask, n)
 
 
+def _about_near(
+    near: jax.Array | None,
+    device: str,
+    axes: Axes,
+    x: jax.Array,
+    mask: jax.Array | None,
+    n: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The same about `near` as it is, or 0.
+
+    For a bfloat16 x on TPUs, which then read x for its sums never. About 0, var loses a factor of
+    1 + mean² / var of float32's precision, in which bfloat16 has lost more when x was rounded to
+    it: a quarter of a unit of x's last place, squared. About the running mean nothing is lost
+    once that is near.
+    """
+    pivot = jnp.zeros([x.shape[a] for a in axes.features], wide(x.dtype))
+    if near is not None:
+        pivot = jnp.where(jnp.isfinite(near), near, pivot)
+    return _about(device, pivot, axes, x, mask, n)
+
+
 def _about(
-    pivot: jax.Array, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
+    device: str, pivot: jax.Array, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Mean and variance by Σ(x - pivot) and Σ|x - pivot|², over n."""
     d = x.astype(pivot.dtype) - axes.expand(pivot)
     if mask is not None:
         d = jnp.where(mask, d, 0)
-    sum_d, sum_d2 = totals(d, d, axes)
+    sum_d, sum_d2 = totals(d, d.conj(), axes, device)
     shift = sum_d / n.astype(d.dtype)
-    return pivot + shift, sum_d2 / n - real_product(shift, shift)
+    return pivot + shift, sum_d2.real / n - real_product(shift, shift)
 
 
 def divisor(count: jax.Array) -> jax.Array:
@@ -132,7 +223,9 @@ def divisor(count: jax.Array) -> jax.Array:
     return lax.optimization_barrier(jnp.where(count > 0, count, 1))
 
 
-def _pivot(x: jax.Array, axes: Axes, mask: jax.Array | None, n: jax.Array) -> jax.Array:
+def _pivot(
+    device: str, x: jax.Array, axes: Axes, mask: jax.Array | None, n: jax.Array
+) -> jax.Array:
     """A value near each channel's mean [C], to shift by.
 
     The mean of one position in STRIDE along the axis after the batch. For k of n values,
@@ -144,12 +237,12 @@ def _pivot(x: jax.Array, axes: Axes, mask: jax.Array | None, n: jax.Array) -> ja
     """
     kind = wide(x.dtype)
     if mask is not None:
-        return total(jnp.where(mask, x.astype(kind), 0), axes) / n.astype(kind)
+        return total(jnp.where(mask, x.astype(kind), 0), axes, device) / n.astype(kind)
     axis, stride = _sample(x, axes)
     if stride > 1:
         x = lax.slice_in_dim(x, 0, None, stride, axis=axis)
     count = jnp.asarray(axes.count(x), jnp.finfo(kind).dtype)
-    return total(x.astype(kind), axes) / jnp.maximum(count, 1).astype(kind)
+    return total(x.astype(kind), axes, device) / jnp.maximum(count, 1).astype(kind)
 
 
 def _sample(x: jax.Array, axes: Axes) -> tuple[int, int]:

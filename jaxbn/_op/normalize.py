@@ -30,8 +30,9 @@ def normalize(
     axes: Axes,
     dtype: jnp.dtype,
     mask: jax.Array | None = None,
+    relu: bool = False,
 ) -> jax.Array:
-    """Equals `(x - mean) * (rstd * scale) + bias` per channel, cast to dtype.
+    """Equals `(x - mean) * (rstd * scale) + bias` per channel, cast to dtype; or relu of that.
 
     In this order and no other: `x * a + (bias - mean * a)` cancels at large means, and a
     constant channel would not give bias exactly. A cell outside the mask that is not finite is
@@ -46,6 +47,8 @@ def normalize(
     y = d * axes.expand(a)
     if bias is not None:
         y = y + axes.expand(bias.astype(kind))
+    # Before the cast, or XLA's GPU back end writes y out where else it would make it again.
+    y = jnp.maximum(y, 0) if relu else y
     return y.astype(dtype)
 
 

@@ -10,8 +10,7 @@ terms of both lying abreast, row by row: what the first row read is in cache for
 Elsewhere they are plain sums. Measurements are in `benchmarks/NOTES.md`.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,50 +27,28 @@ SMALL = 1 << 15
 ABREAST = -2  # the axis along which the terms of two sums lie, rows being the last axis
 
 
-def total(v: jax.Array, axes: Axes) -> jax.Array:
+def total(v: jax.Array, axes: Axes, device: str = "") -> jax.Array:
     """Equals `v.sum(axes.reduced)`. Where v lies in memory as it is, the plain sum is as fast."""
-
-    def plain(v: jax.Array) -> jax.Array:
-        return v.sum(axes.reduced)
-
-    def by_parts(v: jax.Array) -> jax.Array:
-        return plain(_apart(_added(_parts(v, axes))))
-
-    return _chosen(v, axes, by_parts, plain)(v)
+    if device == "cpu" and divisible(v, axes):
+        v = _apart(_added(_parts(v, axes)))
+    return v.sum(axes.reduced)
 
 
-def totals(t: jax.Array, d: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
-    """Equals `t.sum(axes.reduced)` and `real_product(d, t).sum(axes.reduced)`."""
+def totals(
+    t: jax.Array, d: jax.Array, axes: Axes, device: str = "", times: int = 1
+) -> tuple[jax.Array, jax.Array]:
+    """Equals `t.sum(axes.reduced)` and `(d * t).sum(axes.reduced)`.
 
-    def plain(t: jax.Array, d: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return t.sum(axes.reduced), real_product(d, t).sum(axes.reduced)
-
-    def by_parts(t: jax.Array, d: jax.Array) -> tuple[jax.Array, jax.Array]:
-        pairs = zip(_parts(t, axes), _parts(d, axes), strict=True)
-        terms = _apart(_added([_ones_beside(d) * jnp.expand_dims(t, ABREAST) for t, d in pairs]))
-        sum_t, sum_dt = jax.vmap(lambda v: v.sum(axes.reduced), ABREAST)(terms)
+    By parts from `times` as large an array as elsewhere.
+    """
+    if device == "cpu" and divisible(t, axes, times):
+        terms = _ones_beside(d) * jnp.expand_dims(t, ABREAST)
+        rest = _apart(_added(_parts(terms, axes)))
+        sum_t, sum_dt = jax.vmap(lambda v: v.sum(axes.reduced), ABREAST)(rest)
         return sum_t, sum_dt
-
-    return _chosen(t, axes, by_parts, plain)(t, d)
-
-
-def affine(a: jax.Array, b: jax.Array, d: jax.Array, axes: Axes) -> jax.Array:
-    """Equals `a + b * d` for a, b [C]; JAX transposes it, linear in them, to `totals`."""
-
-    def plain(a: jax.Array, b: jax.Array, d: jax.Array) -> jax.Array:
-        return axes.expand(a) + axes.expand(b) * d
-
-    def by_parts(a: jax.Array, b: jax.Array, d: jax.Array) -> jax.Array:
-        parts = _parts(d, axes)
-
-        def spread(v: jax.Array) -> jax.Array:
-            return jnp.broadcast_to(axes.expand(v), parts[0].shape)
-
-        both = _apart(jax.vmap(spread, out_axes=ABREAST)(jnp.stack([a, b])))
-        y = [(_ones_beside(d) * both).sum(ABREAST) for d in parts]
-        return jnp.stack(y, _cut(d.shape, axes)[1]).reshape(d.shape)
-
-    return _chosen(d, axes, by_parts, plain)(a, b, d)
+    if device == "gpu":
+        return _together(t, d * t, axes)
+    return t.sum(axes.reduced), (d * t).sum(axes.reduced)
 
 
 def real_product(d: jax.Array, t: jax.Array) -> jax.Array:
@@ -79,24 +56,14 @@ def real_product(d: jax.Array, t: jax.Array) -> jax.Array:
     return d.real * t.real + d.imag * t.imag if jnp.iscomplexobj(d) else d * t
 
 
-def _chosen(
-    v: jax.Array, axes: Axes, by_parts: Callable[..., Any], plain: Callable[..., Any]
-) -> Callable[..., Any]:
-    """The function by parts on CPU, where v can be cut; elsewhere the plain one."""
-    if not divisible(v, axes):
-        return plain
-    return lambda *arguments: lax.platform_dependent(*arguments, cpu=by_parts, default=plain)
-
-
-def divisible(v: jax.Array, axes: Axes) -> bool:
+def divisible(v: jax.Array, axes: Axes, times: int = 1) -> bool:
     """Whether v can be cut into parts, and is large enough."""
     # What is sharded by its type, or of unknown size, cannot be cut.
     typed = any(name is not None for name in jax.typeof(v).sharding.spec)
     known = all(isinstance(size, int) for size in v.shape)
-    if typed or not known or v.size < SMALL or not axes.reduced or jnp.iscomplexobj(v):
+    if typed or not known or v.size < times * SMALL or not axes.reduced or jnp.iscomplexobj(v):
         return False
-    cut, at = _cut(v.shape, axes)
-    return cut[at] > 1
+    return parts(v.shape[_longest(v.shape, axes)]) > 1
 
 
 def parts(n: int) -> int:
@@ -104,32 +71,45 @@ def parts(n: int) -> int:
     return next(k for k in range(PARTS, 0, -1) if n % k == 0)
 
 
-def _cut(shape: Sequence[int], axes: Axes) -> tuple[tuple[int, ...], int]:
-    """A shape with one reduced axis cut in two, and which of the two counts the parts.
-
-    It is the longest axis but the batch, and a part is one run of it, since long runs of memory
-    are read fastest. Where there is the batch alone, which may be sharded, a part is one row in
-    eight, so that devices with a multiple of eight rows have all parts in their own.
-    """
-    axis = max(axes.reduced[1:] or axes.reduced, key=lambda a: shape[a])
-    n = shape[axis]
-    k = parts(n)
-    alone = len(axes.reduced) == 1
-    pair = (n // k, k) if alone else (k, n // k)
-    return (*shape[:axis], *pair, *shape[axis + 1 :]), axis + alone
+def _longest(shape: Sequence[int], axes: Axes) -> int:
+    """The axis that is cut: the longest but the batch, unless there is the batch alone."""
+    return max(axes.reduced[1:] or axes.reduced, key=lambda a: shape[a])
 
 
 def _parts(v: jax.Array, axes: Axes) -> list[jax.Array]:
-    """The parts that v is cut into, of v's rank; the reduced axes stay where they are."""
-    cut, at = _cut(v.shape, axes)
-    v = v.reshape(cut)
-    return [lax.index_in_dim(v, i, at, keepdims=False) for i in range(cut[at])]
+    """The parts that v is cut into, of v's rank; the reduced axes stay where they are.
+
+    A part is one run of the axis, since long runs of memory are read fastest. Of the batch, which
+    may be sharded, a part is one row in eight, so that devices with a multiple of eight rows have
+    all parts in their own. v may have terms abreast.
+    """
+    shape = v.shape
+    if v.ndim > len(axes.features) + len(axes.reduced):
+        shape = v.shape[:ABREAST] + v.shape[ABREAST + 1 :]
+    axis = _longest(shape, axes)
+    n, k = shape[axis], parts(shape[axis])
+    axis += v.ndim - len(shape) if axis == len(shape) - 1 else 0
+    alone = len(axes.reduced) == 1
+    pair = (n // k, k) if alone else (k, n // k)
+    v = v.reshape(*v.shape[:axis], *pair, *v.shape[axis + 1 :])
+    return [lax.index_in_dim(v, i, axis + alone, keepdims=False) for i in range(k)]
 
 
 def _added(vs: Sequence[jax.Array]) -> jax.Array:
     """Equals `sum(vs)` without its 0, which would be one more addition in the loop."""
     first, *rest = vs
     return sum(rest, first)
+
+
+def _together(u: jax.Array, v: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
+    """Both sums by one operation, of which XLA's GPU back end makes two kernels and not three."""
+
+    def added(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return a[0] + b[0], a[1] + b[1]
+
+    zero = jnp.zeros((), u.dtype)
+    sum_u, sum_v = lax.reduce((u, v), (zero, zero), added, axes.reduced)
+    return sum_u, sum_v
 
 
 def _ones_beside(d: jax.Array) -> jax.Array:

@@ -15,120 +15,112 @@ and y = d * a + bias has the tangent
 
 which is Ioffe & Szegedy 2015, section 3 in two sums over dy.
 
-The rule is a JVP, so forward mode works as reverse mode does, and the residuals are functions
-of x inside it, so every higher derivative is right. Two things keep it small:
-
-* `jax.checkpoint` around the tangent map: kept for backward are its inputs, x in its own dtype
-  and mean, rstd and scale [C], never a float32 copy of x. `prevent_cse=False`, because its
-  barrier would hold on to x as well.
-* no two of the three x - mean (forward's, that of the sums, that of dx) share their mean, but
-  for a barrier: else XLA finds them equal, and keeps that array alive from one to the next.
-
-With both, the compiled temporary memory of a small ResNet step on CPUs is 0.67 of Flax's; with dx
-and the sums sharing theirs, 0.99 (`python -m benchmarks memory`).
+The rule is a JVP, so forward mode works as reverse mode does, and it is a function of x alone, so
+every higher derivative is right. What is as large as x in it are the operations of `tangent`, so
+kept for backward are x in its own dtype and numbers [C], never a float32 copy of x. No two of the
+three x - mean (that of y, that of the sums, that of dx) are the same to XLA's CPU back end, which
+would keep that array alive from one to the next. With all that, the compiled temporary memory of a
+small ResNet step is 0.67 of Flax's; with dx and the sums sharing theirs, 0.99 (`python -m
+benchmarks memory`).
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn._op import devices
 from jaxbn._op.axes import Axes, wide
 from jaxbn._op.checkpoint_policy import named
 from jaxbn._op.devices import Pool
-from jaxbn._op.moments import divisor, of
+from jaxbn._op.moments import divisor, of, sums_about
 from jaxbn._op.normalize import normalize, rstd
 from jaxbn._op.pooling import across
 from jaxbn._op.state import Moments, Params
-from jaxbn._op.sums import affine, real_product
+from jaxbn._op.tangent import affine
 
 
 class Spec(NamedTuple):
     """Everything about one call that is known before it runs."""
 
     axes: Axes
-    epsilon: float  # 0 where it is traced, and so an argument
+    epsilon: float  # 0 where it is traced, and so an operand
     pool: Pool | None
     dtype: jnp.dtype  # of y
-    mapped: bool = False  # whether this is called under `vmap`
+    relu: bool = False  # whether y is relu of the rest
+
+
+class Operands(NamedTuple):
+    """The arrays of one call; all but x may be None."""
+
+    x: jax.Array
+    params: Params = Params(None, None)
+    mask: jax.Array | None = None
+    epsilon: jax.Array | None = None
+    residual: jax.Array | None = None  # where relu follows; of y's dtype
+    near: jax.Array | None = None  # the running mean, which the batch's may be near to
+
+
+# Not inlined: equal layers share one function, and eager calls compile nothing anew.
+@functools.partial(jax.jit, static_argnums=0)
+def normalize_by_batch(spec: Spec, v: Operands) -> tuple[jax.Array, Moments]:
+    """Equals `relu(normalize(x, *moments) + residual)` and the pooled moments it used.
+
+    Without what is not asked for. Where no device has a valid cell, rstd is taken as 0, so y is
+    bias and gradients are finite.
+    """
+    return _normalize_by_batch(spec, v)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def normalize_by_batch(
-    spec: Spec,
-    x: jax.Array,
-    params: Params,
-    mask: jax.Array | None,
-    epsilon: jax.Array | None = None,
-) -> tuple[jax.Array, Moments]:
-    """Equals `normalize(x, *moments)` and the pooled moments it used.
-
-    Where no device has a valid cell, rstd is taken as 0, so y is bias and gradients are finite.
-    """
-    y, m, _ = _forward(spec, x, params, mask, epsilon)
+def _normalize_by_batch(spec: Spec, v: Operands) -> tuple[jax.Array, Moments]:
+    y, m, _ = _forward(spec, v)
     return y, m
 
 
-def _forward(
-    spec: Spec, x: jax.Array, params: Params, mask: jax.Array | None, epsilon: jax.Array | None
-) -> tuple[jax.Array, Moments, jax.Array]:
-    m = named(across(of(x, spec.axes, mask, spec.mapped), spec.pool))
-    added = spec.epsilon if epsilon is None else epsilon
-    r = jnp.where(m.count > 0, rstd(m.var, added), 0)
-    # Behind a barrier: this x - mean is not to be merged with that of backward's sums.
-    mean, r_of_y = lax.optimization_barrier((m.mean, r))
-    return normalize(x, mean, r_of_y, params, spec.axes, spec.dtype, mask), m, r
+def _forward(spec: Spec, v: Operands) -> tuple[jax.Array, Moments, jax.Array]:
+    m = named(across(of(v.x, spec.axes, v.mask, v.near), spec.pool))
+    r = rstd(m.var, spec.epsilon if v.epsilon is None else v.epsilon)
+    r = jnp.where(m.count > 0, r, 0)
+    last = spec.relu and v.residual is None
+    y = normalize(v.x, m.mean, r, v.params, spec.axes, spec.dtype, v.mask, last)
+    return y if v.residual is None else jnp.maximum(y + v.residual, 0), m, r
 
 
-@normalize_by_batch.defjvp
-def _jvp(spec, primals, tangents):  # type: ignore[no-untyped-def]
-    x, params, mask, epsilon = primals
-    # A copy by name only, which no policy keeps: else a checkpoint around the one below, whose
-    # policy keeps x, would keep it twice, once for itself and once to hand it down.
-    x = checkpoint_name(x, "batch_norm_x")
-    tx, tparams, _, tepsilon = tangents
-    y, m, r = _forward(spec, x, params, mask, epsilon)
-    tangent = jax.checkpoint(functools.partial(_tangent, spec), prevent_cse=False)
-    ty, tm = tangent(x, mask, m.count, m.mean, r, params.scale, tx, tparams, tepsilon)
-    return (y, m), (ty, tm)
-
-
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def _tangent(spec, x, mask, count, mean, r, scale, tx, tparams, tepsilon):  # type: ignore[no-untyped-def]
-    """The map above, linear in the tangents. [C] unless said otherwise."""
-    axes = spec.axes
-    kind = wide(x.dtype)
-    x, tx = x.astype(kind), tx.astype(kind)  # [..., C]
-    n = divisor(count).astype(kind)
+@_normalize_by_batch.defjvp
+def _jvp(spec: Spec, primals: Any, tangents: Any) -> Any:
+    """The map above, linear in the tangents t. [C] unless said otherwise."""
+    (v,), (t,) = primals, tangents
+    axes, pool, kind = spec.axes, spec.pool, wide(v.x.dtype)
+    y, m, r = _forward(spec, v)
+    n = divisor(m.count).astype(kind)
     r = r.astype(kind)
-    a = r if scale is None else r * scale.astype(kind)
+    a = r if v.params.scale is None else r * v.params.scale.astype(kind)
 
-    d, t = x - axes.expand(mean), tx
-    if mask is not None:
-        d, t = jnp.where(mask, d, 0), jnp.where(mask, t, 0)
-    s1, s2 = t.sum(axes.reduced), real_product(d, t).sum(axes.reduced).astype(kind)
-    if spec.pool is not None:
-        s1, s2 = devices.totals((s1, s2), spec.pool)
+    tx = t.x.astype(kind)  # [..., C]
+    s1, s2 = sums_about(tx, v.x, m.mean, v.mask, axes, spec.relu)
+    s2 = s2.astype(kind)
+    if pool is not None:
+        s1, s2 = devices.totals((s1, s2), pool)
     s1, s2 = s1 / n, s2 / n
 
-    half = s2 if tepsilon is None else s2 + tepsilon.astype(kind) / 2  # of var + epsilon's tangent
+    half = s2  # of the tangent of var + epsilon
+    if t.epsilon is not None:
+        half = half + t.epsilon.astype(kind) / 2
     by_d = -a * r * r * half
     by_1 = -a * s1
-    if tparams.scale is not None:
-        by_d = by_d + r * tparams.scale.astype(kind)
-    if tparams.bias is not None:
-        by_1 = by_1 + tparams.bias.astype(kind)
-    if spec.pool is not None:
-        by_d, by_1 = devices.varying(jnp.stack([by_d, by_1]), spec.pool)
-
-    mean, a = lax.optimization_barrier((mean, a))
-    d = x - axes.expand(mean)
-    if mask is not None:
-        # A cell outside the mask that holds NaN must not reach dscale through 0 * NaN.
-        d = jnp.where(mask | jnp.isfinite(x), d, 0)
-    ty = axes.expand(a) * tx + affine(by_1, by_d, d, axes)
-    return ty.astype(spec.dtype), Moments(jnp.zeros_like(count), s1, 2 * s2.real)
+    if t.params.scale is not None:
+        by_d = by_d + r * t.params.scale.astype(kind)
+    if t.params.bias is not None:
+        by_1 = by_1 + t.params.bias.astype(kind)
+    if pool is not None and pool.axis_name:
+        # Typed like x in one array: the sums of backward are then one collective.
+        by_d, by_1 = devices.alike(jnp.stack([by_d, by_1]), v.x)[0]
+    bias = None
+    if spec.relu:
+        bias = jnp.zeros_like(a) if v.params.bias is None else v.params.bias.astype(kind)
+    others = a, v.x, m.mean, v.mask, bias, None if v.residual is None else y
+    static = {"dtype": spec.dtype, "valid": False, "relu": spec.relu, "held": spec.relu}
+    (ty,) = affine(tx, by_1, by_d, t.residual, *others, axes=axes, **static)
+    return (y, m), (ty, Moments(jnp.zeros_like(m.count), s1, 2 * s2.real))

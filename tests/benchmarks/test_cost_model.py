@@ -28,9 +28,9 @@ def bytes_of_collectives(f, *arguments):
 
 
 @pytest.mark.parametrize(("road", "gathered"), [("axis_name", 16), ("axis_name", 4), ("jit", 16)])
-def test_sizes_are_those_of_the_compiled_module(road, gathered, monkeypatch):
-    monkeypatch.setattr(sys.modules["jaxbn._op.pooling"], "GATHERED", gathered)
-    monkeypatch.setattr(cost_model, "GATHERED", gathered)
+def test_sizes_are_those_of_the_compiled_module(road, gathered, switched):
+    switched(sys.modules["jaxbn._op.pooling"], "GATHERED", gathered)
+    switched(cost_model, "GATHERED", gathered)
     params, state = jaxbn.init(C)
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     axis_name = "d" if road == "axis_name" else None

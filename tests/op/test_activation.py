@@ -1,4 +1,10 @@
-"""`activation=` and `residual=`: one call equals the three apart, in every mode."""
+"""`activation=` and `residual=`: one call equals the three apart, in every mode and on every road.
+
+Each device's way of making relu's derivative is taken by the CPU in turn; what a GPU's compiler
+makes of its own is in `tests/accelerators`.
+"""
+
+import functools
 
 import flax.linen as nn
 import jax
@@ -9,6 +15,7 @@ from flax import nnx
 
 import jaxbn
 from jaxbn import calls
+from jaxbn._op import primitives
 from tests.support import oracle
 
 SHAPE = (8, 5, 6)
@@ -20,6 +27,13 @@ ROADS = {
     "ghosts, masked": {"virtual_batch_size": 2, "mask": np.arange(5)[:, None] < 3},
     "float64 y": {"dtype": "float64"},
 }
+
+
+@pytest.fixture(params=["cpu", "gpu", "tpu"])
+def device(request, switched):
+    """The CPU takes that device's way."""
+    switched(primitives, "DEVICES", {"cpu": request.param})
+    return request.param
 
 
 def normal(shape, seed, dtype="float32"):
@@ -89,14 +103,14 @@ def assert_equal_to_the_three_apart(activation, residual, train, options, dtype,
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("road", ROADS)
-def test_relu_equals_the_three_apart(road, residual):
+def test_relu_equals_the_three_apart(device, road, residual):
     with jax.enable_x64("dtype" in ROADS[road]):
         assert_equal_to_the_three_apart(jax.nn.relu, residual, True, ROADS[road], "float32")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("residual", [False, True])
-def test_relu_in_every_dtype(dtype, residual):
+def test_relu_in_every_dtype(device, dtype, residual):
     with jax.enable_x64(dtype == "float64"):
         order = 2 if dtype == "float64" else 1
         assert_equal_to_the_three_apart(jax.nn.relu, residual, True, {}, dtype, order)
@@ -122,7 +136,7 @@ def test_flaxs_relus_are_this_one():
 @pytest.mark.parametrize("scale", [-2.0, 0.0, 2.0])
 @pytest.mark.parametrize("bias", [-1e-3, 0.0, 1e-3])
 @pytest.mark.parametrize("mean", [0.0, 1234.567, -1e6])
-def test_where_y_is_0_or_a_constant(mean, bias, scale):
+def test_where_y_is_0_or_a_constant(device, mean, bias, scale):
     """Of a constant channel y is bias in every cell, and so is whether it has a derivative."""
     x = np.full((16, 2), mean, np.float32)
     x[:, 1] += np.float32([-1, 0, 1, 0] * 4)  # in half of these x - mean is 0
@@ -142,11 +156,27 @@ def test_where_y_is_0_or_a_constant(mean, bias, scale):
         oracle.assert_close(u, np.float64(v), 1e-5)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_kept_for_backward_is_x_and_with_a_residual_y(residual):
+    (x, params, shortcut), _, state, _ = example(dtype="bfloat16")
+    f = functools.partial(fused, jax.nn.relu, residual, True, {}, state=state)
+    _, vjp = jax.vjp(lambda *p: f(*p)[0], x, params, shortcut)
+    large = [leaf for leaf in jax.tree.leaves(vjp) if getattr(leaf, "size", 0) >= x.size]
+    assert [leaf.dtype for leaf in large] == ["bfloat16"] * (1 + residual)
+
+
 class Linen(nn.Module):
     @nn.compact
     def __call__(self, x, train=True):
         norm = jaxbn.linen.BatchNorm(use_running_average=not train, activation=nn.relu)
         return norm(nn.Dense(6)(x), residual=x)
+
+
+class Apart(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=True):
+        y = jaxbn.linen.BatchNorm(use_running_average=not train)(nn.Dense(6)(x))
+        return nn.relu(y + x)
 
 
 class Nnx(nnx.Module):
@@ -191,3 +221,20 @@ def test_the_modules_pass_both_on_and_hooks_see_through(train):
         oracle.assert_close(seen["norm"].mean, np.float64(h.mean(0)), 1e-5)
         if train:
             oracle.assert_close(model.norm.mean[...], np.float64(want[1].mean), 1e-5)
+
+
+@pytest.mark.parametrize("to", ["group", "layer", "instance"])
+def test_a_norm_that_is_swapped_in_keeps_both(to):
+    x = normal((4, 3, 6), 0)
+    with jax.numpy_rank_promotion("allow"):
+        linen, model = Linen(), Nnx()
+        variables = linen.init(jax.random.key(0), x)
+        swapped = jaxbn.swap(linen.apply, variables, to=to)
+        plain = jaxbn.swap(Apart().apply, variables, to=to)
+        y = swapped.model(swapped.variables, x)
+        np.testing.assert_array_equal(y, plain.model(plain.variables, x))
+        assert (y == 0).any()
+        dense = model.dense(x)
+        y = jaxbn.swap(model, to=to).model(x)
+        norm = jaxbn.swap(jaxbn.nnx.BatchNorm(6, rngs=nnx.Rngs(0)), to=to).model
+        np.testing.assert_array_equal(y, nn.relu(norm(dense) + x))

@@ -1,5 +1,7 @@
 """Moments as on TPUs: sums of x itself, and about a pivot where a mean is far from 0.
 
+Those of a bfloat16 x are taken about the running mean, or 0, wherever the means are.
+
 Nothing here is a TPU's: the CPU is told to take that way. What a TPU's compiler makes of it is in
 `tests/accelerators`.
 """
@@ -14,6 +16,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
+from jaxbn._op import primitives
 from tests.support import oracle
 from tests.support.training import REAL, assert_training_equals_the_oracle, normal, step
 
@@ -26,7 +29,7 @@ def way(switched):
     """Chooses one: at once, which is a TPU's, to begin with."""
 
     def choose(at_once):
-        switched(moments, "AT_ONCE", "cpu" if at_once else "tpu")
+        switched(primitives, "DEVICES", {"cpu": "tpu" if at_once else "cpu"})
 
     choose(True)
     return choose
@@ -160,3 +163,62 @@ def test_devices_decide_for_themselves(way, options, masked, check_vma, mapped):
     want = run()
     for u, v in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         oracle.assert_close(u, np.asarray(v, np.float64), 40 * oracle.tolerance("float32", x.size))
+
+
+def in_bfloat16(*means, rows=512):
+    return jnp.asarray(at(*means, rows=rows), jnp.bfloat16)
+
+
+RATIOS = (0, 1, 4.1, 30, 100, 250)
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_variance_of_a_bfloat16_x(known, masked):
+    """About 0 it loses mean² / var roundings, less than bfloat16 did; about a known mean none."""
+    x = in_bfloat16(*RATIOS)
+    mask = np.arange(512)[:, None, None] % 3 > 0 if masked else None
+    _, state = jaxbn.init(len(RATIOS))
+    if known:
+        state = state._replace(mean=jnp.float32(RATIOS) + 0.5)
+    run = jax.jit(lambda x: jaxbn.batch_norm(x, None, state, train=True, momentum=0.0, mask=mask))
+    _, new = run(x)
+    _, mean, var = oracle.moments(x, -1, mask)
+    shift = (mean - np.float64(state.mean)) ** 2 / var
+    allowed = (1 + shift) * EPS * np.sqrt(x.size / len(RATIOS)) * 2
+    assert (np.abs(new.var / var - 1) <= allowed).all()
+    np.testing.assert_allclose(new.mean, mean, rtol=EPS * 4, atol=EPS * np.sqrt(512))
+    # What rounding x to bfloat16 may have moved the variance by: half a unit in its last place.
+    rounding = (np.abs(mean) * 2.0**-8) ** 2 / 12
+    assert known or (np.abs(new.var - var) <= var * 1e-4 + rounding).all()
+
+
+def test_a_bfloat16_x_is_never_read_again():
+    """No branch in its program, and none is asked for where the state is not to be trusted."""
+    x, (params, state) = in_bfloat16(3, 1e4), jaxbn.init(2)
+    for mean in (jnp.zeros(2), jnp.float32([np.nan, np.inf])):
+        run = jax.jit(
+            lambda x, mean=mean: jaxbn.batch_norm(x, params, state._replace(mean=mean), train=True)
+        )
+        assert "stablehlo.case" not in run.lower(x).as_text()
+        assert jnp.isfinite(run(x)[0]).all()
+
+
+def test_constant_channels_of_a_bfloat16_x_are_near_their_bias():
+    """Not exact, as in float32: but never a variance below 0."""
+    constants = jnp.asarray([0.1, 1234.567, 1e8, 0], jnp.bfloat16)
+    x = jnp.broadcast_to(constants, (7, 9, 4))
+    m = of(x)
+    np.testing.assert_allclose(m.mean, constants.astype(jnp.float32), rtol=4 * EPS)
+    assert (m.var >= 0).all()
+    assert (m.var <= 64 * EPS * np.float64(constants) ** 2).all()
+
+
+def test_derivatives_of_a_bfloat16_x(way):
+    x, dy = in_bfloat16(0, 3), jnp.asarray(normal(512, 3, 2, seed=1), jnp.bfloat16)
+    params = jaxbn.Params(np.float32([1, -2]), np.float32([0, 1]))
+    got = jax.jit(lambda *a: step(*a))(x, params, dy)
+    way(at_once=False)
+    want = jax.jit(lambda *a: step(*a))(x, params, dy)
+    for u, v in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        oracle.assert_close(u, np.float64(v), oracle.tolerance(str(u.dtype), 512))

@@ -384,10 +384,10 @@ def test_constant_channels_stay_exact_across_devices(road):
 
 
 @pytest.mark.parametrize("road", ["shard_map", "shard_map, check_vma=False", "pmap", "vmap"])
-def test_beyond_sixteen_devices_two_sums_say_the_same(road, monkeypatch):
+def test_beyond_sixteen_devices_two_sums_say_the_same(road, switched):
     """The road of large pools, taken by 8 devices."""
     # The attribute jaxbn.moments is the function; here its module is meant.
-    monkeypatch.setattr(sys.modules["jaxbn._op.pooling"], "GATHERED", 4)
+    switched(sys.modules["jaxbn._op.pooling"], "GATHERED", 4)
     x, params, state, dy = example()
     mask = masks("empty shards")
     f = jax.jit(with_gradients(roads()[road])).lower(x, params, state, dy, mask).compile()

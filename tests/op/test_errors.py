@@ -82,6 +82,28 @@ CASES = {
         lambda: jaxbn.batch_norm(X, PARAMS, STATE),
         TypeError("batch_norm() missing 1 required keyword-only argument: 'train'"),
     ),
+    "activation is a word": (
+        lambda: call(activation="relu"),
+        TypeError(
+            "batch_norm: activation='relu', expected None or a function of y; write "
+            "activation=jax.nn.relu."
+        ),
+    ),
+    "residual of another shape": (
+        lambda: call(residual=jnp.ones((8, 1))),
+        ValueError(
+            "batch_norm: residual has shape (8, 1) but x has shape (8, 5, 3); expected the same. "
+            "Project the shortcut as x is, or write residual=jnp.broadcast_to(residual, x.shape) "
+            "for one that repeats."
+        ),
+    ),
+    "complex residual": (
+        lambda: call(residual=X.astype(jnp.complex64), train=False),
+        TypeError(
+            "batch_norm: residual has dtype complex64 but y has dtype float32; write "
+            "dtype='complex64' for a complex y."
+        ),
+    ),
     "train is None": (
         lambda: call(train=None),
         TypeError(f"batch_norm: train=None, {TRAIN}"),

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from tests.support import networks
+from tests.support import hlo, networks
 
 POLICY = jaxbn.checkpoint_policy
 WRAPS = {
@@ -66,7 +66,7 @@ def step(wrap, options, x, weights, params, state, dy):
 def reductions(text):
     """Sums over arrays of the batch's size (or a strided part of one), as written."""
     operands = re.findall(
-        r"stablehlo\.reduce\(.*?applies stablehlo\.add .*?: \(tensor<([^>]*)>", text
+        r"stablehlo\.reduce\(.*?applies stablehlo\.add .*?: \(tensor<([^>]*)>", hlo.inlined(text)
     )
     sizes = [np.prod([int(n) for n in operand.split("x")[:-1]], initial=1) for operand in operands]
     return sum(size >= np.prod(SHAPE) / 8 for size in sizes)

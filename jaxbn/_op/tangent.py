@@ -1,0 +1,137 @@
+"""The linear map in the tangent of batch norm, and its transpose, each as one operation.
+
+With d = x - mean, and where relu follows y > 0 or 0,
+
+    affine: (t, b, c, u) -> (a t + b + c d + u) where y > 0,    y = relu(a d + bias + residual),
+
+and `summed`, its transpose, g -> (a g, Σg, Σg d, g), g where y > 0; over all cells or over the
+`valid` ones that a mask leaves. That is all in either mode of differentiation that is as large as
+x. Kept for them are x in its own dtype and numbers [C], never a float32 copy of x: d is made
+inside. So is whether y > 0, of x; where there is a residual, y is kept, as what comes after does.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxbn._op.axes import Axes
+from jaxbn._op.primitives import Operation
+from jaxbn._op.sums import totals
+
+# Sums over a cotangent are taken by parts of arrays this many times as large as others: their loops
+# make all that the cotangent is made of, and take far longer to compile.
+BACKWARD = 16
+
+
+def _affine(  # type: ignore[no-untyped-def]
+    device, t, b, c, u, a, x, mean, mask, bias, y, *, axes: Axes, dtype: Any, valid, relu, held
+) -> tuple[jax.Array]:
+    if device == "cpu" or (device == "gpu" and held):  # see `_summed`
+        mean, b, c = lax.optimization_barrier((mean, b, c))
+    d = _deviation(x, mean, mask, axes)
+    ty = axes.expand(b) + axes.expand(c) * d
+    if a is not None:
+        ty = axes.expand(a) * t + ty
+    if valid and mask is not None:
+        ty = jnp.where(mask, ty, 0)
+    ty = lax.convert_element_type(ty, dtype)
+    if u is not None:
+        ty = ty + u
+    return (jnp.where(_positive(d, a, bias, y, axes), ty, 0) if relu else ty,)
+
+
+def _summed(  # type: ignore[no-untyped-def]
+    device, g, a, x, mean, mask, bias, y, *, axes: Axes, dtype: Any, valid, relu, held
+) -> tuple[jax.Array, ...]:
+    if device == "cpu" and a is not None:
+        # Or XLA finds this x - mean equal to others, and keeps that array alive between them.
+        mean, a = lax.optimization_barrier((mean, a))
+    if relu and y is None and mask is None and device == "gpu":
+        return _summed_where_positive(device, g, a, x, mean, bias, axes)
+    d = _deviation(x, mean, mask, axes)
+    if relu:
+        if y is not None and device == "gpu":
+            y = lax.optimization_barrier(y)  # or it is made again, of x and the residual
+        g = jnp.where(_positive(d, a, bias, y, axes), g, 0)
+    u = () if y is None else (g,)
+    g = lax.convert_element_type(g, mean.dtype)
+    if valid and mask is not None:
+        g = jnp.where(mask, g, 0)
+    sums = totals(g, d, axes, device, BACKWARD)
+    if a is None:
+        return sums
+    if relu and device == "gpu":
+        a, *sums = lax.optimization_barrier((a, *sums))
+    return (axes.expand(a) * g, *sums, *u)
+
+
+def _summed_where_positive(device, g, a, x, mean, bias, axes):  # type: ignore[no-untyped-def]
+    """The same for GPUs: y > 0 is made twice, and neither time written out.
+
+    It is asked of x and a threshold [C], since XLA writes out what takes more to make; and behind
+    barriers, the first of them with g in it, or XLA makes it where y is made, the second with the
+    sums, or it is handed from one kernel to the next.
+    """
+    down = a < 0
+    least = _threshold(mean, a, bias, down)
+
+    def positive(least: Any, down: Any) -> Any:
+        kept = (x.astype(mean.dtype) > axes.expand(least)) != axes.expand(down)
+        return jnp.where(kept, lax.convert_element_type(g, mean.dtype), 0)
+
+    g, mean, least, down = lax.optimization_barrier((g, mean, least, down))
+    sums = totals(positive(least, down), _deviation(x, mean, None, axes), axes, device)
+    a, least, down, *sums = lax.optimization_barrier((a, least, down, *sums))
+    return (axes.expand(a) * positive(least, down), *sums)
+
+
+def _threshold(mean: jax.Array, a: jax.Array, bias: jax.Array, down: jax.Array) -> jax.Array:
+    """The t for which x > t where (x - mean) a + bias > 0, or is not where a is below 0 (`down`).
+
+    It is one of three neighbours, the last at which x - mean as it is rounded does not pass
+    -bias / a: mean - bias / a itself is off by half a unit in the last place of mean, and by that
+    all of a constant channel could be on the wrong side.
+    """
+    at = -bias / a
+    near = mean + at
+    tiny = jnp.finfo(near.dtype).tiny  # what is smaller is 0 to some devices
+    up = jnp.maximum(jnp.nextafter(near, jnp.full_like(near, jnp.inf)), near + tiny)
+    low = jnp.minimum(jnp.nextafter(near, jnp.full_like(near, -jnp.inf)), near - tiny)
+
+    def below(t: jax.Array) -> jax.Array:
+        return jnp.where(down, t - mean < at, t - mean <= at)
+
+    t = jnp.where(below(up), up, jnp.where(below(near), near, low))
+    return jnp.where(a == 0, jnp.where(bias > 0, -jnp.inf, jnp.inf), t)
+
+
+def _deviation(x: jax.Array, mean: jax.Array, mask: jax.Array | None, axes: Axes) -> jax.Array:
+    d = x.astype(mean.dtype) - axes.expand(mean)
+    # A cell outside the mask that holds NaN must not reach dscale through 0 * NaN.
+    return d if mask is None else jnp.where(mask | jnp.isfinite(x), d, 0)
+
+
+def _positive(d: Any, a: Any, bias: Any, y: Any, axes: Axes) -> jax.Array:
+    """Whether y > 0, by `normalize` where y is not kept: a compiler may then find the two equal."""
+    if y is None:
+        y = d * axes.expand(a) + axes.expand(bias)
+    return y > 0
+
+
+affine = Operation("affine", _affine, linear=4)
+summed = Operation("sums", _summed, linear=1)
+
+
+@affine.transposed
+def _(ct: jax.Array, a: Any, *others: Any, **static: Any) -> tuple[Any, ...]:
+    cts = summed(ct, a, *others, **static)
+    return (None, *cts, None) if a is None else (*cts, None)[:4]
+
+
+@summed.transposed
+def _(*cts_and_others: Any, **static: Any) -> tuple[jax.Array, ...]:
+    *cts, a, x, mean, mask, bias, y = cts_and_others
+    t, b, c, u = (None, *cts, None) if a is None else (*cts, None)[:4]
+    return affine(t, b, c, u, a, x, mean, mask, bias, y, **static)
