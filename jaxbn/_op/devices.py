@@ -40,15 +40,15 @@ def totals(vs: Sequence[jax.Array], pool: Pool) -> Sequence[jax.Array]:
 
 def parts(v: jax.Array, name: str, groups: Groups) -> jax.Array:
     """The v of each part of a vmap: [parts, *v.shape]; 0 for parts of other groups."""
-    each = lax.all_gather(v, name)
+    # JAX's type of what it gathers has v's sharding on the axes before v's own.
+    each = sharded_as(lax.all_gather(v, name), v, (None, *range(v.ndim)))
     if groups is None:
         return each
-    index = lax.axis_index(name)
-    group_of = np.zeros((len(each), len(each)), bool)
-    for group in groups:
-        group_of[np.ix_(group, group)] = True
-    mine = jnp.asarray(group_of)[index]
-    return jnp.where(jnp.expand_dims(mine, range(1, each.ndim)), each, 0)
+    mine = jnp.zeros(len(each), bool)
+    for group in groups:  # not by indexing: JAX cannot index by a position on a mesh
+        here = np.isin(np.arange(len(each)), group)
+        mine |= jnp.asarray(here) & jnp.any(jnp.asarray(group) == lax.axis_index(name))
+    return jnp.where(spread(jnp.expand_dims(mine, range(1, each.ndim)), each), each, 0)
 
 
 def gather(v: jax.Array, pool: Pool) -> jax.Array:
