@@ -56,6 +56,10 @@ def _summed(  # type: ignore[no-untyped-def]
         if y is not None and device == "gpu":
             y = lax.optimization_barrier(y)  # or XLA makes y again, from x and the residual
         g = jnp.where(_positive(d, a, bias, y, axes), g, 0)
+        if device == "cpu":
+            # Or XLA keeps g as it was and d beside the masked g, until dx is made.
+            g, mean = lax.optimization_barrier((g, mean))
+            d = _deviation(x, mean, mask, axes)
     u = () if y is None else (g,)
     g = lax.convert_element_type(g, mean.dtype)
     if valid and mask is not None:
