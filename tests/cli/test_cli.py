@@ -26,6 +26,7 @@ from jaxbn import _extras, export
 from jaxbn._checkpoints import contents, norm_layers, read
 from jaxbn._checkpoints import write as write_
 from jaxbn._cli import commands, terminal
+from jaxbn._cli import options as cli_options
 from jaxbn._cli import picture as picture_
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -630,6 +631,13 @@ def test_no_command_is_a_call_for_help(capsys):
     assert ends[0] == ends[1]
     assert ends[0][0] == 0
     assert ends[0][1].startswith("usage: python -m jaxbn ")
+
+
+def test_the_examples_of_the_help_are_command_lines():
+    """One a command, in the order of the commands."""
+    words = [line.split()[3:] for line in cli_options.EXAMPLES.splitlines() if " -m jaxbn " in line]
+    parsed = [cli_options.parse(line).command for line in words]
+    assert parsed == ["doctor", "convert", "recalibrate", "fold", "export"]
 
 
 # Package → what needs it, and the rest of the line.
