@@ -41,7 +41,7 @@ from jaxbn._op.one_value import OneValueWarning
 from jaxbn._op.pooling import merge
 from jaxbn._op.state import Moments, Params, State, init
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "FoldError",

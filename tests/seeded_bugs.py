@@ -958,6 +958,13 @@ BUGS = (
         "cli/test_cli.py::test_fold_ends_with_1_where_nothing_is_folded_or_not_well_enough",
     ),
     Bug(
+        "the command jaxbn does not find a module beside it",
+        "jaxbn/_cli/users_model.py",
+        "        sys.path.append(os.getcwd())",
+        "        pass",
+        "cli/test_cli.py::test_the_users_module_is_found_beside_where_the_command_was_started",
+    ),
+    Bug(
         "several lines of an error",
         "jaxbn/_cli/commands.py",
         "            lines = lines[:1]",

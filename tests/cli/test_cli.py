@@ -25,7 +25,7 @@ import jaxbn
 from jaxbn import _extras, export
 from jaxbn._checkpoints import contents, norm_layers, read
 from jaxbn._checkpoints import write as write_
-from jaxbn._cli import commands, terminal
+from jaxbn._cli import commands, terminal, users_model
 from jaxbn._cli import options as cli_options
 from jaxbn._cli import picture as picture_
 
@@ -960,6 +960,14 @@ def test_fold_ends_with_1_where_nothing_is_folded_or_not_well_enough(net, capsys
     assert (status, err) == (1, "")
     assert out.splitlines()[1].startswith("0 conv 3x3, 3 -> 8 Net/conv  yes")
     assert out.splitlines()[-1].startswith("folding changes fn's result by ")
+
+
+def test_the_users_module_is_found_beside_where_the_command_was_started(tmp_path, monkeypatch):
+    """The console command `jaxbn` begins without this folder on the path; `python -m` has it."""
+    (tmp_path / "beside.py").write_text("def model():\n    return print, {}, []\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    assert users_model.network("beside:model") == (print, {}, [])
 
 
 def test_errors_of_the_commands_that_write(net, capsys, tmp_path):
