@@ -18,6 +18,7 @@ html_title = f"jaxbn {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 pygments_style = "default"  # which has colours for added and removed lines
+default_role = "py:obj"  # of `names` in docstrings: code, and a link where the reference has it
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
 napoleon_use_ivar = True  # attributes as a list; their types stand in the signature

@@ -1053,7 +1053,7 @@ def test_the_json_in_the_docs(tmp_path, capsys, monkeypatch):
     new = {"mean": np.zeros(8), "var": np.ones(8), "scale": np.ones(8), "bias": np.zeros(8)}
     write_.save("untrained.msgpack", {"bn": new})
     out = run(capsys, "doctor", "untrained.msgpack", "--json")[1]
-    assert f"```text\n{out}```\n" in (ROOT / "docs" / "doctor.md").read_text()
+    assert f"```json\n{out}```\n" in (ROOT / "docs" / "doctor.md").read_text()
 
 
 def test_the_version(capsys):
