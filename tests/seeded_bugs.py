@@ -441,8 +441,8 @@ BUGS = (
     Bug(
         "an example of the help is no command line",
         "jaxbn/_cli/options.py",
-        "convert torch.safetensors net.msgpack --like",
-        "convert torch.safetensors net.msgpack --to",
+        "recalibrate net.msgpack ready.msgpack --model",
+        "recalibrate net.msgpack ready.msgpack --net",
         "cli/test_cli.py::test_the_examples_of_the_help_are_command_lines",
     ),
     Bug(
