@@ -146,6 +146,14 @@ BUGS = (
         "benchmarks/test_benchmarks.py::test_a_training_step_with_ours_is_smaller_than_with_flax",
     ),
     Bug(
+        "an operand of a vmap loses the sharding of the mapped axis",
+        "jaxbn/_op/primitives.py",
+        "return repeated(v, mapped)",
+        "return jnp.broadcast_to(v[None], (len(mapped), *v.shape))",
+        "op/test_roads.py::test_a_road_over_a_mesh_equals_one_device"
+        "[Explicit-several-vmap-functional-as features]",
+    ),
+    Bug(
         "one part of a sum left out",
         "jaxbn/_op/sums.py",
         "return sum(rest, first)",
