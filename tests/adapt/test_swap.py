@@ -258,9 +258,9 @@ BAD = {
         'variables, "params" and "batch_stats"; write swap(net.apply, variables).',
     ),
     "no such norm": (
-        lambda: jaxbn.swap(lambda v: v, THREE, "batch"),
+        lambda: jaxbn.swap(lambda v: v, THREE, "power"),
         ValueError,
-        "swap: to='batch', expected one of ['group', 'layer', 'instance'].",
+        "swap: to='power', expected one of ['batch', 'flax', 'group', 'layer', 'instance'].",
     ),
     "groups that do not divide": (
         lambda: jaxbn.swap(lambda v: v, THREE, groups=16),
