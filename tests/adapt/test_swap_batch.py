@@ -65,6 +65,9 @@ def test_a_flax_resnet_on_several_devices_equals_the_large_batch():
     """Synchronized, in y, statistics and all gradients; as it is written, it does not."""
     net = ResNet(linen.BatchNorm, stages=(1,), width=4)
     variables = net.init(jax.random.key(0), X)
+    # Scales of 0, as the last of a block has at first, would hide what comes before.
+    params = jax.tree.map(lambda v: v + 0.5 if v.ndim == 1 else v, variables["params"])
+    variables = {**variables, "params": params}
     expected = jax.jit(functools.partial(linen_step, net.apply))(variables, X, DY)
     apply, same, report = jaxbn.swap(net.apply, variables, "batch", axis_name="data")
     assert same is variables
@@ -77,7 +80,7 @@ def test_a_flax_resnet_on_several_devices_equals_the_large_batch():
 
     assert_close(over_devices(step)(variables, X, DY), expected)
     alone, _ = net.apply(variables, X[:2], mutable=["batch_stats"])
-    assert np.abs(alone - expected[0][:2]).max() > 0.1
+    assert np.abs(alone - expected[0][:2]).max() > 0.01
 
 
 def test_an_nnx_network_on_several_devices_equals_the_large_batch():
