@@ -25,6 +25,7 @@ from jaxbn._op.checkpoint_policy import checkpoint_policy
 from jaxbn._op.moments import moments
 from jaxbn._op.one_value import OneValueWarning
 from jaxbn._op.pooling import merge
+from jaxbn._op.standardize import standardize
 from jaxbn._op.state import Moments, Params, State, init
 
 __version__ = "0.1.0"
@@ -56,6 +57,7 @@ __all__ = [
     "nnx",
     "recalibrate",
     "reset",
+    "standardize",
     "swap",
     "sync_state",
     "unfreeze",

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import EllipsisType
 from typing import Any, NamedTuple
 
@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jaxbn._inspection import layers, nnx_classes, stand_ins
 from jaxbn._inspection.hooks import Call, check_apply, hooked_apply
 from jaxbn._inspection.layers import Layer
-from jaxbn._inspection.selection import Where, select
+from jaxbn._inspection.selection import Where, select, selects
 from jaxbn._op.arguments import check_numbers
 from jaxbn._op.axes import is_integer
 from jaxbn._op.batch_norm import finish
+from jaxbn._op.standardize import standardize as standardize_kernel
 from jaxbn._text import listed
 
 NORMS = {"group": "GroupNorm", "layer": "LayerNorm", "instance": "InstanceNorm"}  # without a batch
@@ -54,6 +55,7 @@ def swap(
     where: Where = "*",
     *,
     groups: int | None = None,
+    standardize: Where | None = None,
     axis_name: str | Sequence[str] | EllipsisType | None = ...,
     virtual_batch_size: int | EllipsisType | None = ...,
     unbiased: bool | EllipsisType = ...,
@@ -85,6 +87,9 @@ def swap(
       where: the layers to swap: a glob over the paths, several globs, or a predicate.
       groups: the number of groups of a GroupNorm. None: the largest number up to 32 that divides
         the features into groups of 8 or more.
+      standardize: with "group": the convolutions (Flax's Conv) whose kernels are standardized at
+        every call, by `jaxbn.standardize`: as `where`, over the paths of the convolutions. Leave
+        out those that no norm follows.
       axis_name: with "batch" or "flax": the mapped axes to pool statistics over, or None for those
         of each device. `...`, the default of this option and of those below, is what each layer
         says. Another axis drops the layer's axis_index_groups.
@@ -98,7 +103,7 @@ def swap(
 
     Raises:
       TypeError: linen's apply came without variables, or the model is a linen module or variables.
-      ValueError: there is no such layer or no such norm, groups do not divide the features, an
+      ValueError: there is no such layer, norm or convolution, groups do not divide the features, an
         option is not one of the new norm, or a layer has a call of its own, which would be lost.
         Features are not on the last axis (not with "batch" or "flax"). For linen, what only a call
         shows is raised when the model is called.
@@ -132,13 +137,16 @@ def swap(
         "virtual_batch_size": virtual_batch_size,
     }
     options = {name: v for name, v in given.items() if v is not ...}
-    _check_options(to, options, groups)
+    _check_options(to, options, groups, standardize)
     if not nnx_model:
         check_apply("swap", model, "swap(net.apply, variables)")
     chosen = select("swap", model if nnx_model else variables, where)
     if to in BATCH_NORMS:
         return _as_batch_norms(model, variables, to, chosen, options)
     grouped = _groups(to, chosen, groups)
+    convolutions: Mapping[str, Any] = {}
+    if standardize is not None:
+        convolutions = _convolutions(model if nnx_model else variables["params"], standardize)
     report = {
         path: SwappedLayer(NORMS[to], grouped[path], _names(layer.params), _names(layer.state))
         for path, layer in chosen.items()
@@ -146,7 +154,7 @@ def swap(
     if not nnx_model:
         kept = {**variables, "batch_stats": _without_layers(variables["batch_stats"], chosen)}
         # No closure: this pickles where apply does.
-        swapped = functools.partial(_apply_swapped, model, to, grouped)
+        swapped = functools.partial(_apply_swapped, model, to, grouped, frozenset(convolutions))
         return Swapped(swapped, type(variables)(kept), report)
     found = {path: layer for path, layer in layers.nnx_layers(model) if path in chosen}
     _check_last(to, {path: layer.axis for path, layer in found.items()})
@@ -155,6 +163,8 @@ def swap(
         nnx_classes.exchange(layer, type(new))
         vars(layer).clear()
         vars(layer).update(vars(new))
+    for convolution in convolutions.values():
+        convolution.promote_dtype = Standardizing(convolution.promote_dtype)
     return Swapped(model, None, report)
 
 
@@ -163,8 +173,15 @@ def _names(held: Any) -> tuple[str, ...]:
     return tuple(name for name, v in held._asdict().items() if v is not None)
 
 
-def _check_options(to: str, options: Mapping[str, Any], groups: int | None) -> None:
+def _check_options(
+    to: str, options: Mapping[str, Any], groups: int | None, standardize: Where | None
+) -> None:
     """Refuses options that the new norm does not have, and values that no layer takes."""
+    if standardize is not None and to != "group":
+        raise ValueError(
+            f'swap: standardize={standardize!r} with to={to!r}, expected to="group"; standardized '
+            f"kernels make GroupNorm as good as batch norm on small batches; leave standardize out."
+        )
     if groups is not None and to != "group":
         raise ValueError(
             f"swap: groups={groups} with to={to!r}, which has no groups; write "
@@ -408,6 +425,7 @@ def _apply_swapped(
     apply: Callable[..., Any],
     to: str,
     groups: Mapping[str, int | None],
+    convolutions: Collection[str],
     /,
     variables: Any,
     *args: Any,
@@ -431,7 +449,8 @@ def _apply_swapped(
         y = norm(call.x, mask=_full_mask(call.mask, call.x))
         return finish(y, getattr(call.layer, "activation", None), call.residual), None
 
-    out, _ = hooked_apply(apply, other_norm)(variables, *args, mutable=mutable, **kwargs)
+    with nn.intercept_methods(functools.partial(_standardized_call, convolutions)):
+        out, _ = hooked_apply(apply, other_norm)(variables, *args, mutable=mutable, **kwargs)
     if mutable is False or not in_filter(mutable, "batch_stats"):
         return out
     # A training step that asks for updated batch_stats finds the key, with nothing in it.
@@ -497,3 +516,78 @@ def _without_layers(stats: Any, paths: Mapping[str, Any], at: str = "") -> Any:
     like: Any = type(stats)
     inner = {k: _without_layers(v, paths, layers.join(at, k)) for k, v in stats.items()}
     return like({k: v for k, v in inner.items() if not isinstance(v, Mapping) or v})
+
+
+# Standardized kernels
+
+
+class Standardizing:
+    """The `promote_dtype` of a convolution whose kernel is standardized first."""
+
+    def __init__(self, promote_dtype: Callable[..., Any]):
+        self.promote_dtype = promote_dtype
+
+    def __call__(self, *arrays: Any, **options: Any) -> Any:
+        """Linen passes x, kernel and bias as they are, nnx as one tuple."""
+        x, kernel, bias = arrays[0] if len(arrays) == 1 else arrays
+        new = x, standardize_kernel(kernel), bias
+        return self.promote_dtype(*((new,) if len(arrays) == 1 else new), **options)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Standardizing) and self.promote_dtype == other.promote_dtype
+
+    def __hash__(self) -> int:
+        return hash((Standardizing, self.promote_dtype))
+
+
+def _standardized_call(
+    paths: Collection[str], call: Any, args: Any, kwargs: Any, context: Any
+) -> Any:
+    """The call of linen's convolution, with a standardized kernel at these paths."""
+    import flax.linen as nn
+
+    layer = context.module
+    its_call = isinstance(layer, nn.Conv) and context.method_name == "__call__"
+    if not its_call or layers.join("", *layer.path) not in paths:
+        return call(*args, **kwargs)
+    plain = layer.promote_dtype
+    object.__setattr__(layer, "promote_dtype", Standardizing(plain))
+    try:
+        return call(*args, **kwargs)
+    finally:
+        object.__setattr__(layer, "promote_dtype", plain)
+
+
+def _convolutions(tree: Any, where: Where) -> dict[str, Any]:
+    """The convolutions that `where` selects, at least one: nnx modules, or nodes of linen's params.
+
+    A kernel with one value for each output is left as it is.
+    """
+    found: dict[str, Any]
+    if layers.is_nnx(tree):
+        from flax import nnx
+
+        modules = ((layers.join("", *path), module) for path, module in nnx.iter_modules(tree))
+        found = {path: m for path, m in modules if isinstance(m, nnx.Conv)}
+        kernels = {path: module.kernel.get_value() for path, module in found.items()}
+    else:
+        found = dict(_with_kernels(tree))
+        kernels = {path: layers.unboxed(node["kernel"]) for path, node in found.items()}
+    found = {path: found[path] for path, v in kernels.items() if math.prod(v.shape[:-1]) > 1}
+    if chosen := {path: node for path, node in found.items() if selects(where, path)}:
+        return chosen
+    raise ValueError(
+        f"swap: standardize={where!r} selects none of the convolutions {listed(found)}; expected a "
+        f'glob such as "*" for all, several of them, or a function of the path.'
+    )
+
+
+def _with_kernels(params: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The path and the node of each layer in linen's params that may be a convolution."""
+    if not isinstance(params, Mapping):
+        return
+    kernel = layers.unboxed(params.get("kernel"))
+    if len(getattr(kernel, "shape", ())) > 2:
+        yield path, params
+    for key, node in params.items():
+        yield from _with_kernels(node, layers.join(path, key))
