@@ -1,7 +1,8 @@
 """What is wrong with a checkpoint, a model or the data that a model is served.
 
-`check` and `summary` look at the arrays of the layers. `gap` runs a model on a batch. `drift` looks
-at a stream of served data. All give `Finding`s, each with a remedy, by the thresholds in `Limits`.
+`check` and `summary` look at the arrays of the layers, `lint` at how a network is put together.
+`gap` runs a model on a batch. `drift` looks at a stream of served data. All give `Finding`s, each
+with a remedy, by the thresholds in `Limits`.
 """
 
 from jaxbn.health._check import Row, check, summary
@@ -10,6 +11,7 @@ from jaxbn.health._drift import Drift, LayerDrift, decide, drift
 from jaxbn.health._findings import KINDS, Finding, Limits, Setting, worst_first
 from jaxbn.health._gap import Gap, LayerGap, gap
 from jaxbn.health._layer import of_layer
+from jaxbn.health._lint import lint
 from jaxbn.health._rows import Seen, incoming, merge, seen
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "gap",
     "incoming",
     "initial_share",
+    "lint",
     "merge",
     "of_layer",
     "seen",
