@@ -434,8 +434,8 @@ BUGS = (
     Bug(
         "few_values advises what does not change y",
         "jaxbn/health/_layer.py",
-        "or jaxbn.swap: GroupNorm needs none",
-        "or jaxbn.merge_updates",
+        "or jaxbn.swap: to=",
+        "or jaxbn.merge_updates: to=",
         "test_first_day.py::test_few_values_are_cured_by_what_changes_y",
     ),
     Bug(
@@ -671,6 +671,20 @@ BUGS = (
         "copy=True)",
         "copy=False)",
         "health/test_lint.py::test_flax_resnets_have_none[True-flax]",
+    ),
+    Bug(
+        "the noise of an unbiased variance",
+        "jaxbn/health/_advise.py",
+        "    return math.sqrt(max((n - 1) / n - mean**2, 0.0))",
+        "    return math.sqrt(1 / (2 * (n - 1)))",
+        "health/test_advise.py::test_the_noise_of_a_batch_is_that_of_normal_batches[2]",
+    ),
+    Bug(
+        "all axes are pooled where one is enough",
+        "jaxbn/health/_advise.py",
+        "            break",
+        "            pass",
+        "health/test_advise.py::test_the_axis_that_is_enough_is_named",
     ),
     Bug(
         "a frozen class that pickle cannot find",

@@ -2,9 +2,10 @@
 
 `check` and `summary` look at the arrays of the layers, `lint` at how a network is put together.
 `gap` runs a model on a batch. `drift` looks at a stream of served data. All give `Finding`s, each
-with a remedy, by the thresholds in `Limits`.
+with a remedy, by the thresholds in `Limits`. `advise` tells which norm suits a batch.
 """
 
+from jaxbn.health._advise import Advice, advise
 from jaxbn.health._check import Row, check, summary
 from jaxbn.health._distances import Distance, distance, divergence, initial_share
 from jaxbn.health._drift import Drift, LayerDrift, decide, drift
@@ -16,6 +17,7 @@ from jaxbn.health._rows import Seen, incoming, merge, seen
 
 __all__ = [
     "KINDS",
+    "Advice",
     "Distance",
     "Drift",
     "Finding",
@@ -26,6 +28,7 @@ __all__ = [
     "Row",
     "Seen",
     "Setting",
+    "advise",
     "check",
     "decide",
     "distance",
