@@ -27,8 +27,8 @@ def lint(fn: Any, *args: Any, train: bool | None = None) -> list[Finding]:
     Args:
       fn: a function of arrays with its weights closed over, or an nnx model. It may return updated
         statistics and gradients too.
-      *args: a batch, arrays or `jax.ShapeDtypeStruct`s. Rows are on axis 0 of the first array.
-        An nnx model may be among them; it is not changed.
+      *args: a batch, as arrays or as their shapes and dtypes (`jax.ShapeDtypeStruct`). Rows are on
+        axis 0 of the first array. An nnx model may be among them; it is not changed.
       train: what fn is for: True for a training step, False for serving. None: modes are not
         judged.
 
