@@ -177,7 +177,7 @@ def lint(args: Namespace) -> int:
         print(terminal.findings_as_json(args.model, findings))
     else:
         terminal.show_findings(args.model, findings)
-    return 1 if findings else 0
+    return int(bool(findings))
 
 
 def export(args: Namespace) -> int:
