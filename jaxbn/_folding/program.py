@@ -52,6 +52,7 @@ class Program(NamedTuple):
     outputs: tuple[int, ...]
     consts: dict[int, Any]
     tree: Any  # the structure of the outputs
+    avals: tuple[Any, ...] = ()  # the types of the inputs
 
 
 def trace(fn: Callable, args: Sequence[Any], inline: Callable[["JaxprEqn"], bool]) -> Program:
@@ -101,7 +102,8 @@ def trace(fn: Callable, args: Sequence[Any], inline: Callable[["JaxprEqn"], bool
             needed |= set(op.inputs)
             kept.append(op)
     consts = {i: value for i, value in consts.items() if i in needed}
-    return Program(inputs, tuple(kept[::-1]), outputs, consts, jax.tree.structure(shapes))
+    avals = tuple(closed.in_avals)
+    return Program(inputs, tuple(kept[::-1]), outputs, consts, jax.tree.structure(shapes), avals)
 
 
 def _scope(eqn: "JaxprEqn") -> str:

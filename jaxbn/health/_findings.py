@@ -51,6 +51,15 @@ KINDS = {  # kind → what its figure is; the worst kinds first
     "gap": "RMS of train output minus eval output, in sd of train's output",
     # From `jaxbn.health.drift`:
     "drift": "shift beyond the tolerance, in standard errors",
+    # From `jaxbn.health.lint`:
+    "train_in_inference": "share of the batch in the statistics that x is normalized by",
+    "one_value": "values per channel that the batch's statistics are of",
+    "eval_in_training": "share of the batch in the statistics that x is normalized by",
+    "multiplied_by_zero": "number of channels that no result will ever depend on",
+    "dropout_before_norm": "variance in training over variance in eval, of an x with mean 0",
+    "late_cast": "operations on integers before the cast",
+    "lost_bias": "number of biases that the mean takes away",
+    "relu_before_norm": "share of an x with median 0 that relu makes 0",
 }
 
 
