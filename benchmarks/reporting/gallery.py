@@ -1,9 +1,9 @@
 """`python -m benchmarks.reporting.gallery [NAME …]`: draws a picture of each example script into
 `docs/pictures/gallery`.
 
-Scripts that take seconds are run: `train`, `served`, `torch_roundtrip`, `fold_report`, `watched`.
-The others take minutes, or CIFAR-10; their pictures are drawn from the tables of results in the
-pages, which name the command. A CPU and two minutes are enough.
+Scripts that take seconds are run: `first_steps`, `devices`, `train`, `served`, `torch_roundtrip`,
+`fold_report`, `watched`. The others take minutes, or CIFAR-10; their pictures are drawn from the
+tables of results in the pages, which name the command. A CPU and two minutes are enough.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -76,10 +77,36 @@ def before_and_after(rows, title, x):
     return figure
 
 
+def first_steps():
+    """Test accuracy by epoch of the smallest example."""
+    with tempfile.TemporaryDirectory() as folder:
+        scores, _ = quiet(script("first_steps").main, 10, pathlib.Path(folder) / "state.npz")
+    figure, axis = plots.axes(
+        "A network with one norm on handwritten digits", "epoch", "test accuracy, %"
+    )
+    axis.plot(range(1, len(scores) + 1), [100 * v for v in scores], color=BLUE, marker="o")
+    return figure
+
+
+def devices():
+    """How far a training step by each road is from that of one device."""
+    command = [sys.executable, "examples/devices/all.py"]  # a process of its own: eight devices
+    shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    rows = re.findall(r"│ (\w+) +│ [\d.]+ │ ([\d.]+) roundings", shown)
+    figure, axis = plots.axes(
+        "One training step on eight CPU devices, beside one device",
+        "largest difference of a number, in roundings of float32",
+        height=1.5 + 0.4 * len(rows),
+    )
+    bars = axis.barh([name for name, _ in rows], [float(off) for _, off in rows], color=BLUE)
+    axis.bar_label(bars, padding=3)
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+    return figure
+
+
 def train():
     """Accuracy by epoch on the digits."""
-    import subprocess
-
     with tempfile.TemporaryDirectory() as folder:
         command = ["examples/cifar10/train.py", "--data", "digits", "--epochs", "6"]
         command += ["--name", "run", "--runs", folder]
@@ -358,6 +385,7 @@ def watched():
 PICTURES: dict[str, Callable] = {
     drawn.__name__: drawn
     for drawn in (
+        *(first_steps, devices),
         *(train, ship, speedrun, failures, alarms, served, false_alarms, stale),
         *(recalibrate, finetune, swap, fold_report, torch_roundtrip, watched),
     )

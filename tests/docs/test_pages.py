@@ -14,7 +14,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted(DOCS.rglob("*.md")),
-    *sorted(ROOT.glob("examples/*/README.md")),
+    *sorted(ROOT.glob("examples/**/README.md")),
 ]
 PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)]+)\)")
 DEVICE = re.compile(r"\b(CPUs?|cores?|GPUs?|TPUs?|H100)\b")
@@ -95,18 +95,35 @@ def test_every_picture_is_small_drawn_by_a_command_and_shown():
     assert [path.name for path in drawn if path.stat().st_size > 60_000] == []
 
 
-def test_every_example_has_a_picture():
-    """The scripts that can be run; those of failures/ share that of failures/all.py."""
-    scripts = {
+def scripts():
+    """The example scripts that can be run; `all.py` stands for its neighbours."""
+    return {
         str(path.relative_to(ROOT))
-        for path in ROOT.glob("examples/*/*.py")
+        for path in ROOT.glob("examples/**/*.py")
         if '__name__ == "__main__"' in path.read_text()
-        and (path.parent.name != "failures" or path.stem == "all")
+        and (path.stem == "all" or not path.with_name("all.py").exists())
     }
+
+
+def test_every_example_has_a_picture():
     sections = (DOCS / "gallery.md").read_text().split("\n## ")[1:]
     assert [len(PICTURE.findall(section)) for section in sections] == [1] * len(sections)
     commands = [re.findall(r"`python (examples/\S+?\.py)", section) for section in sections]
-    assert sorted(map(tuple, commands)) == sorted((script,) for script in scripts)
+    assert sorted(map(tuple, commands)) == sorted((script,) for script in scripts())
+
+
+def test_the_table_of_examples_has_every_script_with_the_picture_of_the_gallery():
+    """And is in the gallery's order."""
+    sections = (DOCS / "gallery.md").read_text().split("\n## ")[1:]
+    gallery_rows = [
+        (re.search(r"`python examples/(\S+?\.py)", section)[1], PICTURE.search(section)[2])
+        for section in sections
+    ]
+    lines = (ROOT / "examples" / "README.md").read_text().splitlines()
+    rows = [line.strip("|").split(" | ") for line in lines if line.startswith("| [`")]
+    shown = [(re.search(r"\((.*?)\)", row[0])[1], PICTURE.search(row[3])[2]) for row in rows]
+    assert [(script, path.removeprefix("../docs/")) for script, path in shown] == gallery_rows
+    assert [row for row in rows if not all(cell.strip() for cell in row)] == []
 
 
 @pytest.mark.parametrize(

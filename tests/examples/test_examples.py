@@ -30,6 +30,12 @@ BAD = [
         "cifar10/speedrun.py --data digits --out {}/no/f",
         "--out {0}/no/f: there is no folder {0}/no",
     ),
+    ("first_steps.py --epochs 0", "--epochs 0: expected 1 or more"),
+    ("first_steps.py --epochs x", "argument --epochs: invalid int value: 'x'"),
+    ("first_steps.py --out {}", "--out {}: expected a file in a folder that exists"),
+    ("first_steps.py --out {}/no/f", "--out {}/no/f: expected a file in a folder that exists"),
+    ("devices/all.py --cpus 0", "--cpus 0: expected 1 or more"),
+    ("devices/pmap.py --cpu x", "argument --cpus: invalid int value: 'x'"),
     ("recalibrate/recalibrate.py --data-dir {}/no", NO_DATA),
     ("recalibrate/recalibrate.py --run {}", "{} has no complete checkpoint"),
     ("recalibrate/recalibrate.py --steps 3", "unrecognized arguments: --steps 3"),
@@ -73,7 +79,6 @@ def test_a_wrong_command_is_one_line(monkeypatch, tmp_path, capsys, command, exp
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(text)
-    command = command.replace("--out", "--data digits --out")
     script, *options = command.format(tmp_path).split()
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(sys, "argv", [script, *options])
@@ -83,6 +88,6 @@ def test_a_wrong_command_is_one_line(monkeypatch, tmp_path, capsys, command, exp
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(EXAMPLES / script), run_name="__main__")
     assert ended.value.code == 2
-    name = script.split("/")[1]
+    name = script.split("/")[-1]
     assert capsys.readouterr().err == f"{name}: error: {expected.format(tmp_path)}\n"
     assert sorted(tmp_path.rglob("*")) == before
