@@ -636,6 +636,20 @@ BUGS = (
         "health/test_drift.py::test_drift_is_the_stream_merged",
     ),
     Bug(
+        "the order of rows is not tried",
+        "jaxbn/health/_serving.py",
+        "rolled = np.roll(rows, 1)",
+        "rolled = rows",
+        "health/test_serving.py::test_each_kind_is_found[the place]",
+    ),
+    Bug(
+        "only the first half of the rows is tried beside others",
+        "jaxbn/health/_serving.py",
+        "(slice(half, n), np.where(rows < half, n - 1, rows)),",
+        "(slice(half, n), rows),",
+        "health/test_serving.py::test_each_kind_is_found[the first row]",
+    ),
+    Bug(
         "a few values are called stale",
         "jaxbn/health/_distances.py",
         "rows > 1 and values_of(batch) >= limits.values",
@@ -879,6 +893,29 @@ BUGS = (
         "    refuse(call, twice)\n",
         "",
         "cli/test_cli.py::test_no_array_takes_another_ones_name",
+    ),
+    Bug(
+        "an array may declare more than the file holds",
+        "jaxbn/_checkpoints/inputs.py",
+        "if math.prod(shape) * dtype.itemsize > size:",
+        "if dtype.itemsize > size:",
+        "cli/test_gates.py::test_bad_inputs_are_refused_and_nothing_in_them_runs"
+        "[more than there is]",
+    ),
+    Bug(
+        "the checksum of a manifest is not compared",
+        "jaxbn/export/_manifest.py",
+        "if (found := checksum(path)) != declared:",
+        "if not (found := checksum(path)):",
+        "cli/test_gates.py::test_a_manifest_that_is_not_of_its_file_is_refused",
+    ),
+    Bug(
+        "statistics compared by the mean over channels",
+        "jaxbn/_cli/comparison.py",
+        "worst = [np.abs(v).max(initial=0) for v in",
+        "worst = [np.abs(v).mean() for v in",
+        "cli/test_gates.py::test_compare_says_which_layer_differs_and_by_how_much"
+        "[batch_stats/bn/mean]",
     ),
     Bug(
         "a model that ends the program ends it well",

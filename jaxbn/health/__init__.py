@@ -1,7 +1,8 @@
 """What is wrong with a checkpoint, a model or the data that a model is served.
 
 `check` and `summary` look at the arrays of the layers. `gap` runs a model on a batch. `drift` looks
-at a stream of served data. All give `Finding`s, each with a remedy, by the thresholds in `Limits`.
+at a stream of served data, `serving` at the function that serves. All give `Finding`s, each with a
+remedy; the thresholds are in `Limits`.
 """
 
 from jaxbn.health._check import Row, check, summary
@@ -11,6 +12,7 @@ from jaxbn.health._findings import KINDS, Finding, Limits, Setting, worst_first
 from jaxbn.health._gap import Gap, LayerGap, gap
 from jaxbn.health._layer import of_layer
 from jaxbn.health._rows import Seen, incoming, merge, seen
+from jaxbn.health._serving import serving
 
 __all__ = [
     "KINDS",
@@ -35,6 +37,7 @@ __all__ = [
     "merge",
     "of_layer",
     "seen",
+    "serving",
     "summary",
     "worst_first",
 ]
