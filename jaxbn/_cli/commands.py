@@ -110,7 +110,9 @@ def convert(args: Namespace) -> int:
         like = contents.read_model(args.like)
         if like.kind == "torch":
             names = like.state_dict()
-            new, report = tool.to_torch(source.variables(), names, rename=args.rename)
+            new, report = tool.to_torch(
+                source.variables(), names, rename=args.rename, keep=args.keep
+            )
         else:
             new, report = _loaded(source, like.variables(), args)
             new = new if like.kind == "linen" else new["params"]

@@ -17,7 +17,9 @@ will do), which get the checkpoint's arrays by name; batches is an iterable of a
 `fold` and `export` take the first as the example. This code runs; a checkpoint is data and never
 does.
 """
-CHECKPOINTS = "an orbax folder, a .safetensors file, or a Flax msgpack file"
+CHECKPOINTS = (
+    "an orbax folder, a .safetensors file or a folder of them with an index, or a Flax msgpack file"
+)
 GATES = """\
 exit status: 0 within all bounds, 1 findings, 2 could not be run
 """
