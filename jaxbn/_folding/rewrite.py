@@ -1,6 +1,7 @@
 """Runs a program with its affines folded into the convolutions and dots beside them."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxbn._folding.chains import AFFINE, LAYOUT, Chain, holds_contraction, into, site_of, start
+from jaxbn._folding.chains import (
+    AFFINE,
+    CASTS,
+    LAYOUT,
+    SUMS,
+    Chain,
+    holds_contraction,
+    into,
+    merged,
+    norm_inside,
+    site_of,
+    start,
+    window_of,
+)
 from jaxbn._folding.constants import Known, compute, known
 from jaxbn._folding.program import CUSTOM, Op, Program, bodies, run, shape_of
 
@@ -21,15 +35,23 @@ class SiteOutcome(NamedTuple):
     note: str
     reads: int  # the value that the site computes from
     gives: int  # the value that the site computes
-    alone: Callable[[Any], Any] | None
+    alone: Callable[[Any], Any] | None  # the site as it is now; None if it is as it was
 
 
 class Rewrite:
     """One run of a program with its affines folded. `outcomes` records what became of each site."""
 
-    def __init__(self, program: Program, kept: dict[Any, jax.Array]):
+    def __init__(
+        self,
+        program: Program,
+        kept: dict[Any, jax.Array],
+        written: Container[int] = (),  # results of norms that run as they are written
+        merge_branches: bool = False,
+    ):
         self.program = program
         self.kept = kept
+        self.written = written
+        self.merge_branches = merge_branches
         self.outcomes: dict[int, SiteOutcome] = {}  # by the number of the site's first result
         self.origin = dict.fromkeys(program.inputs, "the input")
         self.readers: dict[int, list[str]] = {i: ["the caller"] for i in program.outputs}
@@ -48,7 +70,7 @@ class Rewrite:
             results: Sequence[Any] | None = None
             if all(isinstance(v, Known) for v in operands):
                 results = compute(op, operands)
-            for attempt in (self._contraction, self._affine, self._plain):
+            for attempt in (self._contraction, self._branches, self._affine, self._plain):
                 if results is None:
                     results = attempt(op, operands)
             assert results is not None
@@ -85,6 +107,14 @@ class Rewrite:
         if holds_contraction(op.eqn):
             note = f"inside {op.name}, which is not looked into; unroll it"
             self._row("convolutions or dots", op, False, note)
+        elif op.name in CUSTOM:
+            n = norm_inside(op.eqn, [isinstance(v, Known) for v in operands])
+            if n > 1:
+                note = (
+                    f"inside {op.name.removesuffix('_call')} {_name(op)}, whose derivative folding "
+                    f"would lose; write the norm outside of it"
+                )
+                self._row(f"norm of {n} channels", op, False, note)
         return run(op, *(self.array(i) for i in op.inputs))
 
     def _contraction(self, op: Op, operands: list[Any]) -> list[Chain] | None:
@@ -100,6 +130,17 @@ class Rewrite:
             self.array(i, f"{_name(op)} {inside}")
         self.array(i)
         return [start(site, i)]
+
+    def _branches(self, op: Op, operands: list[Any]) -> list[Chain] | None:
+        """The sum of two convolutions of one value, or of one and an affine, as one convolution."""
+        if not self.merge_branches or op.name != "add":
+            return None
+        chains = []
+        for i, v in zip(op.inputs, operands, strict=True):
+            ones = np.ones((1,) * len(op.shape))
+            chains.append(v if isinstance(v, Chain) else Chain(i, None, ones, 0 * ones, None))
+        chain = merged(chains[0], chains[1], op)
+        return None if chain is None else [chain]
 
     def _affine(self, op: Op, operands: list[Any]) -> list[Chain] | None:
         unknown = [p for p, v in enumerate(operands) if not isinstance(v, Known)]
@@ -124,14 +165,20 @@ class Rewrite:
         if site is None:
             if not chain.trivial:
                 note = f"after {self.origin[chain.base]}, before {why or readers}"
-                self._row(f"norm of {chain.scale.size} channels", ops[-1], False, note)
+                what, row = f"norm of {chain.width} channels", (chain.base, end)
+                if len(chain.arithmetic) > 2 and end not in self.written:
+                    alone = self._one_affine(end, chain)
+                    note = f"{note}; now one multiplication and one addition"
+                    self._row(what, ops[-1], False, note, *row, alone)
+                    return alone(self.array(chain.base))
+                self._row(what, ops[-1], False, note)
         elif chain.trivial:
             note = "a bias alone follows" if chain.arithmetic else f"read by {readers}"
             self._row(str(site), site.op, None, note)
             self.origin[end] = f"{site}, which is read by {readers}"
             ops = (site.op, *ops)
         else:
-            alone = self._emit(chain)
+            alone = self._emit(end, chain)
             self._row(str(site), site.op, True, _what(chain), chain.base, end, alone)
             return alone(self.array(chain.base))
         previous, y = chain.base, self.array(chain.base)
@@ -153,12 +200,26 @@ class Rewrite:
         name = f"{what} {op.path}".rstrip()
         self.outcomes[op.outputs[0]] = SiteOutcome(name, folded, note, reads, gives, alone)
 
-    def _emit(self, chain: Chain) -> Callable[[Any], Any]:
+    def _one_affine(self, end: int, chain: Chain) -> Callable[[Any], Any]:
+        """The norm as `x * scale + offset`, as a function of the norm's input."""
+        wide = max((o.dtype for o in chain.ops), key=lambda d: jnp.finfo(d).bits)
+        scale = self._keep((end, "scale"), chain.scale.astype(wide))
+        offset = self._keep((end, "offset"), chain.offset.astype(wide))
+
+        def one_affine(x: Any) -> Any:
+            y = _moved(lax.convert_element_type(x, wide), chain.ops, chain.means)
+            with jax.named_scope(chain.ops[-1].path), jax.numpy_rank_promotion("allow"):
+                y = jnp.add(jnp.multiply(y, scale), offset)
+            return lax.convert_element_type(y, chain.ops[-1].dtype)
+
+        return one_affine
+
+    def _emit(self, end: int, chain: Chain) -> Callable[[Any], Any]:
         """The site with its chain in kernel and bias, as a function of the site's input."""
         site = chain.site
         assert site is not None
-        op, key = site.op, site.op.outputs[0]
-        scale, bias = chain.by_channel(chain.scale), chain.by_channel(chain.offset)
+        op, key = site.op, end
+        scale, bias = chain.by_channel(chain.scale), chain.by_channel(chain.offset / chain.gain)
         kernel = site.scaled(scale)
         wide = max((o.dtype for o in (op, *chain.ops)), key=lambda d: jnp.finfo(d).bits)
         last = chain.ops[-1].dtype if chain.ops else op.dtype
@@ -167,24 +228,32 @@ class Rewrite:
         bias_array = self._keep((key, "bias"), site.of_result(bias).astype(wide))
 
         def emit(x: Any) -> Any:
-            for o in site.before:
-                if _moves(o):
-                    (x,) = run(o, x)
+            if any(o.name in SUMS for o in site.before):
+                x = lax.convert_element_type(x, wide)
+            x = _moved(x, site.before, site.means)
             x = lax.convert_element_type(x, reads.dtype)
             (y,) = run(op, *((x, kernel_array) if site.slot else (kernel_array, x)))
             if bias.any():
                 y = lax.add(lax.convert_element_type(y, wide), bias_array)
-            for o in chain.ops:
-                if _moves(o):
-                    (y,) = run(o, y)
+            if chain.gain != 1 or chain.means:
+                y = lax.convert_element_type(y, wide)
+            y = _moved(y, chain.ops, chain.means)
             return lax.convert_element_type(y, last)
 
         return emit
 
 
-def _moves(op: Op) -> bool:
-    """Whether op moves values to other positions. Casts do not count: one at the end is enough."""
-    return op.name in LAYOUT and op.name not in ("convert_element_type", "copy")
+def _moved(x: Any, ops: Sequence[Op], means: Container[int]) -> Any:
+    """Equals x after the operations that move or sum its values, without affines and casts."""
+    n = 1
+    for op in ops:
+        if op.name in SUMS:
+            n = math.prod((window_of(op) or {}).values())
+        if op.outputs[0] in means:
+            x = lax.div(x, jnp.asarray(n, x.dtype))
+        elif op.name in SUMS or (op.name in LAYOUT and op.name not in CASTS):
+            (x,) = run(op, x)
+    return x
 
 
 def _name(op: Op) -> str:
@@ -197,9 +266,10 @@ def _name(op: Op) -> str:
 def _what(chain: Chain) -> str:
     """The operations that the kernel absorbed, and the scopes that wrote the operations."""
     assert chain.site is not None
-    texts = []
-    for ops, where in ((chain.site.before, " before"), (chain.arithmetic, "")):
-        ops = tuple(op for op in ops if op.name in AFFINE)
+    n = chain.site.branches
+    texts = [f"{n} branches"] * (n > 1)
+    for all_ops, where in ((chain.site.before, " before"), (chain.arithmetic, "")):
+        ops = [o for o in all_ops if o.name in AFFINE and o.outputs[0] not in chain.site.means]
         if ops:
             paths = dict.fromkeys(op.path for op in ops if op.path != chain.site.op.path)
             names = ", ".join(op.name for op in ops)
