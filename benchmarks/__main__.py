@@ -1,9 +1,11 @@
 """`python -m benchmarks [NAME …]`: measure, print, write `results/<device>_<date>.json`, draw.
 
 `python -m benchmarks tables [PAGE …]` puts the newest results into pages: `tables.py`.
+`python -m benchmarks gpu` is for the minutes that a GPU is there: `measures/gpu.py`.
 """
 
 import argparse
+import importlib
 import json
 import os
 import pathlib
@@ -84,4 +86,6 @@ def main(arguments) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["tables"]:
         sys.exit(tables.main(sys.argv[2:]))
+    if sys.argv[1:2] == ["gpu"]:
+        sys.exit(importlib.import_module("benchmarks.measures.gpu").main(sys.argv[2:]))
     sys.exit(main(sys.argv[1:]))

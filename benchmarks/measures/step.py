@@ -54,7 +54,9 @@ def compile_step(task: Task, batch_norm, dtype):
     """(the compiled step, its arguments)."""
     model = task.model(batch_norm, dtype)
     arguments = task.arrays(model)
-    return jax.jit(functools.partial(network.step, model)).lower(*arguments).compile(), arguments
+    step = jax.jit(functools.partial(network.step, model))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return step.lower(*arguments).compile(), arguments
 
 
 def peak(compiled) -> int:

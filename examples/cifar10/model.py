@@ -33,3 +33,9 @@ def halve(x):
     """The largest of each 2x2 pixels, [B, H, W, C] → [B, H/2, W/2, C]: on CPU beats max_pool."""
     b, h, w, c = x.shape
     return jnp.max(x.reshape(b, h // 2, 2, w // 2, 2, c), axis=(2, 4))
+
+
+def finish(y, activation=None, residual=None):
+    """Equals `activation(y + residual)`, for norms that do not do it themselves."""
+    y = y if residual is None else y + residual
+    return y if activation is None else activation(y)

@@ -1,10 +1,14 @@
 """What is read off a program for an accelerator; the programs themselves: `tests/accelerators`."""
 
+import itertools
+import json
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.studies import compiled, networks_memory, targets
+from benchmarks.studies import compiled, networks, targets
+from benchmarks.subjects import families
 
 PROGRAM = """
 HloModule jit_step, is_scheduled=true
@@ -123,7 +127,36 @@ def test_the_command_refuses_what_it_does_not_know(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         compiled.main(["v5e"])
     assert "targets: no compiler for 'v5e'" in capsys.readouterr().err
-    monkeypatch.setattr("sys.argv", ["networks_memory", "--target", "v5e", "--repeats", "3"])
+    monkeypatch.setattr("sys.argv", ["networks", "--target", "v5e", "--repeats", "3"])
     with pytest.raises(SystemExit):
-        networks_memory.main()
+        networks.main()
     assert "--repeats times this machine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_a_network_is_the_same_with_its_activation_in_the_norm(family):
+    """Leaves, shapes and output; and it is as wide as published: parameters in millions."""
+    published = {"ResNet-50": 25.6, "DenseNet-121": 8.0, "EfficientNet-B0": 5.3, "MobileNetV2": 3.5}
+    x = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    leaves = []
+    for name in ("Flax", "jaxbn", "jaxbn, activation and residual"):
+        model = families.model(family, networks.VARIANTS[name], 64, jnp.float32)
+        with jax.numpy_dtype_promotion("standard"):  # Flax's average pool promotes
+            variables = jax.eval_shape(model.init, jax.random.key(0), x)
+        leaves.append(jax.tree.map(lambda leaf: leaf.shape, variables))
+    assert leaves[0] == leaves[1] == leaves[2]
+    size = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    assert size / 1e6 == pytest.approx(published[family], rel=0.01)
+
+
+def test_the_table_of_networks_has_a_row_a_variant(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "networks.json"
+    small = {"--network": "MobileNetV2", "--dtype": "float32", "--width": "4"}
+    small |= {"--batch": "2", "--pixels": "32", "--variant": "jaxbn", "--json": str(out)}
+    monkeypatch.setattr("sys.argv", ["networks", *itertools.chain(*small.items())])
+    monkeypatch.setattr(networks, "compiled", lambda *_: jax.jit(lambda: 0).lower().compile())
+    networks.main()
+    (table,) = json.loads(out.read_text())["tables"]
+    assert [row[0] for row in table["rows"]] == ["Flax", "jaxbn"]
+    assert table["rows"][1][2] < 1  # what is kept for backward, of Flax's
+    assert "MobileNetV2" in capsys.readouterr().out
