@@ -502,6 +502,13 @@ BUGS = (
         "folding/test_fold_around.py::test_a_norm_that_stays_is_one_affine_where_that_is_exact",
     ),
     Bug(
+        "every part of a concatenation takes the first share",
+        "jaxbn/_folding/rewrite.py",
+        "for part in parts]\n",
+        "for part in [parts[0][..., : p.shape[-1]] for p in parts]]\n",
+        "folding/test_fold_around.py::test_a_norm_after_a_concatenation_goes_into_every_kernel[-1]",
+    ),
+    Bug(
         "a smaller window in a corner of the larger",
         "jaxbn/_folding/chains.py",
         "pads[axis] = (before, after)",

@@ -156,7 +156,7 @@ def fold(
     `fold` absorbs the additions, subtractions, multiplications and divisions by per-channel
     constants that follow a convolution or a dot with a constant kernel. Reshapes, transposes and
     casts in between are allowed if they keep channels apart, and so are sums and means over space
-    without padding. An affine before a convolution or a dot is absorbed, also through a mean or a
+    without padding, and concatenations. An affine before a convolution or a dot is absorbed, also through a mean or a
     flatten, if the convolution does not pad with zeros. Kernels are computed in float64 and cast
     once. A value with a second reader stays as it is. A norm that stays becomes one multiplication
     and one addition, where that is exact enough on the example.
@@ -257,7 +257,7 @@ def _measure(folded: Folded, args: Sequence[Any], tolerance: float) -> FoldRepor
         results = rewrite.run(leaves)
         outcomes[:] = [rewrite.outcomes[i] for i in sorted(rewrite.outcomes)]
         alone = [
-            _largest_error(outcome.alone(values[outcome.reads]), values[outcome.gives])
+            _largest_error(outcome.alone(values[outcome.reads]), _part(values, outcome))
             for outcome in outcomes
             if outcome.alone is not None
         ]
@@ -278,6 +278,15 @@ def _measure(folded: Folded, args: Sequence[Any], tolerance: float) -> FoldRepor
         folded.written |= inexact
         return _measure(folded, args, tolerance)
     return FoldReport(tuple(sites), *_worst(together), tolerance)
+
+
+def _part(values: dict[int, Any], outcome: SiteOutcome) -> Any:
+    """What fn computes where the site's result stands."""
+    whole = values[outcome.gives]
+    if outcome.part is None:
+        return whole
+    axis, start, stop = outcome.part
+    return jax.lax.slice_in_dim(whole, start, stop, axis=axis)
 
 
 def _largest_error(y: jax.Array, reference: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -36,6 +36,15 @@ class SiteOutcome(NamedTuple):
     reads: int  # the value that the site computes from
     gives: int  # the value that the site computes
     alone: Callable[[Any], Any] | None  # the site as it is now; None if it is as it was
+    part: tuple[int, int, int] | None = None  # axis, start, stop of the site's result in `gives`
+
+
+class Joined(NamedTuple):
+    """Chains concatenated, and affines of the whole that are not run yet."""
+
+    op: Op
+    parts: tuple[Chain, ...]  # each with its share of the affines
+    ops: tuple[Op, ...] = ()
 
 
 class Rewrite:
@@ -70,7 +79,13 @@ class Rewrite:
             results: Sequence[Any] | None = None
             if all(isinstance(v, Known) for v in operands):
                 results = compute(op, operands)
-            for attempt in (self._contraction, self._branches, self._affine, self._plain):
+            for attempt in (
+                self._contraction,
+                self._branches,
+                self._joined,
+                self._affine,
+                self._plain,
+            ):
                 if results is None:
                     results = attempt(op, operands)
             assert results is not None
@@ -93,6 +108,8 @@ class Rewrite:
             return lax.broadcast_in_dim(array, value.shape, range(array.ndim))
         if isinstance(value, Chain):
             value = self.values[i] = self._finish(i, value, why)
+        if isinstance(value, Joined):
+            value = self.values[i] = self._finish_joined(i, value)
         return value
 
     def _keep(self, key: Any, value: np.ndarray) -> jax.Array:
@@ -142,6 +159,53 @@ class Rewrite:
         chain = merged(chains[0], chains[1], op)
         return None if chain is None else [chain]
 
+    def _joined(self, op: Op, operands: list[Any]) -> list[Joined] | None:
+        """Convolutions that are concatenated, or an affine of such, a share for each of them."""
+        if op.name == "concatenate":
+            joins = all(isinstance(v, Chain) and v.site is not None for v in operands)
+            return [Joined(op, tuple(operands))] if joins else None
+        joined = [v for v in operands if isinstance(v, Joined)]
+        others = [v for v in operands if not isinstance(v, Joined)]
+        if len(joined) != 1 or op.name not in (*AFFINE, *CASTS):
+            return None
+        if not all(isinstance(v, Known) for v in others):
+            return None
+        (whole,) = joined
+        shares = (
+            _shares(others[0], whole.op, len(op.shape)) if others else [None] * len(whole.parts)
+        )
+        position = operands.index(whole)
+        if shares is None or shape_of(op.eqn.invars[position]) != op.shape:
+            return None
+        parts = [v.then(op, position, k) for v, k in zip(whole.parts, shares, strict=True)]
+        if any(v is None for v in parts):
+            return None
+        return [whole._replace(parts=tuple(v for v in parts if v), ops=(*whole.ops, op))]
+
+    def _finish_joined(self, end: int, whole: Joined) -> Any:
+        """The result of a concatenation: its affines in the kernels, or as they were written."""
+        op, ops = whole.op, whole.ops
+        if not ops or any(part.trivial for part in whole.parts):
+            y = run(op, *(self.array(i) for i in op.inputs))[0]
+            return self._as_written(op.outputs[0], y, ops)
+        axis, start, results = op.eqn.params["dimension"], 0, []
+        for i, v, part in zip(op.inputs, op.eqn.invars, whole.parts, strict=True):
+            assert part.site is not None
+            alone, stop = self._emit(i, part), start + shape_of(v)[axis]
+            place = (axis, start, stop)
+            what, site = _what(part), part.site
+            self._row(str(site), site.op, True, what, part.base, end, alone, place)
+            results.append(alone(self.array(part.base)))
+            start = stop
+        return run(op, *results)[0]
+
+    def _as_written(self, previous: int, y: Any, ops: Sequence[Op]) -> Any:
+        """Equals y, which is value `previous`, after the operations."""
+        for op in ops:
+            y = run(op, *(y if i == previous else self.array(i) for i in op.inputs))[0]
+            previous = op.outputs[0]
+        return y
+
     def _affine(self, op: Op, operands: list[Any]) -> list[Chain] | None:
         unknown = [p for p, v in enumerate(operands) if not isinstance(v, Known)]
         if len(unknown) != 1:
@@ -181,11 +245,7 @@ class Rewrite:
             alone = self._emit(end, chain)
             self._row(str(site), site.op, True, _what(chain), chain.base, end, alone)
             return alone(self.array(chain.base))
-        previous, y = chain.base, self.array(chain.base)
-        for op in ops:
-            y = run(op, *(y if i == previous else self.array(i) for i in op.inputs))[0]
-            previous = op.outputs[0]
-        return y
+        return self._as_written(chain.base, self.array(chain.base), ops)
 
     def _row(
         self,
@@ -196,9 +256,10 @@ class Rewrite:
         reads: int = 0,
         gives: int = 0,
         alone: Callable[[Any], Any] | None = None,
+        part: tuple[int, int, int] | None = None,
     ) -> None:
         name = f"{what} {op.path}".rstrip()
-        self.outcomes[op.outputs[0]] = SiteOutcome(name, folded, note, reads, gives, alone)
+        self.outcomes[op.outputs[0]] = SiteOutcome(name, folded, note, reads, gives, alone, part)
 
     def _one_affine(self, end: int, chain: Chain) -> Callable[[Any], Any]:
         """The norm as `x * scale + offset`, as a function of the norm's input."""
@@ -241,6 +302,18 @@ class Rewrite:
             return lax.convert_element_type(y, last)
 
         return emit
+
+
+def _shares(constant: Known, op: Op, ndim: int) -> list[Known] | None:
+    """The numbers that a constant has for each operand of a concatenation."""
+    axis, numbers = op.eqn.params["dimension"], constant.numbers(ndim)
+    sizes = [shape_of(v)[axis] for v in op.eqn.invars]
+    if not all(isinstance(n, int) for n in sizes):
+        return None
+    parts = [numbers] * len(sizes)
+    if numbers.shape[axis] > 1:
+        parts = np.split(numbers, np.cumsum(sizes)[:-1], axis)
+    return [Known(part, part.shape, constant.dtype) for part in parts]
 
 
 def _moved(x: Any, ops: Sequence[Op], means: Container[int]) -> Any:

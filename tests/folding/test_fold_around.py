@@ -228,3 +228,57 @@ def test_branches_stay_apart_unless_they_are_one_convolution():
     shifted = {"dimension_numbers": NHWC, "padding": [(0, 2)] * 2}
     corner = lambda x: lax.conv_general_dilated(x, SQUARE, (1, 1), **shifted)  # noqa: E731
     assert of(corner, **merge) == 2
+
+
+# Concatenations
+
+WIDE = normal(11, 3, 3, 3, 2)
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_a_norm_after_a_concatenation_goes_into_every_kernel(axis):
+    """Of channels: each kernel takes its own share. Of rows of the image: each takes the norm."""
+    other = WIDE if axis == -1 else normal(12, 3, 3, 3, 4)
+    after = norm(6 if axis == -1 else 4)
+
+    def joined(x, a, b):
+        return jnp.concatenate([conv(x, a), conv(jnp.tanh(x), b)], axis)
+
+    folded, report = jaxbn.fold(lambda x: after(joined(x, KERNEL, other)), IMAGES)
+    want = after.in_float64(wide(joined, IMAGES, KERNEL, other))
+    oracle.assert_close(folded(IMAGES), want, TOLERANCE)
+    assert [(site.folded, site.note) for site in report.sites] == [(True, "sub, mul, add")] * 2
+    assert max(site.relative for site in report.sites) <= report.tolerance
+    assert affines(folded, IMAGES) == {"add": 2}
+
+
+def test_a_concatenation_with_another_reader_or_other_parts_stays():
+    after = norm(7)
+
+    def fn(x):
+        y = jnp.concatenate([conv(x, KERNEL), x[:, 1:-1, 1:-1]], -1)
+        return jax.nn.relu(after(y))
+
+    folded, report = jaxbn.fold(fn, IMAGES)
+    oracle.assert_close(folded(IMAGES), np.float64(fn(IMAGES)), TOLERANCE)
+    assert [site.folded for site in report.sites] == [None, False]
+
+    after = norm(6)
+
+    def twice(x):
+        y = jnp.concatenate([conv(x, KERNEL), conv(x, WIDE)], -1)
+        return jax.nn.relu(after(y)) + y
+
+    folded, report = jaxbn.fold(twice, IMAGES)
+    oracle.assert_close(folded(IMAGES), np.float64(twice(IMAGES)), TOLERANCE)
+    assert [site.folded for site in report.sites] == [None, None, False]
+
+
+def test_a_bias_after_a_concatenation_is_no_norm():
+    bias = normal(13, 1, 1, 1, 6)
+
+    def fn(x):
+        return jnp.concatenate([conv(x, KERNEL), conv(x, WIDE)], -1) + bias
+
+    with pytest.raises(ValueError, match="fn has no norm to fold"):
+        jaxbn.fold(fn, IMAGES)
