@@ -155,8 +155,8 @@ def fold(
 
     `fold` absorbs the additions, subtractions, multiplications and divisions by per-channel
     constants that follow a convolution or a dot with a constant kernel. Reshapes, transposes and
-    casts in between are allowed if they keep channels apart, and so are concatenations, and sums and
-    means over space without padding. An affine before a convolution or a dot is absorbed, also
+    casts in between are allowed if they keep channels apart, and so are concatenations, and sums
+    and means over space without padding. An affine before a convolution or a dot is absorbed, also
     through a mean or a flatten, if the convolution does not pad with zeros. Kernels are computed in
     float64 and cast once. A value with a second reader stays as it is. A norm that stays becomes
     one multiplication and one addition, where that is exact enough on the example.
