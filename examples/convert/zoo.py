@@ -167,5 +167,5 @@ if __name__ == "__main__":
     parser.add_argument("--networks", nargs="+", choices=ZOO, default=list(ZOO), metavar="NAME")
     args = parser.parse_args()
     if args.tiny and args.torchvision:
-        parser.error("--tiny has no networks of torchvision's")
+        parser.exit(2, "zoo.py: error: --tiny has no networks of torchvision's\n")
     main(args)
