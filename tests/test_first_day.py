@@ -55,6 +55,24 @@ def test_names_of_other_libraries(name):
     assert str(error.value) == f"module 'jaxbn' has no attribute {name!r}; {HERE}"
 
 
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [("BatchNorm", HERE), ("SyncBatchNorm", SYNCED)],
+    ids=["BatchNorm", "SyncBatchNorm"],
+)
+def test_names_of_other_libraries_imported(name, write):
+    """`from jaxbn import` drops the message of an AttributeError."""
+    with pytest.raises(ImportError) as error:
+        exec(f"from jaxbn import {name}")
+    assert str(error.value) == f"cannot import name {name!r} from 'jaxbn'; {write}"
+    assert not hasattr(jaxbn, name)
+
+
+def test_an_unknown_name_imported_is_pythons_error():
+    with pytest.raises(ImportError, match=r"^cannot import name 'layernorm' from 'jaxbn' \("):
+        exec("from jaxbn import layernorm")
+
+
 @pytest.mark.parametrize("name", ["SyncBatchNorm", "sync_batch_norm", "SyncBatchNormalization"])
 def test_names_of_synchronized_batch_norm(name):
     with pytest.raises(AttributeError) as error:

@@ -56,7 +56,10 @@ def op(size) -> Table:
     libraries = {n: f for n, f in peers.installed().items() if n != "torch"}
     shapes = SHAPES[1:] if size == "tiny" else SHAPES
     steps = [(d, s, n) for d in DTYPES for s in shapes for n in libraries]
-    charts = {d: Chart(f"{d.__name__}, {shapes[-1]}", "N", {}) for d in DTYPES}
+    charts = {
+        d: Chart(f"One batch norm, {d.__name__} x of {shapes[-1]}", "bytes, over those of x", {})
+        for d in DTYPES
+    }
     for dtype, shape, name in track(steps, "memory"):
         start = [dtype.__name__, "x".join(map(str, shape)), name]
         if libraries[name] is None:

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ...     commands.main(["--version"])
     ... except SystemExit as end:
     ...     end.code
-    jaxbn 0.1.0
+    jaxbn 0.2.0
     0
     """
     args = options.parse(argv)

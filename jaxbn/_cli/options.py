@@ -17,6 +17,17 @@ will do), which get the checkpoint's arrays by name; batches is an iterable of a
 `fold` and `export` take the first as the example. This code runs; a checkpoint is data and never
 does.
 """
+EXAMPLES = """\
+examples:
+  python -m jaxbn doctor runs/mine/checkpoints --plot health.png
+  python -m jaxbn convert torch.safetensors net.msgpack --like flax.msgpack
+  python -m jaxbn recalibrate net.msgpack ready.msgpack --model serve:model
+  python -m jaxbn fold ready.msgpack --model serve:model
+  python -m jaxbn export ready.msgpack net.onnx --model serve:model --int8
+  python -m jaxbn serving ready.msgpack --model serve:model
+
+COMMAND --help tells more.
+"""
 CHECKPOINTS = (
     "an orbax folder, a .safetensors file or a folder of them with an index, or a Flax msgpack file"
 )
@@ -42,8 +53,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = _Parser(
         prog="python -m jaxbn",
         description="Batch norm in checkpoints: look for what is wrong, and put it right.",
-        epilog="COMMAND --help tells more.",
+        epilog=EXAMPLES,
         allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"jaxbn {jaxbn.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -114,6 +114,16 @@ def spread(v: jax.Array, like: jax.Array) -> jax.Array:
     return sharded_as(jnp.broadcast_to(v, like.shape), like, range(like.ndim))
 
 
+def repeated(v: jax.Array, like: jax.Array) -> jax.Array:
+    """Equals v for each part of `like`, on a new first axis that is sharded by type as its is."""
+    each = jnp.broadcast_to(v[None], (len(like), *v.shape))
+    if not typed(like):
+        return each
+    sharding = jax.typeof(like).sharding
+    spec = P(sharding.spec[0], *jax.typeof(each).sharding.spec[1:])
+    return jax.sharding.reshard(each, sharding.update(spec=spec))
+
+
 def split_over(v: jax.Array, axis: int) -> int:
     """The number of devices that v's type splits this axis over; 1 where shardings are no types."""
     sharding = jax.typeof(v).sharding

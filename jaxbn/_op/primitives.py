@@ -16,7 +16,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxbn._op.axes import Axes
-from jaxbn._op.devices import alike
+from jaxbn._op.devices import alike, repeated
 
 # The `device` that an operation's function sees, by the platform that JAX lowers for.
 DEVICES = {"cpu": "cpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
@@ -114,18 +114,20 @@ class Operation:
 
     def _batch(self, there: Sequence[Any], dims: Sequence[Any], **params: Any) -> Any:
         """Makes the mapped axis the first axis of features."""
-        n = next(v.shape[i] for v, i in zip(there, dims, strict=True) if i is not None)
         axes, given = params.pop("axes"), params["given"]
         first = sum(given[: max(self.linear, 1)])
+        mapped = next(
+            jnp.moveaxis(v, i, 0) for v, i in zip(there, dims, strict=True) if i is not None
+        )
 
         def widened(at: int, v: jax.Array, i: int | None) -> jax.Array:
+            if i is None and at < first:
+                return repeated(v, mapped)
             if i is None:
                 # An operand that only broadcasts stays small, since backward may keep it.
-                return (
-                    jnp.broadcast_to(v[None], (n if at < first else 1, *v.shape)) if v.ndim else v
-                )
+                return v[None] if v.ndim else v
             v = jnp.moveaxis(v, i, 0) if i else v
-            return v if v.ndim > 1 else v.reshape(n, *(1,) * len(axes.features))
+            return v if v.ndim > 1 else v.reshape(len(v), *(1,) * len(axes.features))
 
         there = list(map(widened, range(len(there)), there, dims))
         features, reduced = (tuple(a + 1 for a in part) for part in axes)

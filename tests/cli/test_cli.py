@@ -25,7 +25,8 @@ import jaxbn
 from jaxbn import _extras, export
 from jaxbn._checkpoints import contents, norm_layers, read
 from jaxbn._checkpoints import write as write_
-from jaxbn._cli import commands, terminal
+from jaxbn._cli import commands, terminal, users_model
+from jaxbn._cli import options as cli_options
 from jaxbn._cli import picture as picture_
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -634,6 +635,13 @@ def test_no_command_is_a_call_for_help(capsys):
     assert ends[0][1].startswith("usage: python -m jaxbn ")
 
 
+def test_the_examples_of_the_help_are_command_lines():
+    """One a command, in the order of the commands."""
+    words = [line.split()[3:] for line in cli_options.EXAMPLES.splitlines() if " -m jaxbn " in line]
+    parsed = [cli_options.parse(line).command for line in words]
+    assert parsed == ["doctor", "convert", "recalibrate", "fold", "export"]
+
+
 # Package → what needs it, and the rest of the line.
 MISSING = {
     "safetensors": [
@@ -940,6 +948,14 @@ def test_fold_ends_with_1_where_nothing_is_folded_or_not_well_enough(net, capsys
     assert out.splitlines()[-1].startswith("folding changes fn's result by ")
 
 
+def test_the_users_module_is_found_beside_where_the_command_was_started(tmp_path, monkeypatch):
+    """The console command `jaxbn` begins without this folder on the path; `python -m` has it."""
+    (tmp_path / "beside.py").write_text("def model():\n    return print, {}, []\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    assert users_model.network("beside:model") == (print, {}, [])
+
+
 def test_errors_of_the_commands_that_write(net, capsys, tmp_path):
     (tmp_path / "other.py").write_text(
         "def broken():\n    return 1 / 0\n\ndef three():\n    return 3\n"
@@ -1023,7 +1039,7 @@ def test_the_json_in_the_docs(tmp_path, capsys, monkeypatch):
     new = {"mean": np.zeros(8), "var": np.ones(8), "scale": np.ones(8), "bias": np.zeros(8)}
     write_.save("untrained.msgpack", {"bn": new})
     out = run(capsys, "doctor", "untrained.msgpack", "--json")[1]
-    assert f"```text\n{out}```\n" in (ROOT / "docs" / "doctor.md").read_text()
+    assert f"```json\n{out}```\n" in (ROOT / "docs" / "doctor.md").read_text()
 
 
 def test_the_version(capsys):

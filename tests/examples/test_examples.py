@@ -38,7 +38,6 @@ BAD = [
     ("drift/alarms.py --data-dir {}/no", NO_DATA),
     ("drift/alarms.py --run {} --width 2", "{} has no complete checkpoint"),
     ("drift/alarms.py --window 200", "--window 200: there are 180 images to draw it from"),
-    ("drift/alarms.py --figure {}/no/f.png", "--figure {}/no/f.png: there is no folder for it"),
     (
         "drift/alarms.py --windows 0",
         "argument --windows: 0 is out of range, must be at least 1",
