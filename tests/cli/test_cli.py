@@ -639,7 +639,7 @@ def test_the_examples_of_the_help_are_command_lines():
     """One a command, in the order of the commands."""
     words = [line.split()[3:] for line in cli_options.EXAMPLES.splitlines() if " -m jaxbn " in line]
     parsed = [cli_options.parse(line).command for line in words]
-    assert parsed == ["doctor", "convert", "recalibrate", "fold", "export"]
+    assert parsed == ["doctor", "convert", "recalibrate", "fold", "export", "serving"]
 
 
 # Package → what needs it, and the rest of the line.
