@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from jaxbn._extras import need
-from jaxbn.export._checked_file import Exported, written
-from jaxbn.export._onnx import session
+from jaxbn.export._checked_file import Case, Exported, written
+from jaxbn.export._session import session
 
 
 def int8(
@@ -85,9 +85,7 @@ def int8(
         "int8",
         path,
         write,
-        lambda file: session(file)(batches[0]),
-        lambda x: reference,
-        batches[0],
+        lambda file: [Case([session(file)(batches[0])], [reference])],
         tolerance,
     )
 
