@@ -116,7 +116,7 @@ def difference(call: str, got: Any, expected: Any) -> tuple[float, float]:
             f"{expected.shape}; nothing was written."
         )
     wide = [v.astype(np.complex128 if np.iscomplexobj(v) else np.float64) for v in (got, expected)]
-    for whose, v in zip(("file", "function"), wide, strict=True):
+    for whose, v in zip(("function", "file"), wide[::-1], strict=True):
         if wrong := int((~np.isfinite(v)).sum()):
             raise ValueError(
                 f"{call}: {wrong} of {v.size} values of the {whose}'s result are not finite, "

@@ -5,6 +5,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
@@ -52,15 +53,26 @@ def node(operator: str, shape: Sequence[Any], dtype: Any, *operands: Any, **attr
 @functools.cache
 def register() -> None:
     """Adds to jax2onnx's plugins the one that writes a node."""
+    ir = importlib.import_module("onnx_ir")
     plugin_system = importlib.import_module("jax2onnx.plugins.plugin_system")
 
+    cumsum = jnp.cumsum
     plugin_system.import_all_plugins()
+    setattr(jnp, "cumsum", cumsum)  # noqa: B010 (one of the plugins replaces it for good)
 
     @plugin_system.register_primitive(jaxpr_primitive=NODE.name, context="jaxbn", component="node")
     class Node(plugin_system.PrimitiveLeafPlugin):  # type: ignore[name-defined]
         def lower(self, ctx: Any, eqn: Any) -> None:
             def initializer(array: Any) -> Any:
-                return ctx.builder.add_initializer_from_array(ctx.fresh_name("constant"), array)
+                tensor = ir.tensor(array)  # the builder's own method casts to float32
+                value = ir.Value(
+                    name=ctx.fresh_name("constant"),
+                    type=ir.TensorType(tensor.dtype),
+                    shape=tensor.shape,
+                    const_value=tensor,
+                )
+                ctx.builder.initializers.append(value)
+                return value
 
             p, operands = eqn.params, iter(eqn.invars)
             inputs = [

@@ -30,7 +30,7 @@ LOGICAL = {"and", "or", "xor"}
 # fmt: off
 VALUE_BY_VALUE = {
     "abs", "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil",
-    "convert_element_type", "cos", "cosh", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1",
+    "cos", "cosh", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1",
     "floor", "integer_pow", "is_finite", "log", "log1p", "logistic", "ne", "neg", "not",
     "rem", "round", "rsqrt", "select_n", "sign", "sin", "sinh", "sqrt", "square", "tan",
     "tanh",
@@ -106,17 +106,23 @@ class Operators:
                 self.values[first] = value
             else:
                 self._leave(op)
-        return [self.array(i) for i in self.program.outputs]
+        results: list[Any] = []
+        for i in self.program.outputs:
+            array = self.array(i)
+            if i in self.values and any(array is v for v in (*results, *(x.array for x in inputs))):
+                array = node("Identity", array.shape, array.dtype, array)  # each has a name
+            results.append(array)
+        return results
 
     def _inputs(self, op: Op) -> tuple[int, ...]:
         found = self.found.get(op.outputs[0])
         return op.inputs if found is None else (found.input,)
 
     def _needed(self) -> list[Op]:
-        """The operations that results need, without those inside a pattern."""
+        """The operations that results need, without those inside a pattern and without prints."""
         needed, kept = set(self.program.outputs), []
         for op in reversed(self.program.ops):
-            if op.eqn.effects or needed & set(op.outputs):
+            if needed & set(op.outputs):
                 needed |= set(self._inputs(op))
                 kept.append(op)
         return kept[::-1]
@@ -230,8 +236,10 @@ def cast(array: Any, dtype: Any) -> Any:
     """The array in this dtype."""
     if array.dtype == dtype:
         return array
-    params = {"new_dtype": np.dtype(dtype), "weak_type": False, "sharding": None}
-    return jax.lax.convert_element_type_p.bind(array, **params)
+    from onnx import helper
+
+    to = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    return node("Cast", array.shape, dtype, array, to=int(to))
 
 
 def bind(op: Op, changed: dict[str, Any], *operands: Any) -> Any:
@@ -261,6 +269,14 @@ def broadcasting(run: Operators, op: Op) -> Value | None:
     order = run.common_order(op)
     operands = [run.broadcast(i, order) for i in op.inputs]
     return Value(node(BROADCASTING[op.name], ordered(op.shape, order), op.dtype, *operands), order)
+
+
+def conversion(run: Operators, op: Op) -> Value | None:
+    """Cast."""
+    value = run.values[op.inputs[0]]
+    if "complex" in f"{op.dtype} {value.array.dtype}":
+        return None
+    return Value(cast(value.array, op.dtype), value.order)
 
 
 def value_by_value(self: Operators, op: Op) -> Value | None:
@@ -499,7 +515,8 @@ def total(run: Operators, op: Op) -> Value | None:
     value = run.values[x]
     at, order = without(value, axes)
     shape = [n for k, n in enumerate(value.array.shape) if k not in at]
-    if len(shape) == 2 < len(value.order) and at[0] == 2:
+    moved = value.order != tuple(range(len(value.order)))
+    if moved and len(shape) == 2 and at[0] == 2:  # a norm over the last axis is no pool
         ones = [1] * len(at)
         array = node("GlobalAveragePool", (*shape, *ones), op.dtype, value.array)
         return Value(node("Flatten", shape, op.dtype, array, axis=1), order)
@@ -614,6 +631,7 @@ RULES: dict[str, Callable[[Operators, Op], Value | None]] = {
     "clamp": clamp,
     "concatenate": concatenate,
     "conv_general_dilated": convolution,
+    "convert_element_type": conversion,
     "dot_general": dot,
     "max": maximum,
     "pad": pad,

@@ -21,20 +21,18 @@ def shapes_of(leaves: Sequence[Any], sizes: str | Sequence[str] | None) -> list[
         )
     scope, shapes = jax.export.SymbolicScope(), []
     for spec, v in zip(specs, leaves, strict=True):
+        fits, why = False, "they are others"
         try:
             shape = jax.export.symbolic_shape(spec, like=v.shape, scope=scope)
             fits = len(shape) == v.ndim and all(
                 not isinstance(n, int) or n == m for n, m in zip(shape, v.shape, strict=True)
             )
         except Exception as error:
-            raise ValueError(
-                f"onnx: sizes {spec!r} cannot be read: {str(error).splitlines()[0]}; expected "
-                f"sizes as of jax.export.symbolic_shape, such as 'B, ...'."
-            ) from error
+            why = str(error).splitlines()[0]
         if not fits:
             raise ValueError(
-                f"onnx: sizes {spec!r} do not fit x of shape {v.shape}, expected its sizes, with "
-                f"letters where they are free; write 'B, ...'."
+                f"onnx: sizes {spec!r} do not fit x of shape {v.shape}: {why}; expected its sizes, "
+                f"with letters where they are free; write 'B, ...'."
             )
         shapes.append(jax.ShapeDtypeStruct(shape, v.dtype))
     return shapes
