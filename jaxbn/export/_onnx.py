@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxbn._extras import need
 from jaxbn._folding.program import run, trace
+from jaxbn._text import first_line
 from jaxbn.export._checked_file import TOLERANCES, Case, Exported, inference_inputs, written
 from jaxbn.export._float32 import without_bfloat16
 from jaxbn.export._nodes import register
@@ -92,7 +93,7 @@ def onnx(
         fixed = ", ".join(map(str, leaves[0].shape))
         raise ValueError(
             f"onnx: fn cannot be traced with sizes {', '.join(map(str, shapes[0].shape))}: "
-            f"{str(error).splitlines()[0]} Expected operations that work at any size; for this "
+            f"{first_line(error)}; expected operations that work at any size; for this "
             f"size alone, write sizes={fixed!r}."
         ) from error
     names = (
@@ -208,7 +209,7 @@ def _refusal(operators: Operators, error: Exception) -> ValueError:
             what, error = f"{op.name} in {op.path or 'fn'}", alone
             break
     return ValueError(
-        f"onnx: {what} cannot be converted: {str(error).splitlines()[0]}; expected operations that "
+        f"onnx: {what} cannot be converted: {first_line(error)}; expected operations that "
         f"ONNX has. Compute it outside fn or by other operations, or write jaxbn.export.stablehlo, "
         f"which takes all."
     )

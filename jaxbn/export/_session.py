@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._extras import need
+from jaxbn._text import first_line
 
 BFLOAT16 = 16  # the number of the dtype in ONNX
 
@@ -44,7 +45,7 @@ def session(path: str | os.PathLike[str], *, optimize: bool = True) -> Callable[
         )
     except Exception as error:
         raise ValueError(
-            f"session: onnxruntime cannot read {path}: {str(error).splitlines()[0]}; expected a "
+            f"session: onnxruntime cannot read {path}: {first_line(error)}; expected a "
             f"file of jaxbn.export.onnx or jaxbn.export.int8."
         ) from error
     names = [value.name for value in runner.get_inputs()]
@@ -68,7 +69,7 @@ def session(path: str | os.PathLike[str], *, optimize: bool = True) -> Callable[
         except Exception as error:
             got = ", ".join(f"{name} {v.dtype} {list(v.shape)}" for name, v in given.items())
             raise ValueError(
-                f"session: {path} cannot run on {got or 'nothing'}: {str(error).splitlines()[0]}; "
+                f"session: {path} cannot run on {got or 'nothing'}: {first_line(error)}; "
                 f"expected {signature(runner)}."
             ) from error
         arrays_made = {name: _array(v) for name, v in made.items()}

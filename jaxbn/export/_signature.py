@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxbn._text import first_line
+
 
 def shapes_of(leaves: Sequence[Any], sizes: str | Sequence[str] | None) -> list[Any]:
     """The inputs with symbols for the sizes that are free."""
@@ -28,7 +30,7 @@ def shapes_of(leaves: Sequence[Any], sizes: str | Sequence[str] | None) -> list[
                 not isinstance(n, int) or n == m for n, m in zip(shape, v.shape, strict=True)
             )
         except Exception as error:
-            why = str(error).splitlines()[0]
+            why = first_line(error)
         if not fits:
             raise ValueError(
                 f"onnx: sizes {spec!r} do not fit x of shape {v.shape}: {why}; expected its sizes, "

@@ -324,7 +324,7 @@ REFUSED = {
         {"sizes": "B, 9, ..."},
         "onnx: sizes 'B, 9, ...' do not fit x of shape (4, 8, 8, 4): syntax error in symbolic "
         "shape 'B, 9, ...' in dimension 1: different size 9 for known dimension; like=(4, 8, 8, "
-        "4). Parsed 'B, 9', remaining ', ...'.; expected its sizes, with letters where they are "
+        "4). Parsed 'B, 9', remaining ', ...'; expected its sizes, with letters where they are "
         "free; write 'B, ...'.",
     ),
     "too many sizes": (
@@ -354,7 +354,8 @@ def test_a_function_of_one_size_is_refused_with_the_line_for_that_size(tmp_path)
     text = str(error.value)
     assert text.startswith("onnx: fn cannot be traced with sizes B, 8, 8, 4: ")
     assert text.endswith(
-        " Expected operations that work at any size; for this size alone, write sizes='4, 8, 8, 4'."
+        "; expected operations that work at any size; for this size alone, write "
+        "sizes='4, 8, 8, 4'."
     )
     export.onnx(fn, X, tmp_path / "f", sizes="4, 8, 8, 4")
 
