@@ -50,7 +50,7 @@ class Quantized(NamedTuple):
         return (
             f"{self.path}: {self.bytes / 1000:.0f} kB, error {self.relative:.1e} of the largest "
             f"value\nfloat32  {slow:.2f} ms\nint8     {fast:.2f} ms, {slow / fast:.2f} times as "
-            f"fast\nin float: {', '.join(self.in_float) or 'nothing'}"
+            f"fast\nin float: {short(self.in_float) or 'nothing'}"
         )
 
 
@@ -217,7 +217,7 @@ def _run_or_refuse(run: Callable[..., Any], feeds: Sequence[dict[str, np.ndarray
         )
         raise ValueError(
             f"int8: source cannot run on batch 0 of shape {shapes}, dtype {dtypes}: "
-            f"{first_line(error)}; expected inputs as the network takes them."
+            f"{first_line(error.__cause__ or error)}; expected inputs as the network takes them."
         ) from error
 
 
