@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
+import jaxbn
 from jaxbn import export
 
 RANDOM = np.random.default_rng(0)
@@ -237,6 +238,9 @@ def test_height_and_width_are_free_by_option(tmp_path):
         np.testing.assert_allclose(
             export.session(done.path)(x), residual()(x), rtol=1e-4, atol=1e-5
         )
+    layer = with_weights(nn.Conv(3, (3, 3)), X)
+    folded, _ = jaxbn.fold(lambda x: (layer(x) * 2).mean((1, 2)), X)  # divides by the size
+    export.onnx(folded, X, tmp_path / "net.onnx", sizes="B, h, w, 4")
     export.onnx(residual(), X, tmp_path / "net.onnx", sizes="4, 8, 8, 4")
     dims = onnx.load(tmp_path / "net.onnx").graph.input[0].type.tensor_type.shape.dim
     assert [dim.dim_value for dim in dims] == [4, 8, 8, 4]
