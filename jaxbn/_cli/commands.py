@@ -196,6 +196,7 @@ def export(args: Namespace) -> int:
         fn, report = jaxbn.fold(fn, x)
         print(report)
     own = {} if args.tolerance is None else {"tolerance": args.tolerance}
+    done: tool.Exported | tool.Quantized
     if dest.suffix == ".stablehlo":
         done = tool.stablehlo(fn, x, dest, **own)
     elif args.int8:
