@@ -10,10 +10,11 @@ A map of the package; `help(jaxbn.NAME)` has arguments and an example of each na
     several devices   assert_replicated, sync_state, merge_updates
     less memory       checkpoint_policy
     a trained model   recalibrate, reset, freeze, unfreeze, swap
+    other kernels     standardize
     the optimizer     labels, decay_mask
     serving           fold, FoldReport, FoldError; export.stablehlo, export.onnx, export.int8
     other libraries   convert.from_torch, from_keras, from_haiku, from_equinox, to_torch
-    what is wrong     health.check, health.gap, health.drift
+    what is wrong     health.check, health.gap, health.drift, health.lint; health.advise: which norm
     a training run    watch.linen, watch.nnx; writers.open
     tools of your own calls (hooks on norm layers), layers (norm layers in a tree)
 
@@ -39,6 +40,7 @@ from jaxbn._op.checkpoint_policy import checkpoint_policy
 from jaxbn._op.moments import moments
 from jaxbn._op.one_value import OneValueWarning
 from jaxbn._op.pooling import merge
+from jaxbn._op.standardize import standardize
 from jaxbn._op.state import Moments, Params, State, init
 
 __version__ = "0.2.0"
@@ -70,6 +72,7 @@ __all__ = [
     "nnx",
     "recalibrate",
     "reset",
+    "standardize",
     "swap",
     "sync_state",
     "unfreeze",

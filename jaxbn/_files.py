@@ -13,6 +13,8 @@ from typing import Any
 def replacing(path: Path) -> Iterator[Path]:
     """A place beside `path` to write to. At the end it is renamed to `path`, unless an error came.
 
+    Files written beside that place are moved with it, and before it.
+
     >>> import pathlib, tempfile
     >>> from jaxbn import _files
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -25,7 +27,8 @@ def replacing(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         file = Path(folder, path.name)
         yield file
-        os.replace(file, path)
+        for part in sorted(file.parent.iterdir(), key=lambda part: part == file):
+            os.replace(part, path.parent / part.name)
 
 
 def shards(path: Path, suffixes: Sequence[str]) -> dict[Path, list[str] | None]:

@@ -222,5 +222,6 @@ def test_few_values_are_cured_by_what_changes_y():
     moments = {"bn": jaxbn.moments(X[:2])}
     found = {f.kind: f.remedy for f in health.check({"bn": jaxbn.init(3)[1]}, moments)}
     assert found["few_values"] == (
-        "a larger batch, axis_name= to pool over devices, or jaxbn.swap: GroupNorm needs none"
+        'a larger batch, or jaxbn.swap: to="batch" with axis_name= pools over devices, to="group" '
+        "needs no batch; jaxbn.health.advise(batch_per_device=...) tells which"
     )

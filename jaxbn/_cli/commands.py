@@ -152,6 +152,36 @@ def fold(args: Namespace) -> int:
     return 0 if report.folded else 1
 
 
+def lint(args: Namespace) -> int:
+    """Prints what is wrong with how a network is put together. Status 1 if there are findings."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxbn import health
+    from jaxbn._cli import terminal, users_model
+    from jaxbn._inspection.layers import is_nnx
+
+    _on_the_cpu()
+    apply, model, batches = users_model.network(args.model)
+    x = next(iter(batches), None)
+    if x is None:
+        raise ValueError(f"{args.model} gives no batches, expected at least one as the example.")
+    if not is_nnx(model):
+        # Shapes will do. Ones and not zeros: a factor that is 0 is a finding.
+        shapes = jax.tree.map(
+            lambda v: jnp.ones(v.shape, v.dtype) if isinstance(v, jax.ShapeDtypeStruct) else v,
+            model,
+        )
+        findings = health.lint(functools.partial(apply, shapes), x, train=args.train)
+    else:
+        findings = health.lint(apply, model, x, train=args.train)
+    if args.json:
+        print(terminal.findings_as_json(args.model, findings))
+    else:
+        terminal.show_findings(args.model, findings)
+    return int(bool(findings))
+
+
 def export(args: Namespace) -> int:
     """Folds the norms of the user's model and writes a file to serve."""
     import jaxbn
@@ -169,6 +199,7 @@ def export(args: Namespace) -> int:
         fn, report = jaxbn.fold(fn, x)
         print(report)
     own = {} if args.tolerance is None else {"tolerance": args.tolerance}
+    done: tool.Exported | tool.Quantized
     if dest.suffix == ".stablehlo":
         done = tool.stablehlo(fn, x, dest, **own)
     elif args.int8:
@@ -273,6 +304,7 @@ COMMANDS = {
     "convert": convert,
     "recalibrate": recalibrate,
     "fold": fold,
+    "lint": lint,
     "export": export,
     "compare": compare,
     "verify": verify,
@@ -399,7 +431,10 @@ def _artifact(path: str) -> tuple[Any, Any]:
 
     def run(x: Any) -> Any:
         with _silent_compiler():
-            return fn(x)
+            y: Any = fn(x)
+        # Several results of an ONNX file stand in the order of the function's leaves, by any names.
+        several = Path(path).suffix == ".onnx" and isinstance(y, Mapping)
+        return list(y.values()) if several else y
 
     return run, manifest
 

@@ -138,6 +138,33 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sub.add_argument("--tolerance", type=_positive, metavar="T", help="largest relative error")
 
     sub = command(
+        "lint",
+        "is this network put together well?",
+        "Traces your model and says what is wrong with how it uses its batch norms. The model does "
+        "not\nrun, and there is no checkpoint.",
+        f"{MODEL}\n"
+        "Here apply may run the model in train mode: functools.partial(net.apply, train=True,\n"
+        'mutable=["batch_stats"], rngs=...). Dropout is judged in that mode alone.\n\n'
+        "exit status: 0 healthy, 1 findings, 2 could not be traced",
+    )
+    sub.add_argument("--model", metavar="MODULE:FUNCTION", required=True, help="your model: below")
+    mode = sub.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--train",
+        action="store_const",
+        const=True,
+        help="apply is for training: a layer in eval mode is a finding",
+    )
+    mode.add_argument(
+        "--eval",
+        dest="train",
+        action="store_const",
+        const=False,
+        help="apply is for serving: a layer in train mode is a finding",
+    )
+    sub.add_argument("--json", action="store_true", help="the same for programs")
+
+    sub = command(
         "export",
         "a file to serve: ONNX, int8, StableHLO",
         "Folds the norms and writes a file for any batch size, which is run and compared first.",

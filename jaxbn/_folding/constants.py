@@ -76,6 +76,7 @@ def compute(op: Op, operands: Sequence[Known]) -> list[Known] | None:
             narrows = jnp.finfo(op.dtype).bits < jnp.finfo(operands[0].dtype).bits
             return [Known(value.astype(op.dtype) if narrows else value, op.shape, op.dtype)]
     sizes = [size for v in (*op.eqn.invars, *op.eqn.outvars) for size in shape_of(v)]
+    sizes += filter(jax.export.is_symbolic_dim, op.eqn.params.values())  # a size as a value
     if op.eqn.effects or not all(isinstance(size, int) for size in sizes):
         return None
     with jax.ensure_compile_time_eval():

@@ -14,6 +14,7 @@ from jaxbn._files import replacing
 from jaxbn._folding.fold import FoldReport
 from jaxbn._text import first_line, printable
 from jaxbn.export._checked_file import Exported
+from jaxbn.export._int8 import Quantized
 
 SUFFIX = ".manifest.json"
 FORMAT = 1
@@ -21,7 +22,7 @@ LONGEST = 2**24  # bytes of a manifest; a network of 1000 sites needs a hundredt
 
 
 def manifest(
-    done: Exported,
+    done: Exported | Quantized,
     *,
     folded: FoldReport | None = None,
     source: Exported | None = None,
@@ -57,6 +58,7 @@ def manifest(
         "jaxbn": sys.modules["jaxbn"].__version__,  # an import of the package would be a circle
         "jax": jax.__version__,
         "artifact": _entry(done.path),
+        "weights": _entry(weights) if (weights := _weights(done.path)).is_file() else None,
         "checkpoint": None if checkpoint is None else _entry(Path(checkpoint)),
         "folded": [[site.name, site.note] for site in sites if site.folded],
         "not_folded": [[site.name, site.note] for site in sites if site.folded is False],
@@ -79,8 +81,8 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
       path: the exported file.
 
     Returns:
-      A dict with `artifact` and `checkpoint` (`file`, `bytes` and `sha256` of each; None for a
-      checkpoint that was not named), `folded`, `not_folded`, `errors`, and the versions.
+      A dict with `artifact`, `weights` (beside an ONNX file above 2 GB) and `checkpoint`, each with
+      `file`, `bytes` and `sha256`, or None; `folded`, `not_folded`, `errors`, and the versions.
 
     Raises:
       FileNotFoundError: there is no such file, or no manifest beside the file.
@@ -105,17 +107,20 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
         if place.stat().st_size > LONGEST:
             raise ValueError(f"it is longer than {LONGEST} bytes")
         content = json.loads(place.read_text(encoding="utf-8"))
-        declared = _checked(content)
+        _check(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"read_manifest: {printable(place)} is no manifest of jaxbn.export.manifest: "
             f"{first_line(error)}"
         ) from error
-    if (found := checksum(path)) != declared:
-        raise ValueError(
-            f"read_manifest: {printable(path)} has the SHA-256 {found[:12]}…, but its manifest "
-            f"says {printable(declared[:12])}…: the file has changed; export it again"
-        )
+    for part, name in ((path, "artifact"), (_weights(path), "weights")):
+        declared = (content[name] or {"sha256": "no such file"})["sha256"]
+        found = checksum(part) if part.is_file() else "no such file"
+        if found != declared:
+            raise ValueError(
+                f"read_manifest: {printable(part)} has the SHA-256 {found[:12]}…, but its manifest "
+                f"says {printable(declared[:12])}…: the file has changed; export it again"
+            )
     return content
 
 
@@ -138,26 +143,31 @@ def checksum(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _weights(path: Path) -> Path:
+    """Where the weights of an ONNX file are that are too large for the file."""
+    return path.with_name(f"{path.name}.data")
+
+
 def _entry(path: Path) -> dict[str, Any]:
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files)
     return {"file": path.name, "bytes": size, "sha256": checksum(path)}
 
 
-def _checked(content: Any) -> str:
-    """The checksum of the artifact in a manifest. Raises unless the manifest has its form."""
+def _check(content: Any) -> None:
+    """Raises unless the content of a manifest has its form."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"expected an object of format {FORMAT}")
-    for name in ("artifact", "checkpoint"):
+    for name in ("artifact", "weights", "checkpoint"):
         entry = content.get(name)
-        if entry is None and name == "checkpoint":
+        if entry is None and name != "artifact":
+            content[name] = None
             continue
         if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
             raise ValueError(f"expected the SHA-256 of the {name}")
     for name, kind in (("folded", list), ("not_folded", list), ("errors", dict)):
         if not isinstance(content.get(name), kind):
             raise ValueError(f"expected {name}, a {kind.__name__}")
-    return content["artifact"]["sha256"]
 
 
 def _finite(v: float) -> float | None:

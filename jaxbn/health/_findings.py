@@ -33,7 +33,6 @@ class Finding(NamedTuple):
 
 
 KINDS = {  # kind → what its figure is; the worst kinds first
-    "training_mode": "normalizations by statistics of the batch",  # from `jaxbn.health.serving`
     "not_finite": "number of NaN and infinite values",
     "negative_variance": "smallest running variance",
     "no_statistics": "arrays mean and var that the layer holds",
@@ -57,6 +56,15 @@ KINDS = {  # kind → what its figure is; the worst kinds first
     "batch_dependent": "largest change of a row's result as other rows change",
     "row_order": "largest change of a row's result as the rows change places",
     "batch_of_one": "largest change of a row's result as the row is alone",
+    # From `jaxbn.health.lint`:
+    "train_in_inference": "share of the batch in the statistics that x is normalized by",
+    "one_value": "values per channel that the batch's statistics are of",
+    "eval_in_training": "share of the batch in the statistics that x is normalized by",
+    "multiplied_by_zero": "number of channels that no result will ever depend on",
+    "dropout_before_norm": "variance in training over variance in eval, of an x with mean 0",
+    "late_cast": "operations on integers before the cast",
+    "lost_bias": "number of biases that the mean takes away",
+    "relu_before_norm": "share of an x with median 0 that relu makes 0",
 }
 
 

@@ -24,7 +24,7 @@ def serving(fn: Callable[[Any], Any], x: Any, *, tolerance: float | None = None)
     the result of a row must not depend on the other rows, on its place, on the size of the batch or
     on the time. The checks, each with the kind of its finding:
 
-    - mode: no norm normalizes by the batch (`training_mode`);
+    - mode: no norm normalizes by the batch (`train_in_inference`);
     - numbers: no result is NaN (`not_finite`);
     - determinism: two runs on x agree bit for bit (`not_deterministic`);
     - batch independence: a row's result stays while other rows change (`batch_dependent`);
@@ -56,7 +56,7 @@ def serving(fn: Callable[[Any], Any], x: Any, *, tolerance: float | None = None)
     """
     n = _rows(x)
     if where := _training_mode(fn, x):
-        return [Finding(where, "training_mode", ERROR, 1.0, 0.0, (), EVAL)]
+        return [Finding(where, "train_in_inference", ERROR, 1.0, 0.0, (), EVAL)]
     result = _Results(fn(x), n, tolerance)
     stateful = "give fn no random key and no state that a call changes: dropout off, model.eval()"
     findings = result.changes(fn(x), slice(None), "not_deterministic", stateful, exact=True)

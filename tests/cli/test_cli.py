@@ -605,9 +605,9 @@ def test_help_names_every_option(command, capsys):
     assert end.value.code == 0
     assert max(map(len, out.splitlines())) <= 100
     assert ("module:function" in out.lower()) == (command not in ("", "doctor"))
-    assert ("exit status: 0 healthy, 1 findings, 2 could not be read" in out) == (
-        command == "doctor"
-    )
+    status = {"doctor": "read", "lint": "traced"}.get(command)
+    assert ("exit status: 0 healthy, 1 findings" in out) == (status is not None)
+    assert f"2 could not be {status or 'read'}" in out or status is None
     gates = ("compare", "verify", "serving")
     assert ("0 within all bounds, 1 findings, 2 could not be run" in out) == (command in gates)
 
@@ -869,6 +869,72 @@ def test_recalibrate_gives_the_moments_of_all_batches(net, capsys):
     y = np.asarray(conv.apply({"params": old["params"]["conv"]}, net.batches()[0]), np.float64)
     mean = read.read("new.safetensors")["batch_stats"]["bn"]["mean"]
     np.testing.assert_allclose(mean, y.mean((0, 1, 2)), rtol=1e-5, atol=1e-5)
+
+
+LINTED = """
+import functools
+import flax.linen as nn
+import jax
+import numpy as np
+from flax import nnx
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=True):
+        return nn.BatchNorm(not train, name="bn\\x1b")(nn.Dense(4)(x))
+
+
+def network(shapes=False):
+    make = functools.partial(jax.eval_shape, Net().init) if shapes else Net().init
+    x = np.ones((8, 3), np.float32)
+    variables = make(jax.random.key(0), x)
+    return functools.partial(Net().apply, mutable=["batch_stats"]), variables, [x]
+
+
+def shapes():
+    return network(True)
+
+
+def of_nnx():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(3, 4, use_bias=False, rngs=rngs), nnx.BatchNorm(4, rngs=rngs))
+    model.eval()
+    return lambda model, x: model(x), model, [np.ones((8, 3), np.float32)]
+
+
+def nothing():
+    return lambda model, x: x, {}, []
+"""
+
+
+def test_lint(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "linted.py").write_text(LINTED)
+    lost = (
+        "warning  lost_bias in bn\\x1b\n"
+        "         number of biases that the mean takes away: 4, threshold 0\n"
+        "         remedy: use_bias=False before the norm: the mean takes the bias away\n"
+    )
+    for function in ("network", "shapes"):
+        status, out, err = run(capsys, "lint", "--model", f"linted:{function}", "--train")
+        assert (status, out, err) == (1, f"linted:{function}: 1 warning\n\n{lost}", "")
+    assert run(capsys, "lint", "--model", "linted:of_nnx", "--eval") == (
+        0,
+        "linted:of_nnx: healthy\n",
+        "",
+    )
+    status, out, _ = run(capsys, "lint", "--model", "linted:of_nnx", "--train", "--json")
+    found = json.loads(out)
+    assert (status, found["model"], found["healthy"]) == (1, "linted:of_nnx", False)
+    (finding,) = found["findings"]
+    assert (finding["layer"], finding["kind"]) == ("layers/1", "eval_in_training")
+    assert run(capsys, "lint", "--model", "linted:nothing") == (
+        2,
+        "",
+        "lint: linted:nothing gives no batches, expected at least one as the example.\n",
+    )
 
 
 def test_fold_and_export(net, capsys):

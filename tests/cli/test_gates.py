@@ -191,6 +191,18 @@ def test_a_manifest_that_is_not_of_its_file_is_refused(artifact, capsys):
     assert err.endswith(f"its manifest says {sha[:12]}…: the file has changed; export it again\n")
 
 
+def test_the_weights_beside_a_large_file_are_part_of_it(artifact):
+    beside = pathlib.Path("net.stablehlo.data")
+    beside.write_bytes(b"weights")
+    with pytest.raises(ValueError, match="net.stablehlo.data has the SHA-256 "):
+        export.read_manifest(artifact)
+    export.manifest(export.Exported(artifact, 0, 0.0, 0.0))
+    assert export.read_manifest(artifact)["weights"]["bytes"] == 7
+    beside.unlink()
+    with pytest.raises(ValueError, match="has the SHA-256 no such file…"):
+        export.read_manifest(artifact)
+
+
 def test_compare_two_exported_files(artifact, capsys):
     words = ["compare", "net.stablehlo", "net.stablehlo"]
     assert run(capsys, *words, "--inputs", "x.npz")[0] == 0
@@ -242,13 +254,16 @@ def test_serving_as_a_command(net, capsys, tmp_path):
     assert (status, err) == (1, "")
     assert out == (
         "net.msgpack: 1 finding\n"
-        "error training_mode in Net/bn\n"
-        "  normalizations by statistics of the batch: 1, threshold 0\n"
+        "error train_in_inference in Net/bn\n"
+        "  share of the batch in the statistics that x is normalized by: 1, threshold 0\n"
         "  remedy: run the norms in eval mode: train=False, use_running_average=True, "
         "model.eval()\n"
     )
     told = json.loads(run(capsys, "serving", "net.msgpack", "--model=modes:network", "--json")[1])
-    assert (told["passed"], [f["kind"] for f in told["findings"]]) == (False, ["training_mode"])
+    assert (told["passed"], [f["kind"] for f in told["findings"]]) == (
+        False,
+        ["train_in_inference"],
+    )
 
 
 # Inputs

@@ -42,7 +42,7 @@ SICK = {  # fn → the kinds of its findings
     "labels by the batch": (lambda x: (x > x.mean(0)).argmax(-1), ["batch_dependent"]),
     "training": (
         lambda x: jaxbn.batch_norm(x, *jaxbn.init(3), train=True)[0],
-        ["training_mode"],
+        ["train_in_inference"],
     ),
 }
 
@@ -69,7 +69,7 @@ def test_modules_in_both_modes():
 
     assert health.serving(of(False), X) == []
     (finding,) = health.serving(of(True), X)
-    assert (finding.layer, finding.kind) == ("Net/bn", "training_mode")
+    assert (finding.layer, finding.kind) == ("Net/bn", "train_in_inference")
     model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
     # nnx refuses to be traced in training mode: the results tell.
     assert [f.kind for f in health.serving(model, X)][:1] == ["batch_dependent"]
