@@ -194,7 +194,7 @@ def test_a_manifest_that_is_not_of_its_file_is_refused(artifact, capsys):
 def test_the_weights_beside_a_large_file_are_part_of_it(artifact):
     beside = pathlib.Path("net.stablehlo.data")
     beside.write_bytes(b"weights")
-    with pytest.raises(ValueError, match="net.stablehlo.data has the SHA-256 "):
+    with pytest.raises(ValueError, match=r"net\.stablehlo\.data has the SHA-256 "):
         export.read_manifest(artifact)
     export.manifest(export.Exported(artifact, 0, 0.0, 0.0))
     assert export.read_manifest(artifact)["weights"]["bytes"] == 7
