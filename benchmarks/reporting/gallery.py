@@ -189,6 +189,27 @@ def torch_roundtrip():
     return figure
 
 
+def zoo():
+    """Errors of converted networks in linen, in nnx, and folded."""
+    rows = table("docs/convert.md", "network")
+    figure, axis = plots.axes(
+        "Five networks by torchvision's names, in float32",
+        "largest error over the largest result, from float64",
+        height=2.8,
+    )
+    stages = {"linen": 2, "nnx": 3, "folded": 5}
+    for (stage, column), (color, marker) in zip(
+        stages.items(), plots.STYLES.values(), strict=False
+    ):
+        errors = [number(row[column]) for row in rows]
+        axis.scatter(errors, range(len(rows)), c=color, marker=marker, s=40, label=stage)
+    axis.set_xscale("log")
+    axis.set_yticks(range(len(rows)), [row[0] for row in rows])
+    axis.set(xlim=(1e-7, 1e-5), ylim=(len(rows) - 0.5, -0.5))
+    axis.legend(frameon=False)
+    return figure
+
+
 def alarms():
     """Accuracy falls, and alarms rise, with what is done to the images."""
     rows = table("docs/drift.md", "images")
@@ -387,7 +408,7 @@ PICTURES: dict[str, Callable] = {
     for drawn in (
         *(first_steps, devices),
         *(train, ship, speedrun, failures, alarms, served, false_alarms, stale),
-        *(recalibrate, finetune, swap, fold_report, torch_roundtrip, watched),
+        *(recalibrate, finetune, swap, fold_report, torch_roundtrip, zoo, watched),
     )
 }
 

@@ -138,6 +138,28 @@ def _print_findings(console: Any, findings: Sequence[Finding]) -> None:
         console.print(grid)
 
 
+def plain(findings: Sequence[Finding]) -> list[str]:
+    """The findings as lines for a log, without colour and without rich.
+
+    >>> from jaxbn import health
+    >>> from jaxbn._cli import terminal
+    >>> finding = health.Finding("result", "row_order", "error", 0.5, 1e-4, (), "sort nothing")
+    >>> print(*terminal.plain([finding]), sep=chr(10))
+    error row_order in result
+      largest change of a row's result as the rows change places: 0.5, threshold 0.0001
+      remedy: sort nothing
+    """
+    return [
+        line
+        for finding in findings
+        for line in (
+            f"{finding.severity} {finding.kind} in {_layer(finding)}",
+            f"  {_of(finding, False)}",
+            f"  remedy: {printable(finding.remedy)}",
+        )
+    ]
+
+
 def verdict(findings: Sequence[Finding]) -> str:
     """The number of errors and of warnings.
 

@@ -1,8 +1,9 @@
 """What is wrong with a checkpoint, a model or the data that a model is served.
 
 `check` and `summary` look at the arrays of the layers, `lint` at how a network is put together.
-`gap` runs a model on a batch. `drift` looks at a stream of served data. All give `Finding`s, each
-with a remedy, by the thresholds in `Limits`. `advise` tells which norm suits a batch.
+`gap` runs a model on a batch. `drift` looks at a stream of served data, `serving` at the function
+that serves. All give `Finding`s, each with a remedy, by the thresholds in `Limits`. `advise` tells
+which norm suits a batch.
 """
 
 from jaxbn.health._advise import Advice, advise
@@ -14,6 +15,7 @@ from jaxbn.health._gap import Gap, LayerGap, gap
 from jaxbn.health._layer import of_layer
 from jaxbn.health._lint import lint
 from jaxbn.health._rows import Seen, incoming, merge, seen
+from jaxbn.health._serving import serving
 
 __all__ = [
     "KINDS",
@@ -41,6 +43,7 @@ __all__ = [
     "merge",
     "of_layer",
     "seen",
+    "serving",
     "summary",
     "worst_first",
 ]

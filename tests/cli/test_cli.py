@@ -608,6 +608,8 @@ def test_help_names_every_option(command, capsys):
     status = {"doctor": "read", "lint": "traced"}.get(command)
     assert ("exit status: 0 healthy, 1 findings" in out) == (status is not None)
     assert f"2 could not be {status or 'read'}" in out or status is None
+    gates = ("compare", "verify", "serving")
+    assert ("0 within all bounds, 1 findings, 2 could not be run" in out) == (command in gates)
 
 
 def test_as_a_program(folder):
@@ -637,7 +639,7 @@ def test_the_examples_of_the_help_are_command_lines():
     """One a command, in the order of the commands."""
     words = [line.split()[3:] for line in cli_options.EXAMPLES.splitlines() if " -m jaxbn " in line]
     parsed = [cli_options.parse(line).command for line in words]
-    assert parsed == ["doctor", "convert", "recalibrate", "fold", "export"]
+    assert parsed == ["doctor", "convert", "recalibrate", "fold", "export", "serving"]
 
 
 # Package → what needs it, and the rest of the line.
@@ -714,22 +716,6 @@ def test_help_imports_no_more_than_the_package_does():
 
 
 # The commands that write
-
-
-@pytest.fixture
-def net(tmp_path, monkeypatch):
-    """The module of docs/doctor.md, its untrained checkpoint `net.msgpack`, and x."""
-    page = (ROOT / "docs" / "doctor.md").read_text()
-    (text,) = re.findall(r"^```python\n(# net\.py.*?)^```", page, re.MULTILINE | re.DOTALL)
-    (tmp_path / "net.py").write_text(text)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "net", raising=False)
-    import net
-
-    variables = net.Net().init(jax.random.key(3), net.batches()[0])
-    write_.save("net.msgpack", {"step": 7, "model": variables})
-    return net
 
 
 def equal(a, b):

@@ -52,6 +52,7 @@ BAD = [
         "drift/false_alarms.py --windows 9",
         "argument --windows: 9 is out of range, must be at least 10",
     ),
+    ("convert/zoo.py --tiny --torchvision", "--tiny has no networks of torchvision's"),
     ("convert/torch_roundtrip.py {}/no x", "{0}/no: No such file or directory: {0}/no"),
     (
         "convert/torch_roundtrip.py {}/wide/config.json x",
