@@ -10,7 +10,7 @@ from flax import errors
 from flax.linen import dtypes
 
 from jaxbn import _elsewhere
-from jaxbn._op.arguments import array
+from jaxbn._op.arguments import array, check_update_stats
 from jaxbn._op.axes import resolve, wide
 from jaxbn._op.one_value import train_anyway
 from jaxbn._op.state import Params, State
@@ -72,6 +72,7 @@ class BatchNorm(nn.BatchNorm):
         *,
         mask: jax.Array | None = None,
         residual: jax.Array | None = None,
+        update_stats: bool = True,
     ) -> jax.Array:
         """Equals `batch_norm(x, …, train=not use_running_average)`; batch_stats is updated.
 
@@ -80,10 +81,14 @@ class BatchNorm(nn.BatchNorm):
           use_running_average: normalize by batch_stats, which stay; here or in the constructor.
           mask: broadcastable to x; False cells take no part in the statistics.
           residual: of x's shape; added to y before the activation.
+          update_stats: False leaves batch_stats as they are in training too, so they need not be
+            mutable; y is the same. For a second pass over a batch, an adversarial step, a probe.
+            A Python bool.
         """
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
+        check_update_stats("BatchNorm", update_stats)
         x = array("BatchNorm", "x", x)
         axes = resolve("BatchNorm", x, self.axis).features
         features = tuple(x.shape[a] for a in axes)
@@ -108,7 +113,8 @@ class BatchNorm(nn.BatchNorm):
                     f"for variables of this x, or pass the feature axis as axis=."
                 )
         initializing = self.is_initializing()
-        if not (use_running_average or initializing or self.is_mutable_collection("batch_stats")):
+        updates = update_stats and not (use_running_average or initializing)
+        if updates and not self.is_mutable_collection("batch_stats"):
             raise _immutable("/" + "/".join(self.path))
         options: dict[str, Any] = {}
         if not initializing:
@@ -135,7 +141,7 @@ class BatchNorm(nn.BatchNorm):
             residual=residual,
             **options,
         )
-        if not use_running_average and not initializing:
+        if updates:
             mean.value, var.value = state.mean, state.var
             if state.count is not None:
                 counter.value = state.count
@@ -153,6 +159,7 @@ def _immutable(path: str) -> errors.ModifyScopeVariableError:
         f'BatchNorm: layer "{path}" normalizes by the batch and updates batch_stats, which is '
         f'immutable here; expected mutable=["batch_stats"]; write y, updates = model.apply('
         f'variables, x, mutable=["batch_stats"]) and keep updates["batch_stats"], or '
-        f"use_running_average=True for eval.",
+        f"use_running_average=True for eval, or update_stats=False to normalize by the batch and "
+        f"learn nothing.",
     )
     return error

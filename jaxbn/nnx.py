@@ -12,7 +12,7 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
 from jaxbn import _elsewhere
 from jaxbn._inspection.hooks import PATH
-from jaxbn._op.arguments import array
+from jaxbn._op.arguments import array, check_update_stats
 from jaxbn._op.axes import resolve
 from jaxbn._op.one_value import train_anyway
 from jaxbn._op.state import Params, State
@@ -124,6 +124,7 @@ class BatchNorm(nnx.BatchNorm):
         *,
         mask: jax.Array | None = None,
         residual: jax.Array | None = None,
+        update_stats: bool = True,
     ) -> jax.Array:
         """Equals `batch_norm(x, …, train=not use_running_average)`; mean and var are updated.
 
@@ -133,6 +134,8 @@ class BatchNorm(nnx.BatchNorm):
             constructor, or by `model.eval()`.
           mask: broadcastable to x; False cells take no part in the statistics.
           residual: of x's shape; added to y before the activation.
+          update_stats: False leaves mean and var as they are in training too; y is the same. For
+            a second pass over a batch, an adversarial step, a probe. A Python bool.
         """
         use_running_average = nnx.module.first_from(
             use_running_average,
@@ -141,6 +144,7 @@ class BatchNorm(nnx.BatchNorm):
             "constructor; expected True or False: model.train(), model.eval(), or "
             "bn(x, use_running_average=False).",
         )
+        check_update_stats("BatchNorm", update_stats)
         x = array("BatchNorm", "x", x)
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
@@ -179,7 +183,7 @@ class BatchNorm(nnx.BatchNorm):
             activation=self.activation,
             residual=residual,
         )
-        if not use_running_average:
+        if update_stats and not use_running_average:
             # Anew: `mean[...] = ` would cast to the dtype that mean had.
             self.mean.set_value(state.mean)
             self.var.set_value(state.var)

@@ -413,9 +413,23 @@ BUGS = (
     Bug(
         "a forgotten mutable in Flax's words",
         "jaxbn/linen.py",
-        'initializing or self.is_mutable_collection("batch_stats")):',
-        "True):",
+        'if updates and not self.is_mutable_collection("batch_stats"):',
+        "if False:",
         "test_first_day.py::test_forgotten_mutable",
+    ),
+    Bug(
+        "linen learns what it was told to leave",
+        "jaxbn/linen.py",
+        "updates = update_stats and not (",
+        "updates = not (",
+        "flax/test_update_stats.py::test_linens_batch_stats_need_not_be_mutable",
+    ),
+    Bug(
+        "nnx learns what it was told to leave",
+        "jaxbn/nnx.py",
+        "        if update_stats and not use_running_average:",
+        "        if not use_running_average:",
+        "flax/test_update_stats.py::test_y_and_dx_are_those_of_training_and_the_statistics_stay[nnx-plain]",
     ),
     Bug(
         "an nnx layer of another size speaks of params.scale",
@@ -543,6 +557,13 @@ BUGS = (
         "batch_moments(call, lambda _: run(True))",
         "batch_moments(call, lambda _: run(call.train))",
         "adapt/test_recalibrate.py::test_statistics_are_those_of_one_batch_of_all[linen]",
+    ),
+    Bug(
+        "recalibration takes what the layers leave",
+        "jaxbn/_inspection/observer.py",
+        "        if not call.update_stats:",
+        "        if False:",
+        "flax/test_update_stats.py::test_recalibration_takes_what_the_layer_learns_from[nnx]",
     ),
     Bug(
         "a frozen layer trains",

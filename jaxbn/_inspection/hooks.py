@@ -25,7 +25,7 @@ class Call(NamedTuple):
 
     >>> from jaxbn import calls
     >>> calls.Call._fields
-    ('layer', 'x', 'mask', 'train', 'path', 'residual')
+    ('layer', 'x', 'mask', 'train', 'path', 'residual', 'update_stats')
     """
 
     layer: Any  # the Flax module, with axis, momentum, epsilon, axis_name
@@ -34,6 +34,7 @@ class Call(NamedTuple):
     train: bool  # whether the model asked the layer to normalize by the batch
     path: str = ""  # as in `layers.find`
     residual: jax.Array | None = None  # of the call; added to y before the layer's activation
+    update_stats: bool = True  # of the call; False: the layer learns nothing
 
 
 Hook = Callable[[Call, Callable[[bool], jax.Array]], tuple[jax.Array, Any]]
@@ -157,9 +158,7 @@ def hooked_apply(
                 # of the first. This does the same between two runs in one call.
                 object.__setattr__(layer, "scope", layer.scope.rewound())
 
-        y, record = hook(
-            Call(layer, x, mask, not mode, join("", *layer.path), more.get("residual")), run
-        )
+        y, record = hook(Call(layer, x, mask, not mode, join("", *layer.path), **_kept(more)), run)
         if record is not None:
             # The record is stored in batch_stats, because nn.scan, nn.vmap and nn.remat carry that
             # collection already. They would drop a collection of our own.
@@ -245,7 +244,7 @@ def _hooked_call(cls: Any, hook: Hook, combine: Callable[..., Any]) -> Callable[
         mode = nnx.module.first_from(
             given, self.use_running_average, error_msg="BatchNorm: use_running_average is not set"
         )
-        call = Call(self, x, mask, not mode, getattr(self, PATH), more.get("residual"))
+        call = Call(self, x, mask, not mode, getattr(self, PATH), **_kept(more))
         y, record = hook(call, lambda train: cls.__call__(self, x, not train, mask=mask, **more))
         if record is not None:
             if hasattr(self, OBSERVED):
@@ -260,6 +259,11 @@ def _arguments(
     x: Any, use_running_average: Any = None, *, mask: Any = None, **more: Any
 ) -> tuple[Any, ...]:
     return x, use_running_average, mask, more
+
+
+def _kept(more: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of a layer's call that a `Call` has."""
+    return {name: v for name, v in more.items() if name in Call._fields}
 
 
 def _without_records(stats: Any, path: str = "") -> tuple[Any, dict[str, Any]]:

@@ -126,6 +126,8 @@ def _hook(paths: tuple[str, ...]) -> Callable[..., tuple[jax.Array, Any]]:
     def hook(call: Call, run: Callable[[bool], jax.Array]) -> tuple[jax.Array, Any]:
         if call.path not in paths:
             return run(call.train), None
+        if not call.update_stats:  # the layer learns nothing from this call, and so do we
+            return run(True), None
         y, moments = batch_moments(call, lambda _: run(True))
         return y, Observed(moments, jnp.asarray(getattr(call.layer, "unbiased", False)))
 

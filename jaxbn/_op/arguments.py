@@ -200,6 +200,16 @@ def check_train(call: str, train: Any) -> None:
         )
 
 
+def check_update_stats(call: str, update_stats: Any) -> None:
+    """Refuses an `update_stats` that is not a bool, or is traced."""
+    if not isinstance(update_stats, bool | np.bool_):
+        raise TypeError(
+            f"{call}: update_stats={update_stats!r}, expected True or False, known when tracing. A "
+            f"traced flag can choose afterwards: jax.tree.map(lambda old, new: jnp.where(flag, "
+            f"new, old), old_stats, new_stats)."
+        )
+
+
 def check_eval(call: str, state: Any) -> None:
     """Eval normalizes by the running statistics of a State."""
     if state is None:
