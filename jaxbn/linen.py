@@ -46,6 +46,8 @@ class BatchNorm(nn.BatchNorm):
       unbiased: new here: the running var takes n / (n - 1) times the batch's, as PyTorch's does.
       activation: new here: applied to y last; `flax.linen.relu` in its own way, see
         `jaxbn.batch_norm`.
+      renorm: new here: `(r_max, d_max)`, batch renormalization: y in training is nearly that of
+        eval, for batches of 4 to 16; see `jaxbn.batch_norm`.
 
     Raises:
       TypeError, ValueError: as `jaxbn.batch_norm`; but for one value per channel in training,
@@ -63,6 +65,7 @@ class BatchNorm(nn.BatchNorm):
     virtual_batch_size: int | None = None
     unbiased: bool = False
     activation: Callable[[jax.Array], jax.Array] | None = None
+    renorm: tuple[float, float] | None = None
 
     @nn.compact
     def __call__(
@@ -73,6 +76,7 @@ class BatchNorm(nn.BatchNorm):
         mask: jax.Array | None = None,
         residual: jax.Array | None = None,
         update_stats: bool = True,
+        renorm: tuple[float | jax.Array, float | jax.Array] | None = None,
     ) -> jax.Array:
         """Equals `batch_norm(x, …, train=not use_running_average)`; batch_stats is updated.
 
@@ -84,6 +88,7 @@ class BatchNorm(nn.BatchNorm):
           update_stats: False leaves batch_stats as they are in training too, so they need not be
             mutable; y is the same. For a second pass over a batch, an adversarial step, a probe.
             A Python bool.
+          renorm: in place of the constructor's, for a schedule; may hold traced numbers.
         """
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
@@ -139,6 +144,7 @@ class BatchNorm(nn.BatchNorm):
             dtype=dtype,
             activation=self.activation,
             residual=residual,
+            renorm=self.renorm if renorm is None else renorm,
             **options,
         )
         if updates:

@@ -52,6 +52,8 @@ class BatchNorm(nnx.BatchNorm):
       unbiased: new here: the running var takes n / (n - 1) times the batch's, as PyTorch's does.
       activation: new here: applied to y last; `flax.nnx.relu` in its own way, see
         `jaxbn.batch_norm`.
+      renorm: new here: `(r_max, d_max)`, batch renormalization: y in training is nearly that of
+        eval, for batches of 4 to 16; see `jaxbn.batch_norm`.
 
     Raises:
       TypeError, ValueError: as `jaxbn.batch_norm`; but for one value per channel in training,
@@ -90,6 +92,7 @@ class BatchNorm(nnx.BatchNorm):
         virtual_batch_size: int | None = None,
         unbiased: bool = False,
         activation: Callable[[jax.Array], jax.Array] | None = None,
+        renorm: tuple[float, float] | None = None,
     ):
         super().__init__(
             num_features,
@@ -114,6 +117,7 @@ class BatchNorm(nnx.BatchNorm):
         self.virtual_batch_size = virtual_batch_size
         self.unbiased = unbiased
         self.activation = activation
+        self.renorm = renorm
         if momentum is None:
             self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
@@ -125,6 +129,7 @@ class BatchNorm(nnx.BatchNorm):
         mask: jax.Array | None = None,
         residual: jax.Array | None = None,
         update_stats: bool = True,
+        renorm: tuple[float | jax.Array, float | jax.Array] | None = None,
     ) -> jax.Array:
         """Equals `batch_norm(x, …, train=not use_running_average)`; mean and var are updated.
 
@@ -136,6 +141,7 @@ class BatchNorm(nnx.BatchNorm):
           residual: of x's shape; added to y before the activation.
           update_stats: False leaves mean and var as they are in training too; y is the same. For
             a second pass over a batch, an adversarial step, a probe. A Python bool.
+          renorm: in place of the constructor's, for a schedule; may hold traced numbers.
         """
         use_running_average = nnx.module.first_from(
             use_running_average,
@@ -182,6 +188,7 @@ class BatchNorm(nnx.BatchNorm):
             dtype=dtype,
             activation=self.activation,
             residual=residual,
+            renorm=self.renorm if renorm is None else renorm,
         )
         if update_stats and not use_running_average:
             # Anew: `mean[...] = ` would cast to the dtype that mean had.

@@ -211,6 +211,7 @@ def _swapped_call(cls: Any, to: str) -> Callable[..., jax.Array]:
         mask: Any = None,
         residual: Any = None,
         update_stats: bool = True,
+        renorm: Any = None,
     ) -> jax.Array:
         _check_last(to, {}, x)
         return finish(cls.__call__(self, x, mask=_full_mask(mask, x)), self.activation, residual)

@@ -25,7 +25,7 @@ class Call(NamedTuple):
 
     >>> from jaxbn import calls
     >>> calls.Call._fields
-    ('layer', 'x', 'mask', 'train', 'path', 'residual', 'update_stats')
+    ('layer', 'x', 'mask', 'train', 'path', 'residual', 'update_stats', 'renorm')
     """
 
     layer: Any  # the Flax module, with axis, momentum, epsilon, axis_name
@@ -35,9 +35,10 @@ class Call(NamedTuple):
     path: str = ""  # as in `layers.find`
     residual: jax.Array | None = None  # of the call; added to y before the layer's activation
     update_stats: bool = True  # of the call; False: the layer learns nothing
+    renorm: Any = None  # of the call; None: the layer's own
 
 
-Hook = Callable[[Call, Callable[[bool], jax.Array]], tuple[jax.Array, Any]]
+Hook = Callable[[Call, Callable[..., jax.Array]], tuple[jax.Array, Any]]
 
 
 def batch_moments(call: Call, run: Callable[[bool], jax.Array]) -> tuple[jax.Array, Any]:
@@ -119,8 +120,9 @@ def hooked_apply(
     Args:
       apply: `net.apply`, or a function that passes its keywords on to it.
       hook: `hook(call, run)` returns `(y, record)`. `run(train)` is the layer itself, in the mode
-        that you pass. Train mode updates the statistics, so a hook that wants both modes runs eval
-        mode first. A record is a pytree of arrays, or None to record nothing.
+        that you pass; keywords replace those of the call. Train mode updates the statistics, so a
+        hook that wants both modes runs eval mode first. A record is a pytree of arrays, or None to
+        record nothing.
       combine: `combine(record, record)` gives the record of a layer that is called twice.
 
     Returns:
@@ -147,11 +149,11 @@ def hooked_apply(
         constructed = layer.use_running_average
         mode = nn.merge_param("use_running_average", constructed, given)
 
-        def run(train: bool) -> jax.Array:
+        def run(train: bool, **changed: Any) -> jax.Array:
             # A layer with a mode in its constructor refuses a mode in its call.
             object.__setattr__(layer, "use_running_average", None)
             try:
-                return layer_call(x, not train, mask=mask, **more)
+                return layer_call(x, not train, mask=mask, **more | changed)
             finally:
                 object.__setattr__(layer, "use_running_average", constructed)
                 # Flax rewinds the scope after a call, so that a second call finds the variables
@@ -245,7 +247,11 @@ def _hooked_call(cls: Any, hook: Hook, combine: Callable[..., Any]) -> Callable[
             given, self.use_running_average, error_msg="BatchNorm: use_running_average is not set"
         )
         call = Call(self, x, mask, not mode, getattr(self, PATH), **_kept(more))
-        y, record = hook(call, lambda train: cls.__call__(self, x, not train, mask=mask, **more))
+
+        def run(train: bool, **changed: Any) -> jax.Array:
+            return cls.__call__(self, x, not train, mask=mask, **more | changed)
+
+        y, record = hook(call, run)
         if record is not None:
             if hasattr(self, OBSERVED):
                 record = combine(getattr(self, OBSERVED).get_value(), record)

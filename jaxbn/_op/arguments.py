@@ -18,6 +18,7 @@ from jax import lax
 from jaxbn._op import axes as axes_
 from jaxbn._op.axes import Axes, check_dtype, is_integer, promote, wide
 from jaxbn._op.devices import Pool, sharded_as
+from jaxbn._op.renorm import Renorm
 from jaxbn._op.state import Moments, Params, State
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -44,6 +45,7 @@ class Checked(NamedTuple):
     mask: jax.Array | None  # booleans of x's rank
     dtype: Any  # of y
     residual: jax.Array | None  # in dtype
+    renorm: Renorm | None  # None in eval mode
     pool: Pool | None  # the devices whose statistics are one; None in eval mode
     batch_axis: int  # the axis that ghost batches divide, where there are any
     ghosts: int  # number of ghost batches; 0 where there are none
@@ -66,6 +68,7 @@ def check(
     dtype: Any,
     activation: Any,
     residual: Any,
+    renorm: Any,
 ) -> Checked:
     """The arguments of `batch_norm`, or an error that says what to write."""
     x = array(call, "x", x)
@@ -84,6 +87,7 @@ def check(
     check_activation(call, activation)
     residual = None if residual is None else check_residual(call, residual, x, dtype)
     mask = None if mask is None else check_mask(call, mask, x)
+    limits = None if renorm is None else check_renorm(call, renorm, state, x)
     pool, batch_axis, ghosts = None, 0, 0
     if not train:
         check_eval(call, state)
@@ -105,6 +109,7 @@ def check(
         mask=mask,
         dtype=dtype,
         residual=residual,
+        renorm=Renorm(state.mean, state.var, *limits) if limits and train else None,
         pool=pool,
         batch_axis=batch_axis,
         ghosts=ghosts,
@@ -249,6 +254,33 @@ def check_residual(call: str, residual: Any, x: jax.Array, dtype: Any) -> jax.Ar
             f"write dtype={residual.dtype.name!r} for a complex y."
         )
     return residual.astype(dtype)
+
+
+def check_renorm(
+    call: str, renorm: Any, state: Any, x: jax.Array
+) -> tuple[jax.Array, jax.Array] | None:
+    """r_max and d_max as arrays; None where moments are gathered, which no state is to draw to."""
+    pair = renorm if isinstance(renorm, tuple | list) else ()
+    least = zip(pair, (1.0, 0.0), strict=False)
+    if len(pair) != 2 or not all(np.shape(v) == () and _is_number(v, w.__le__) for v, w in least):
+        raise (ValueError if pair else TypeError)(
+            f"{call}: renorm={renorm!r}, expected (r_max, d_max), numbers of at least 1 and 0, or "
+            f"traced ones; write renorm=(3.0, 5.0), or renorm=(1.0, 0.0) for plain batch norm."
+        )
+    if jnp.iscomplexobj(x):
+        raise TypeError(
+            f"{call}: renorm={renorm!r} with x of dtype {x.dtype}, but d is clipped, and complex "
+            f"numbers have no order; leave renorm out."
+        )
+    if state is None:
+        raise ValueError(
+            f"{call}: renorm={renorm!r} with state=None, but y is drawn to the running statistics; "
+            f"start from params, state = jaxbn.init(features)."
+        )
+    if isinstance(state, Moments):
+        return None
+    r_max, d_max = (jnp.asarray(limit, state.var.dtype) for limit in pair)
+    return r_max, d_max
 
 
 def check_mask(call: str, mask: Any, x: jax.Array) -> jax.Array:

@@ -39,6 +39,7 @@ def batch_norm(
     dtype: Any = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
     residual: jax.Array | None = None,
+    renorm: tuple[float | jax.Array, float | jax.Array] | None = None,
 ) -> tuple[jax.Array, S]:
     """Equals `(x - mean) / sqrt(var + epsilon) * scale + bias` per channel.
 
@@ -75,6 +76,13 @@ def batch_norm(
         backward makes its sign again, of x, or of y where there is a residual: on a GPU that is
         less to read and write than relu apart. Any other function is called as it is.
       residual: of x's shape, added to y before the activation, in y's dtype.
+      renorm: `(r_max, d_max)`, batch renormalization (Ioffe 2017): in training y is
+        `(xhat * r + d) * scale + bias`, with xhat by the batch and r and d such that y is nearly
+        that of eval: `r = clip(sqrt(var + epsilon) / sqrt(state.var + epsilon), 1/r_max, r_max)`
+        and `d = clip((mean - state.mean) / sqrt(state.var + epsilon), -d_max, d_max)`, of the
+        state before this batch, constants to every derivative. `(1.0, 0.0)` is batch norm. Both
+        may be traced, so that a schedule runs inside jit. For batches of 4 to 16. Ignored in eval
+        mode, and where state is a `Moments`.
 
     Returns:
       `(y, state)`: y with x's shape; the state in both modes with mean and var in float32 or
@@ -112,6 +120,7 @@ def batch_norm(
         dtype=dtype,
         activation=activation,
         residual=residual,
+        renorm=renorm,
     )
     new: Any = c.state
     if not train:
@@ -140,7 +149,7 @@ def _by_batch(c: Checked, relu: bool) -> tuple[jax.Array, Moments]:
     """
     known, traced = (c.epsilon, None) if isinstance(c.epsilon, float) else (0.0, c.epsilon)
     near = None if c.state is None else c.state.mean
-    v = Operands(c.x, c.params, c.mask, traced, c.residual if relu else None, near)
+    v = Operands(c.x, c.params, c.mask, traced, c.residual if relu else None, near, c.renorm)
     if not c.ghosts:
         return normalize_by_batch(Spec(c.axes, known, c.pool, c.dtype, relu), v)
     y, moments = _by_ghosts(Spec(c.axes, known, None, c.dtype, relu), v, c.batch_axis, c.ghosts)

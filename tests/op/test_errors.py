@@ -78,6 +78,46 @@ CASES = {
             "activation=jax.nn.relu."
         ),
     ),
+    **{
+        f"renorm of {name}": (
+            lambda limits=limits: call(renorm=limits),
+            error(
+                f"batch_norm: renorm={limits!r}, expected (r_max, d_max), numbers of at least 1 "
+                f"and 0, or traced ones; write renorm=(3.0, 5.0), or renorm=(1.0, 0.0) for plain "
+                f"batch norm."
+            ),
+        )
+        for name, limits, error in (
+            ("r_max below 1", (0.5, 0.0), ValueError),
+            ("NaN", (float("nan"), 0.0), ValueError),
+            ("d_max below 0", (1.0, -1.0), ValueError),
+            ("three", (1.0, 0.0, 0.0), ValueError),
+            ("one number", 3.0, TypeError),
+            ("words", ("3", 0.0), ValueError),
+            ("r_max per channel", (np.ones(3), 0.0), ValueError),
+        )
+    },
+    "renorm in eval mode too": (
+        lambda: call(renorm=(0.0, 0.0), train=False),
+        ValueError(
+            "batch_norm: renorm=(0.0, 0.0), expected (r_max, d_max), numbers of at least 1 and 0, "
+            "or traced ones; write renorm=(3.0, 5.0), or renorm=(1.0, 0.0) for plain batch norm."
+        ),
+    ),
+    "renorm of complex x": (
+        lambda: call(X.astype(jnp.complex64), renorm=(1.0, 0.0)),
+        TypeError(
+            "batch_norm: renorm=(1.0, 0.0) with x of dtype complex64, but d is clipped, and "
+            "complex numbers have no order; leave renorm out."
+        ),
+    ),
+    "renorm without a state": (
+        lambda: call(state=None, renorm=(1.0, 0.0)),
+        ValueError(
+            "batch_norm: renorm=(1.0, 0.0) with state=None, but y is drawn to the running "
+            "statistics; start from params, state = jaxbn.init(features)."
+        ),
+    ),
     "train is not given": (
         lambda: jaxbn.batch_norm(X, PARAMS, STATE),
         TypeError("batch_norm() missing 1 required keyword-only argument: 'train'"),

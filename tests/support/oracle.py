@@ -48,6 +48,13 @@ def gradients(x, dy, scale, axis=-1, mask=None, epsilon=1e-5):
     return dx, dscale, dbias
 
 
+def corrections(mean, var, old_mean, old_var, r_max, d_max, epsilon=1e-5):
+    """Equals r and d of batch renormalization, each [C]."""
+    sd = np.sqrt(old_var + epsilon)
+    r = np.clip(np.sqrt(var + epsilon) / sd, 1 / r_max, r_max)
+    return r, np.clip((mean - old_mean) / sd, -d_max, d_max)
+
+
 def running(old, new, momentum):
     """Equals momentum * old + (1 - momentum) * new."""
     old = np.asarray(old)
