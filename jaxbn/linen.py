@@ -77,6 +77,7 @@ class BatchNorm(nn.BatchNorm):
         residual: jax.Array | None = None,
         update_stats: bool = True,
         renorm: tuple[float | jax.Array, float | jax.Array] | None = None,
+        weights: jax.Array | None = None,
     ) -> jax.Array:
         """Equals `batch_norm(x, …, train=not use_running_average)`; batch_stats is updated.
 
@@ -89,6 +90,7 @@ class BatchNorm(nn.BatchNorm):
             mutable; y is the same. For a second pass over a batch, an adversarial step, a probe.
             A Python bool.
           renorm: in place of the constructor's, for a schedule; may hold traced numbers.
+          weights: broadcastable to x, at least 0: the share of each cell in the statistics.
         """
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
@@ -145,6 +147,7 @@ class BatchNorm(nn.BatchNorm):
             activation=self.activation,
             residual=residual,
             renorm=self.renorm if renorm is None else renorm,
+            weights=weights,
             **options,
         )
         if updates:

@@ -130,6 +130,7 @@ class BatchNorm(nnx.BatchNorm):
         residual: jax.Array | None = None,
         update_stats: bool = True,
         renorm: tuple[float | jax.Array, float | jax.Array] | None = None,
+        weights: jax.Array | None = None,
     ) -> jax.Array:
         """Equals `batch_norm(x, …, train=not use_running_average)`; mean and var are updated.
 
@@ -142,6 +143,7 @@ class BatchNorm(nnx.BatchNorm):
           update_stats: False leaves mean and var as they are in training too; y is the same. For
             a second pass over a batch, an adversarial step, a probe. A Python bool.
           renorm: in place of the constructor's, for a schedule; may hold traced numbers.
+          weights: broadcastable to x, at least 0: the share of each cell in the statistics.
         """
         use_running_average = nnx.module.first_from(
             use_running_average,
@@ -189,6 +191,7 @@ class BatchNorm(nnx.BatchNorm):
             activation=self.activation,
             residual=residual,
             renorm=self.renorm if renorm is None else renorm,
+            weights=weights,
         )
         if update_stats and not use_running_average:
             # Anew: `mean[...] = ` would cast to the dtype that mean had.

@@ -178,7 +178,7 @@ def _apply_swapped(
             force_float32_reductions=call.layer.force_float32_reductions,
             parent=call.layer.scope,
         )
-        y = norm(call.x, mask=_full_mask(call.mask, call.x))
+        y = norm(call.x, mask=_full_mask(call.mask, call.weights, call.x))
         return finish(y, getattr(call.layer, "activation", None), call.residual), None
 
     out, _ = hooked_apply(apply, other_norm)(variables, *args, mutable=mutable, **kwargs)
@@ -212,9 +212,11 @@ def _swapped_call(cls: Any, to: str) -> Callable[..., jax.Array]:
         residual: Any = None,
         update_stats: bool = True,
         renorm: Any = None,
+        weights: Any = None,
     ) -> jax.Array:
         _check_last(to, {}, x)
-        return finish(cls.__call__(self, x, mask=_full_mask(mask, x)), self.activation, residual)
+        y = cls.__call__(self, x, mask=_full_mask(mask, weights, x))
+        return finish(y, self.activation, residual)
 
     return __call__
 
@@ -235,9 +237,12 @@ def _check_last(to: str, axes: Mapping[str, Any], x: jax.Array | None = None) ->
         )
 
 
-def _full_mask(mask: Any, x: jax.Array) -> Any:
-    """The mask with x's shape: Flax's GroupNorm reshapes the mask as it reshapes x."""
-    return None if mask is None else jnp.broadcast_to(jnp.asarray(mask, bool), x.shape)
+def _full_mask(mask: Any, weights: Any, x: jax.Array) -> Any:
+    """The cells that count with x's shape: Flax's GroupNorm reshapes its mask as it reshapes x."""
+    cells = [
+        jnp.broadcast_to(jnp.asarray(v) != 0, x.shape) for v in (mask, weights) if v is not None
+    ]
+    return functools.reduce(jnp.logical_and, cells) if cells else None
 
 
 def _without_layers(stats: Any, paths: Mapping[str, Any], at: str = "") -> Any:

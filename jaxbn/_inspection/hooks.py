@@ -25,7 +25,7 @@ class Call(NamedTuple):
 
     >>> from jaxbn import calls
     >>> calls.Call._fields
-    ('layer', 'x', 'mask', 'train', 'path', 'residual', 'update_stats', 'renorm')
+    ('layer', 'x', 'mask', 'train', 'path', 'residual', 'update_stats', 'renorm', 'weights')
     """
 
     layer: Any  # the Flax module, with axis, momentum, epsilon, axis_name
@@ -36,6 +36,7 @@ class Call(NamedTuple):
     residual: jax.Array | None = None  # of the call; added to y before the layer's activation
     update_stats: bool = True  # of the call; False: the layer learns nothing
     renorm: Any = None  # of the call; None: the layer's own
+    weights: jax.Array | None = None  # of the call: the share of each cell in the statistics
 
 
 Hook = Callable[[Call, Callable[..., jax.Array]], tuple[jax.Array, Any]]
@@ -64,7 +65,7 @@ def batch_moments(call: Call, run: Callable[[bool], jax.Array]) -> tuple[jax.Arr
 
 
 def pooled(call: Call, mask: jax.Array | None) -> Moments:
-    """The moments of those cells of x where the mask is True.
+    """The moments of those cells of x where the mask is True, under the weights of the call.
 
     The moments are pooled over devices exactly where the layer pools its own. Use it in a hook that
     needs another mask than the call's.
@@ -84,7 +85,7 @@ def pooled(call: Call, mask: jax.Array | None) -> Moments:
     """
     layer = call.layer
     groups = layer.axis_index_groups
-    return moments(call.x, layer.axis, mask, axis_name=layer.axis_name, axis_index_groups=groups)
+    return moments(call.x, layer.axis, mask, layer.axis_name, groups, call.weights)
 
 
 def check_apply(call: str, apply: Any, write: str) -> None:

@@ -42,7 +42,8 @@ class Checked(NamedTuple):
     axes: Axes
     momentum: Any
     epsilon: Any  # a float, or traced
-    mask: jax.Array | None  # booleans of x's rank
+    mask: jax.Array | None  # booleans of x's rank: the cells that count, by mask and by weights
+    weights: jax.Array | None  # of x's rank; 0 where the mask is False
     dtype: Any  # of y
     residual: jax.Array | None  # in dtype
     renorm: Renorm | None  # None in eval mode
@@ -69,6 +70,7 @@ def check(
     activation: Any,
     residual: Any,
     renorm: Any,
+    weights: Any,
 ) -> Checked:
     """The arguments of `batch_norm`, or an error that says what to write."""
     x = array(call, "x", x)
@@ -86,7 +88,7 @@ def check(
     check_dtype(call, "values of y", dtype, "leave dtype out for that of x")
     check_activation(call, activation)
     residual = None if residual is None else check_residual(call, residual, x, dtype)
-    mask = None if mask is None else check_mask(call, mask, x)
+    mask, weights = check_cells(call, mask, weights, x)
     limits = None if renorm is None else check_renorm(call, renorm, state, x)
     pool, batch_axis, ghosts = None, 0, 0
     if not train:
@@ -107,6 +109,7 @@ def check(
         momentum=momentum,
         epsilon=epsilon,
         mask=mask,
+        weights=weights,
         dtype=dtype,
         residual=residual,
         renorm=Renorm(state.mean, state.var, *limits) if limits and train else None,
@@ -283,6 +286,18 @@ def check_renorm(
     return r_max, d_max
 
 
+def check_cells(
+    call: str, mask: Any, weights: Any, x: jax.Array
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """The cells that count, and how much: mask and weights multiply. None for what is not given."""
+    mask = None if mask is None else check_mask(call, mask, x)
+    if weights is None:
+        return mask, None
+    weights = check_weights(call, weights, x)
+    weights = weights if mask is None else jnp.where(mask, weights, 0)
+    return weights > 0, weights
+
+
 def check_mask(call: str, mask: Any, x: jax.Array) -> jax.Array:
     """`mask` as booleans with x's rank; broadcastable to x, or an error with the line to write.
 
@@ -290,32 +305,61 @@ def check_mask(call: str, mask: Any, x: jax.Array) -> jax.Array:
     """
     given, mask = mask, array(call, "mask", mask)
     if mask.dtype != bool:
-        if seen := _other_than_0_and_1(given):
+        if seen := _first(given, lambda v: (v != 0) & (v != 1)):
             raise ValueError(
                 f"{call}: mask holds {seen[0]}, expected True and False, or 1 and 0: a cell takes "
-                f"part in the statistics or it does not, and no weight is read; write mask > 0."
+                f"part in the statistics or it does not; write mask > 0, or weights=mask for a "
+                f"share."
             )
         mask = mask != 0
-    tail = x.shape[x.ndim - mask.ndim :] if mask.ndim <= x.ndim else None
-    if tail is None or any(m not in (1, n) for m, n in zip(mask.shape, tail, strict=True)):
-        remedy = "A mask broadcasts as in NumPy, from the last axis backwards."
-        if mask.shape == x.shape[: mask.ndim]:
-            nones = ", ".join(["None"] * (x.ndim - mask.ndim))
-            remedy = f"A mask over the leading axes: mask[..., {nones}]."
+    return _of_xs_rank(call, "mask has", mask, x)
+
+
+def check_weights(call: str, weights: Any, x: jax.Array) -> jax.Array:
+    """`weights` in float32 or wider with x's rank; broadcastable to x, finite, not negative.
+
+    Where shardings are types, their axes are sharded as those of x are.
+    """
+    given, weights = weights, array(call, "weights", weights)
+    if jnp.iscomplexobj(weights):
+        raise TypeError(
+            f"{call}: weights have dtype {weights.dtype}, expected real numbers of at least 0; "
+            f"write weights=jnp.abs(weights)."
+        )
+    if seen := _first(given, lambda v: ~((v >= 0) & (v < np.inf))):
         raise ValueError(
-            f"{call}: mask has shape {mask.shape} but x has shape {x.shape}; expected a shape "
+            f"{call}: weights hold {seen[0]}, expected finite numbers of at least 0, the share "
+            f"that a cell has in the statistics; write weights=jnp.clip(weights, 0, 1), or mask= "
+            f"for cells that take no part."
+        )
+    kind = promote(weights.dtype, jnp.finfo(wide(x.dtype)).dtype)
+    return _of_xs_rank(call, "weights have", weights.astype(kind), x)
+
+
+def _of_xs_rank(call: str, what_has: str, v: jax.Array, x: jax.Array) -> jax.Array:
+    """Equals v with ones before its axes up to the rank of x, sharded as x is; v must fit x."""
+    tail = x.shape[x.ndim - v.ndim :] if v.ndim <= x.ndim else None
+    if tail is None or any(m not in (1, n) for m, n in zip(v.shape, tail, strict=True)):
+        what, _ = what_has.split()
+        name, verb = ("A mask", "broadcasts") if what == "mask" else ("Weights", "broadcast")
+        remedy = f"{name} {verb} as in NumPy, from the last axis backwards."
+        if v.shape == x.shape[: v.ndim]:
+            nones = ", ".join(["None"] * (x.ndim - v.ndim))
+            remedy = f"{name} over the leading axes: {what}[..., {nones}]."
+        raise ValueError(
+            f"{call}: {what_has} shape {v.shape} but x has shape {x.shape}; expected a shape "
             f"that broadcasts to x. {remedy}"
         )
-    mask = jnp.expand_dims(mask, tuple(range(x.ndim - mask.ndim)))
-    return sharded_as(mask, x, range(x.ndim))
+    v = jnp.expand_dims(v, tuple(range(x.ndim - v.ndim)))
+    return sharded_as(v, x, range(x.ndim))
 
 
-def _other_than_0_and_1(mask: Any) -> list[Any]:
-    """The first value of a mask that is neither, where its values can be seen from here."""
-    if isinstance(mask, jax.core.Tracer) or not getattr(mask, "is_fully_addressable", True):
+def _first(v: Any, wrong: Callable[[np.ndarray], np.ndarray]) -> list[Any]:
+    """The first value of v that is wrong, where the values can be seen from here."""
+    if isinstance(v, jax.core.Tracer) or not getattr(v, "is_fully_addressable", True):
         return []
-    values = np.asarray(mask)
-    return values[(values != 0) & (values != 1)][:1].tolist()
+    values = np.asarray(v)
+    return values[wrong(values)][:1].tolist()
 
 
 def check_numbers(call: str, momentum: Any, epsilon: Any) -> tuple[Any, Any]:

@@ -36,11 +36,10 @@ import jax.numpy as jnp
 
 from jaxbn._op import devices
 from jaxbn._op.axes import Axes, wide
-from jaxbn._op.checkpoint_policy import named
+from jaxbn._op.checkpoint_policy import named, only_moments
 from jaxbn._op.devices import Pool
-from jaxbn._op.moments import divisor, of, sums_about
+from jaxbn._op.moments import divisor, over_devices, sums_about
 from jaxbn._op.normalize import normalize, rstd
-from jaxbn._op.pooling import across
 from jaxbn._op.renorm import Renorm, renormalized
 from jaxbn._op.state import Moments, Params
 from jaxbn._op.tangent import affine
@@ -66,6 +65,7 @@ class Operands(NamedTuple):
     residual: jax.Array | None = None  # where relu follows; of y's dtype
     near: jax.Array | None = None  # the running mean, which the batch's may be near to
     renorm: Renorm | None = None
+    weights: jax.Array | None = None  # 0 where mask is False; without relu
 
 
 # Not inlined: equal layers share one function, and eager calls compile nothing anew.
@@ -76,7 +76,14 @@ def normalize_by_batch(spec: Spec, v: Operands) -> tuple[jax.Array, Moments]:
     Without what is not asked for. Where no device has a valid cell, rstd is taken as 0, so y is
     bias and gradients are finite.
     """
-    return _normalize_by_batch(spec, v)
+    return (_normalize_by_batch if v.weights is None else _normalize_by_weights)(spec, v)
+
+
+@functools.partial(jax.checkpoint, static_argnums=(0,), policy=only_moments)
+def _normalize_by_weights(spec: Spec, v: Operands) -> tuple[jax.Array, Moments]:
+    """As JAX differentiates it, in the weights too; kept for backward are x, weights and [C]."""
+    y, m, *_ = _forward(spec, v)
+    return y, m
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -89,7 +96,7 @@ def _forward(
     spec: Spec, v: Operands
 ) -> tuple[jax.Array, Moments, jax.Array, Callable[[Params], Params]]:
     """Returns y, the moments, rstd, and what scale and bias are changed by."""
-    m = named(across(of(v.x, spec.axes, v.mask, v.near), spec.pool))
+    m = named(over_devices(v.x, spec.axes, v.mask, v.near, v.weights, spec.pool))
     epsilon = spec.epsilon if v.epsilon is None else v.epsilon
     r = rstd(m.var, epsilon)
     r = jnp.where(m.count > 0, r, 0)

@@ -135,7 +135,24 @@ def renorm(x, params, **options):
     return train(x, params, old_state(), renorm=RENORM, **options)[0]
 
 
+def weights_of(x, params):
+    """Weights that are differentiated with x and with the parameters."""
+    return jnp.exp(jnp.sin(x[..., :1]) + params.scale[0])
+
+
+def pooled_weights(x, params, mask):
+    def part(x, m):
+        return train(x, params, mask=m, weights=weights_of(x, params), axis_name="d")[0]
+
+    return jax.vmap(part, axis_name="d")(x, mask)
+
+
 ROADS = {
+    "weights": lambda x, params, mask: train(x, params, weights=weights_of(x, params))[0],
+    "weights, pooled": pooled_weights,
+    "weights, ghost": lambda x, params, mask: train(
+        x, params, weights=weights_of(x, params), virtual_batch_size=2
+    )[0],
     "renorm, masked": lambda x, params, mask: renorm(x, params, mask=mask),
     "renorm, ghost": lambda x, params, mask: renorm(x, params, virtual_batch_size=2),
     "renorm, pooled": lambda x, params, mask: jax.vmap(
@@ -153,6 +170,13 @@ ROADS = {
     )(x, mask),
 }
 FORMULAS = {
+    "weights": lambda x, params, mask: plain(x, params, weights_of(x, params)),
+    "weights, pooled": lambda x, params, mask: plain(
+        x, params, jnp.where(mask, weights_of(x, params), 0)
+    ),
+    "weights, ghost": lambda x, params, mask: jnp.concatenate(
+        [plain(part, params, weights_of(part, params)) for part in (x[:2], x[2:])]
+    ),
     "renorm, masked": renormalized,
     "renorm, ghost": lambda x, params, mask: jnp.concatenate(
         [renormalized(x[:2], params), renormalized(x[2:], params)]
