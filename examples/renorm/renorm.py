@@ -79,8 +79,8 @@ def drawn(rng, y, batch, classes, steps):
 def main(
     data_dir=None,
     width=8,
-    images=25_600,
-    batches=((4, None), (16, None), (16, 2), (128, None)),
+    images=12_800,
+    batches=((4, None), (16, 2), (16, None)),
     seeds=3,
 ):
     data = load("cifar10" if data_dir else "digits", data_dir)

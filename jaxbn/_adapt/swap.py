@@ -240,7 +240,7 @@ def _check_last(to: str, axes: Mapping[str, Any], x: jax.Array | None = None) ->
 def _full_mask(mask: Any, weights: Any, x: jax.Array) -> Any:
     """The cells that count with x's shape: Flax's GroupNorm reshapes its mask as it reshapes x."""
     cells = [
-        jnp.broadcast_to(jnp.asarray(v) != 0, x.shape) for v in (mask, weights) if v is not None
+        jnp.broadcast_to(jnp.asarray(v, bool), x.shape) for v in (mask, weights) if v is not None
     ]
     return functools.reduce(jnp.logical_and, cells) if cells else None
 
