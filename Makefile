@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS)
 
-.PHONY: demo test lint bench docs targets targets-test clean
+.PHONY: demo test lint bench docs targets targets-test release-check clean
 
 demo: .venv/demo.done
 	$(BIN)/python examples/cifar10/train.py
@@ -36,6 +36,10 @@ docs: .venv/docs.done
 	$(BIN)/python docs/notebook.py
 	$(BIN)/sphinx-build --fail-on-warning docs docs/_build
 
+# The wheel in empty environments: each Python, with the oldest and the newest jax and flax.
+release-check: .venv/release.done
+	$(BIN)/python -m tests.release $(ARGS)
+
 clean:
 	rm -rf .venv .venv-targets .pytest_cache .mypy_cache .ruff_cache docs/_build build dist
 
@@ -58,6 +62,10 @@ clean:
 
 .venv/docs.done: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) -e '.[docs]'
+	touch $@
+
+.venv/release.done: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -e '.[release]'
 	touch $@
 
 .venv-targets/done: pyproject.toml constraints.txt

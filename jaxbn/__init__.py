@@ -3,8 +3,23 @@
     params, state = jaxbn.init(64)
     y, state = jaxbn.batch_norm(x, params, state, train=True)
 
-`jaxbn.linen.BatchNorm` and `jaxbn.nnx.BatchNorm` are the Flax modules. They are imported on first
-use, so the functional core needs jax alone.
+A map of the package; `help(jaxbn.NAME)` has arguments and an example of each name:
+
+    one norm          batch_norm, init, Params, State; moments, merge, Moments; OneValueWarning
+    in a Flax model   linen.BatchNorm, nnx.BatchNorm
+    several devices   assert_replicated, sync_state, merge_updates
+    less memory       checkpoint_policy
+    a trained model   recalibrate, reset, freeze, unfreeze, swap
+    other kernels     standardize
+    the optimizer     labels, decay_mask
+    serving           fold, FoldReport, FoldError; export.stablehlo, export.onnx, export.int8
+    other libraries   convert.from_torch, from_keras, from_haiku, from_equinox, to_torch
+    what is wrong     health.check, health.gap, health.drift, health.lint; health.advise: which norm
+    a training run    watch.linen, watch.nnx; writers.open
+    tools of your own calls (hooks on norm layers), layers (norm layers in a tree)
+
+`python -m jaxbn` works on checkpoints. `linen` and `nnx` are imported on first use, so that the
+functional core needs jax alone.
 """
 
 import importlib
@@ -25,9 +40,10 @@ from jaxbn._op.checkpoint_policy import checkpoint_policy
 from jaxbn._op.moments import moments
 from jaxbn._op.one_value import OneValueWarning
 from jaxbn._op.pooling import merge
+from jaxbn._op.standardize import standardize
 from jaxbn._op.state import Moments, Params, State, init
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "FoldError",
@@ -56,6 +72,7 @@ __all__ = [
     "nnx",
     "recalibrate",
     "reset",
+    "standardize",
     "swap",
     "sync_state",
     "unfreeze",
@@ -77,9 +94,9 @@ else:
 
                 need(f"jaxbn.{name}", "flax")
             return importlib.import_module(f"jaxbn.{name}")
-        from jaxbn._elsewhere import attribute
+        from jaxbn._elsewhere import missing
 
-        raise AttributeError(attribute(name), name=name, obj=sys.modules[__name__])
+        raise missing(name, sys.modules[__name__], sys._getframe(1))
 
 
 def __dir__() -> list[str]:

@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Callable
+from types import FrameType, ModuleType
 from typing import ParamSpec
 
 P = ParamSpec("P")
@@ -22,27 +23,44 @@ ARGUMENTS = {
 }
 
 
-def attribute(name: str) -> str:
-    """The message for an attribute that the package does not have.
+def missing(name: str, package: ModuleType, caller: FrameType) -> Exception:
+    """The error for an attribute that the package does not have: what to write instead, if known.
+
+    `from jaxbn import NAME` replaces an AttributeError by a message of its own, so a known name is
+    an ImportError there.
+
+    >>> import sys, jaxbn
+    >>> from jaxbn import _elsewhere
+    >>> _elsewhere.missing("init_state", jaxbn, sys._getframe())
+    AttributeError("module 'jaxbn' has no attribute 'init_state'")
+    """
+    write = instead(name)
+    if write and caller.f_code.co_name == "_handle_fromlist":
+        return ImportError(f"cannot import name {name!r} from 'jaxbn'; {write}", name="jaxbn")
+    said = f"module 'jaxbn' has no attribute {name!r}"
+    return AttributeError(f"{said}; {write}" if write else said, name=name, obj=package)
+
+
+def instead(name: str) -> str:
+    """What to write in place of a name of another library; empty for any other name.
 
     >>> from jaxbn import _elsewhere
-    >>> _elsewhere.attribute("init_state")
-    "module 'jaxbn' has no attribute 'init_state'"
+    >>> _elsewhere.instead("init_state")
+    ''
     """
-    said = f"module 'jaxbn' has no attribute {name!r}"
     near = r"(sync)?batchnorm(alization)?(layer)?([123]d)?"
     found = re.fullmatch(near, name.replace("_", "").lower())
     if found is None:
-        return said
+        return ""
     if found[1]:
         return (
-            f"{said}; write axis_name= of jaxbn.linen.BatchNorm, jaxbn.nnx.BatchNorm or "
-            f"jaxbn.batch_norm, which pools statistics over that axis of shard_map, pmap or vmap. "
-            f"Under jit on sharded arrays statistics are global without it."
+            "write axis_name= of jaxbn.linen.BatchNorm, jaxbn.nnx.BatchNorm or jaxbn.batch_norm, "
+            "which pools statistics over that axis of shard_map, pmap or vmap. Under jit on "
+            "sharded arrays statistics are global without it."
         )
     return (
-        f"{said}; write jaxbn.linen.BatchNorm or jaxbn.nnx.BatchNorm in a Flax model, "
-        f"jaxbn.batch_norm in functions of your own."
+        "write jaxbn.linen.BatchNorm or jaxbn.nnx.BatchNorm in a Flax model, jaxbn.batch_norm in "
+        "functions of your own."
     )
 
 

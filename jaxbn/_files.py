@@ -1,15 +1,19 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and files in several parts."""
 
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A place beside `path` to write to. At the end it is renamed to `path`, unless an error came.
+
+    Files written beside that place are moved with it, and before it.
 
     >>> import pathlib, tempfile
     >>> from jaxbn import _files
@@ -23,4 +27,70 @@ def replacing(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         file = Path(folder, path.name)
         yield file
-        os.replace(file, path)
+        for part in sorted(file.parent.iterdir(), key=lambda part: part == file):
+            os.replace(part, path.parent / part.name)
+
+
+def shards(path: Path, suffixes: Sequence[str]) -> dict[Path, list[str] | None]:
+    """The files of a model in parts, each with the names that the index puts there.
+
+    Args:
+      path: a folder, or an index, `….index.json`: a JSON object whose `weight_map` maps the name of
+        each array to the file that holds the array. A folder without an index has one file.
+      suffixes: those of the files, the preferred first.
+
+    Returns:
+      File → its names; None for the one file of a folder without an index. Empty if the folder has
+      no such file.
+
+    Raises:
+      ValueError: the index is damaged or names a file outside of its folder; there are several
+        files and no index, or several indexes.
+
+    >>> import pathlib, tempfile
+    >>> from jaxbn import _files
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pathlib.Path(folder, "net.bin").touch()
+    ...     [file.name for file in _files.shards(pathlib.Path(folder), [".safetensors", ".bin"])]
+    ['net.bin']
+    """
+    folder, indexes = path.parent, [path]
+    if path.is_dir():
+        folder = path
+        for suffix in suffixes:
+            indexes = sorted(path.glob(f"*{suffix}.index.json"))
+            files = sorted(file for file in path.glob(f"*{suffix}") if file.is_file())
+            if indexes or files:
+                break
+        if not indexes:
+            if len(files) > 1:
+                raise ValueError(f"it has {len(files)} files {suffix} and no {suffix}.index.json")
+            return dict.fromkeys(files)
+        if len(indexes) > 1:
+            raise ValueError(f"it has {len(indexes)} indexes; name one of them")
+    content = json.loads(indexes[0].read_text(encoding="utf-8"))
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
+        raise ValueError("its index has no weight_map of names to files")
+    places: list[str] = list(dict.fromkeys(names.values()))
+    if any(Path(file).name != file or not file.endswith(tuple(suffixes)) for file in places):
+        raise ValueError("its index names what is no file of weights in its folder")
+    return {
+        folder / file: [name for name, place in names.items() if place == file] for file in places
+    }
+
+
+def merged(parts: Iterable[tuple[Mapping[str, Any], Sequence[str] | None]]) -> dict[str, Any]:
+    """The arrays of all parts. Raises unless each part holds the names that the index puts there.
+
+    >>> from jaxbn import _files
+    >>> _files.merged([({"a": 1}, ["a"]), ({"b": 2}, ["b"])])
+    {'a': 1, 'b': 2}
+    """
+    whole: dict[str, Any] = {}
+    for arrays, names in parts:
+        if names is not None and set(names) != set(arrays):
+            odd = next(iter(set(names) ^ set(arrays)))
+            raise ValueError(f"a file and the index disagree about {odd!r}")
+        whole |= arrays
+    return whole

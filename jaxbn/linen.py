@@ -19,15 +19,14 @@ from jaxbn._op.state import Params, State
 class BatchNorm(nn.BatchNorm):
     """Equals `flax.linen.BatchNorm`, computed by `jaxbn.batch_norm`.
 
-    Same arguments, defaults, collections, leaves, random keys and output dtype: a model or a
-    checkpoint moves over by changing the import, and back. `docs/differences-from-flax.md`
-    lists where the numbers differ, which is where Flax's are wrong. `use_fast_variance` is
-    accepted and has nothing to choose: the one pass here is also the accurate one.
-    `force_float32_reductions=False` only gives the statistics `param_dtype` as their dtype, where
-    that is float64: they are float32 or wider.
+    Arguments, defaults, collections, leaves, random keys and output dtype are Flax's, so a model or
+    a checkpoint moves over by changing the import, and back. `docs/differences-from-flax.md` lists
+    where the numbers differ: there Flax's are wrong. `use_fast_variance` is accepted and changes
+    nothing, since the one pass here is also accurate. `force_float32_reductions=False` gives the
+    statistics `param_dtype` as their dtype, but never one narrower than float32.
 
     Attributes:
-      use_running_average: normalize by batch_stats, which stay; here or in the call.
+      use_running_average: normalize by batch_stats and leave them; set here or in the call.
       axis: feature axis.
       momentum: fraction of the old statistics kept. New here: None for the cumulative average;
         then `batch_stats/count` is stored.
@@ -38,20 +37,20 @@ class BatchNorm(nn.BatchNorm):
       use_scale: whether there is a scale.
       bias_init: initializer of bias.
       scale_init: initializer of scale.
-      axis_name: mapped axis to pool statistics over; it need not be bound in `init`.
+      axis_name: mapped axis to pool statistics over; `init` may run without that axis.
       axis_index_groups: pool within these subgroups of the axis.
-      use_fast_variance: accepted; nothing to choose here.
-      force_float32_reductions: of the dtype of the statistics, see above.
+      use_fast_variance: accepted, changes nothing.
+      force_float32_reductions: decides the dtype of the statistics, see above.
       virtual_batch_size: new here: normalize by statistics of groups of this many rows.
       unbiased: new here: the running var takes n / (n - 1) times the batch's, as PyTorch's does.
-      activation: new here: applied to y last; `flax.linen.relu` in its own way, see
+      activation: new here: applied to y last. `flax.linen.relu` costs least, see
         `jaxbn.batch_norm`.
       renorm: new here: `(r_max, d_max)`, batch renormalization: y in training is nearly that of
         eval, for batches of 4 to 16; see `jaxbn.batch_norm`.
 
     Raises:
-      TypeError, ValueError: as `jaxbn.batch_norm`; but for one value per channel in training,
-        where y is bias, as Flax's, and `jaxbn.OneValueWarning` comes, though not in `init`.
+      TypeError, ValueError: as `jaxbn.batch_norm`, with one exception. In training on one value per
+        channel, y is bias, as Flax's y is, and `jaxbn.OneValueWarning` is given, except in `init`.
 
     >>> import jax, jax.numpy as jnp, jaxbn
     >>> layer = jaxbn.linen.BatchNorm(use_running_average=False)
@@ -83,7 +82,7 @@ class BatchNorm(nn.BatchNorm):
 
         Args:
           x: any rank, features on `axis`.
-          use_running_average: normalize by batch_stats, which stay; here or in the constructor.
+          use_running_average: normalize by batch_stats and leave them; here or in the constructor.
           mask: broadcastable to x; False cells take no part in the statistics.
           residual: of x's shape; added to y before the activation.
           update_stats: False leaves batch_stats as they are in training too, so they need not be
@@ -128,7 +127,7 @@ class BatchNorm(nn.BatchNorm):
             options |= {"axis_name": self.axis_name, "axis_index_groups": self.axis_index_groups}
             options |= {"virtual_batch_size": self.virtual_batch_size}
         elif mask is None:
-            # `init` may see one row, which training must refuse and a masked batch may hold.
+            # `init` may see one row. Training refuses one row, but not with a mask.
             mask = jnp.ones((1,) * x.ndim, bool)
         with jax.numpy_dtype_promotion("standard"):
             dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
@@ -157,7 +156,7 @@ class BatchNorm(nn.BatchNorm):
         return y
 
 
-# Not in the class: of its fields a dataclass makes an `__init__` of its own.
+# Set after the class: the dataclass decorator makes `__init__` from the fields.
 BatchNorm.__init__ = _elsewhere.takes_flax_arguments(BatchNorm.__init__)  # type: ignore[method-assign]
 
 

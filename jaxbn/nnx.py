@@ -21,15 +21,14 @@ from jaxbn._op.state import Params, State
 class BatchNorm(nnx.BatchNorm):
     """Equals `flax.nnx.BatchNorm`, computed by `jaxbn.batch_norm`.
 
-    Same arguments, defaults, variables (`BatchStat`, `Param`), random keys and output dtype: a
-    model or a checkpoint moves over by changing the import, and back.
-    `docs/differences-from-flax.md` lists where the numbers differ, which is where Flax's are
-    wrong. `use_fast_variance` is accepted and has nothing to choose: the one pass here is also
-    the accurate one.
+    Arguments, defaults, variables (`BatchStat`, `Param`), random keys and output dtype are Flax's,
+    so a model or a checkpoint moves over by changing the import, and back.
+    `docs/differences-from-flax.md` lists where the numbers differ: there Flax's are wrong.
+    `use_fast_variance` is accepted and changes nothing, since the one pass here is also accurate.
 
     Args:
       num_features: size of the feature axis.
-      use_running_average: normalize by the running statistics, which stay; `model.train()` and
+      use_running_average: normalize by the running statistics and leave them; `model.train()` and
         `model.eval()` set it.
       axis: feature axis.
       momentum: fraction of the old statistics kept. New here: None for the cumulative average;
@@ -43,21 +42,21 @@ class BatchNorm(nnx.BatchNorm):
       scale_init: initializer of scale.
       axis_name: mapped axis to pool statistics over.
       axis_index_groups: pool within these subgroups of the axis.
-      use_fast_variance: accepted; nothing to choose here.
-      promote_dtype: a function of your own is applied to x, scale and bias.
+      use_fast_variance: accepted, changes nothing.
+      promote_dtype: where it is not Flax's own, it is applied to x, scale and bias.
       rngs: random keys, "params" among them.
-      bias_metadata: of bias' `Param`, such as its sharding.
-      scale_metadata: of scale's.
+      bias_metadata: of the `Param` of bias, such as its sharding.
+      scale_metadata: of the `Param` of scale.
       virtual_batch_size: new here: normalize by statistics of groups of this many rows.
       unbiased: new here: the running var takes n / (n - 1) times the batch's, as PyTorch's does.
-      activation: new here: applied to y last; `flax.nnx.relu` in its own way, see
+      activation: new here: applied to y last. `flax.nnx.relu` costs least, see
         `jaxbn.batch_norm`.
       renorm: new here: `(r_max, d_max)`, batch renormalization: y in training is nearly that of
         eval, for batches of 4 to 16; see `jaxbn.batch_norm`.
 
     Raises:
-      TypeError, ValueError: as `jaxbn.batch_norm`; but for one value per channel in training,
-        where y is bias, as Flax's, and `jaxbn.OneValueWarning` comes.
+      TypeError, ValueError: as `jaxbn.batch_norm`, with one exception. In training on one value per
+        channel, y is bias, as Flax's y is, and `jaxbn.OneValueWarning` is given.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> from flax import nnx
@@ -136,8 +135,8 @@ class BatchNorm(nnx.BatchNorm):
 
         Args:
           x: any rank, features on `axis`.
-          use_running_average: normalize by the running statistics, which stay; here, in the
-            constructor, or by `model.eval()`.
+          use_running_average: normalize by the running statistics and leave them; set here, in
+            the constructor, or by `model.eval()`.
           mask: broadcastable to x; False cells take no part in the statistics.
           residual: of x's shape; added to y before the activation.
           update_stats: False leaves mean and var as they are in training too; y is the same. For
@@ -165,8 +164,8 @@ class BatchNorm(nnx.BatchNorm):
                 f"features {features} on axes {axes}; write num_features={x.shape[axes[0]]}, or "
                 f"pass the feature axis as axis=."
             )
-        # What Flax computes in decides y's dtype; we compute in float32 or wider from x as it
-        # is, unless the user brought a promotion of their own.
+        # Flax's promotion decides the dtype of y. The op computes in float32 or wider from x as
+        # it is, unless the user passed a promotion of their own.
         with jax.numpy_dtype_promotion("standard"):
             promoted = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
             dtype = dtypes.canonicalize_dtype(promoted[0], *promoted[3:], dtype=self.dtype)
@@ -194,7 +193,7 @@ class BatchNorm(nnx.BatchNorm):
             weights=weights,
         )
         if update_stats and not use_running_average:
-            # Anew: `mean[...] = ` would cast to the dtype that mean had.
+            # By set_value, since `mean[...] = ` would cast to the dtype that mean had.
             self.mean.set_value(state.mean)
             self.var.set_value(state.var)
             if state.count is not None:

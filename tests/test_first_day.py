@@ -55,6 +55,24 @@ def test_names_of_other_libraries(name):
     assert str(error.value) == f"module 'jaxbn' has no attribute {name!r}; {HERE}"
 
 
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [("BatchNorm", HERE), ("SyncBatchNorm", SYNCED)],
+    ids=["BatchNorm", "SyncBatchNorm"],
+)
+def test_names_of_other_libraries_imported(name, write):
+    """`from jaxbn import` drops the message of an AttributeError."""
+    with pytest.raises(ImportError) as error:
+        exec(f"from jaxbn import {name}")
+    assert str(error.value) == f"cannot import name {name!r} from 'jaxbn'; {write}"
+    assert not hasattr(jaxbn, name)
+
+
+def test_an_unknown_name_imported_is_pythons_error():
+    with pytest.raises(ImportError, match=r"^cannot import name 'layernorm' from 'jaxbn' \("):
+        exec("from jaxbn import layernorm")
+
+
 @pytest.mark.parametrize("name", ["SyncBatchNorm", "sync_batch_norm", "SyncBatchNormalization"])
 def test_names_of_synchronized_batch_norm(name):
     with pytest.raises(AttributeError) as error:
@@ -205,5 +223,6 @@ def test_few_values_are_cured_by_what_changes_y():
     moments = {"bn": jaxbn.moments(X[:2])}
     found = {f.kind: f.remedy for f in health.check({"bn": jaxbn.init(3)[1]}, moments)}
     assert found["few_values"] == (
-        "a larger batch, axis_name= to pool over devices, or jaxbn.swap: GroupNorm needs none"
+        'a larger batch, or jaxbn.swap: to="batch" with axis_name= pools over devices, to="group" '
+        "needs no batch; jaxbn.health.advise(batch_per_device=...) tells which"
     )

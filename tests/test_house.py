@@ -1,7 +1,5 @@
 """The layout: a room imports only rooms before it, and no path of the package hides what it is."""
 
-import ast
-import pathlib
 import subprocess
 import sys
 
@@ -9,55 +7,9 @@ import pytest
 
 import jaxbn
 from tests import house_tree
+from tests.support.house import FILES, LINE, ROOT, file_of, imports, parts
 
-ROOT = pathlib.Path(jaxbn.__file__).parent
-# A room imports rooms of lines above its own. Rooms of one line never import one another.
-ROOMS = (
-    ("_text", "_files", "_op", "_extras", "_elsewhere"),
-    ("_inspection", "_folding"),
-    ("linen", "nnx"),
-    ("_adapt", "convert", "export", "health", "_checkpoints"),
-    ("watch",),
-    ("writers",),
-    ("__init__",),
-    ("_cli",),
-    ("__main__",),
-)
-LINE = {room: i for i, line in enumerate(ROOMS) for room in line}
 APART = "_adapt"  # the room whose files do not import one another
-FILES = sorted(ROOT.rglob("*.py"))
-
-
-def parts(file):
-    """A file of the package as names: ("_op", "moments"), ("health",) for health/__init__.py."""
-    names = file.relative_to(ROOT).with_suffix("").parts
-    return names[:-1] if len(names) > 1 and names[-1] == "__init__" else names
-
-
-def imports(file):
-    """Modules of the package that a file imports, anywhere in its text, as `parts` names them."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}:{node.lineno}: an import by dots"
-            module = (node.module or "").split(".")
-            if module[0] == "jaxbn":
-                yield from (_module((*module[1:], alias.name)) for alias in node.names)
-        elif isinstance(node, ast.Import):
-            for names in (alias.name.split(".") for alias in node.names):
-                if names[0] == "jaxbn":
-                    yield _module(tuple(names[1:]))
-
-
-def _module(names):
-    """The module in which a name is found; the package itself where it is none's."""
-    while names and not (ROOT.joinpath(*names).is_dir() or _file(names).is_file()):
-        names = names[:-1]
-    return names or ("__init__",)
-
-
-def _file(names):
-    path = ROOT.joinpath(*names)
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def test_each_name_has_a_place_and_each_place_a_name():
@@ -84,7 +36,7 @@ def test_files_that_stand_apart_do_not_import_one_another():
 def test_no_import_goes_in_a_circle():
     """Anywhere in the text, but for a package's own names: `__init__` is what its files make up."""
     graph = {parts(file): {m for m in imports(file) if m != parts(file)} for file in FILES}
-    public = {names for names in graph if _file(names).name == "__init__.py"}
+    public = {names for names in graph if file_of(names).name == "__init__.py"}
     graph = {names: others - public for names, others in graph.items()}
     while ends := [names for names, others in graph.items() if not others & set(graph)]:
         for names in ends:

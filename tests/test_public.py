@@ -3,6 +3,7 @@
 import ast
 import importlib
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -37,6 +38,12 @@ def test_all_is_what_can_be_imported():
     ]
     missing = {name for name in bound if not name.startswith("_")} - set(jaxbn.__all__)
     assert missing == set()
+
+
+def test_help_is_a_map():
+    """`help(jaxbn)` begins with the docstring of the package: every public name stands in it."""
+    words = set(re.findall(r"\w+", jaxbn.__doc__))
+    assert set(jaxbn.__all__) - words == set()
 
 
 def test_an_unknown_name_is_an_attribute_error():

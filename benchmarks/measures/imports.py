@@ -62,7 +62,7 @@ def run(size="usual", modules=tuple(MODULES)) -> list[Table]:
                 f"Median of {TIMES[size]} fresh processes in turn, after an untimed one; spread: "
                 f"between the quartiles, over the median. Goal for jaxbn: {GOAL:g} ms.",
             ],
-            [Chart("import", "ms", {"import": points}, line=GOAL)],
+            [Chart("Time of an import", "ms, beyond what is imported before", {"import": points})],
             "imports",
         )
     ]

@@ -60,7 +60,7 @@ def run(size="usual") -> list[Table]:
                 "calls in a queue, so that throughput is measured and dispatch is not.",
                 timing.note(every),
             ],
-            [Chart("eval, float32", "time of ours", points, line=1.0)],
+            [Chart("A network in eval mode, float32", "time, over that with jaxbn", points, 1.0)],
             "latency",
         )
     ]

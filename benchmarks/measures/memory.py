@@ -17,7 +17,8 @@ from benchmarks.subjects.roads import training
 DTYPES = (jnp.float32, jnp.bfloat16)
 SHAPES = ((64, 28, 28, 128), (8192, 1024))
 SMALL = network.Task("small ResNet", (2, 2, 2), False, 32, 64, 32)
-STEP = ("jaxbn", "Flax linen")
+EVAL = {"jaxbn": peers.ours, "Flax linen": peers.linen}
+STEP = EVAL | {"jaxbn, activation and residual": peers.fused}
 
 
 def compiled(f, *arguments):
@@ -55,7 +56,10 @@ def op(size) -> Table:
     libraries = {n: f for n, f in peers.installed().items() if n != "torch"}
     shapes = SHAPES[1:] if size == "tiny" else SHAPES
     steps = [(d, s, n) for d in DTYPES for s in shapes for n in libraries]
-    charts = {d: Chart(f"{d.__name__}, {shapes[-1]}", "N", {}) for d in DTYPES}
+    charts = {
+        d: Chart(f"One batch norm, {d.__name__} x of {shapes[-1]}", "bytes, over those of x", {})
+        for d in DTYPES
+    }
     for dtype, shape, name in track(steps, "memory"):
         start = [dtype.__name__, "x".join(map(str, shape)), name]
         if libraries[name] is None:
@@ -109,9 +113,9 @@ def eval_mode() -> Table:
     rows: list[list[str | float]] = []
     shape = SHAPES[1]
     for dtype in DTYPES:
-        for name in STEP:
+        for name, batch_norm in EVAL.items():
             with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-                cells = of_eval(peers.installed()[name], shape, dtype)
+                cells = of_eval(batch_norm, shape, dtype)
             rows.append([dtype.__name__, "x".join(map(str, shape)), name, *cells])
     return Table(
         "Bytes kept for backward by one batch norm in eval mode, in N, those of x",
@@ -135,11 +139,10 @@ def of_step(batch_norm, dtype, task) -> tuple[int, int]:
 
 
 def step(task=SMALL) -> Table:
-    libraries = peers.installed()
     rows: list[list[str | float]] = []
     for dtype in DTYPES:
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            measured = {name: of_step(libraries[name], dtype, task) for name in STEP}
+            measured = {name: of_step(f, dtype, task) for name, f in STEP.items()}
         flax_kept, flax_temp = measured["Flax linen"]
         for name, (residuals, temporaries) in measured.items():
             cells = (residuals / 1e6, residuals / flax_kept, temporaries / 1e6)

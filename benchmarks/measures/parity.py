@@ -92,14 +92,19 @@ def errors(road: Road, case: str) -> dict[str, float]:
 def over_meshes(chosen=None) -> Table:
     """A row for each kind of mesh, split, transform and place of the state; a column a caller."""
     chosen = chosen or meshes.roads()
-    rows, lie, before = {}, 0, None
+    rows, lie, before, failed = {}, 0, None, []
     for road in track(chosen, "Parity over meshes"):
         if road[:2] != before:  # or a thousand programs fill the memory
             jax.clear_caches()
             before = road[:2]
-        got = meshes.value(road)
-        lie += meshes.lie_as_features(road, got)
         row = rows.setdefault(road._replace(caller=""), dict.fromkeys(meshes.CALLERS, ""))
+        try:
+            got = meshes.value(road)
+        except Exception as error:  # the other roads are worth knowing
+            row[road.caller] = type(error).__name__
+            failed.append(f"Failed: {', '.join(road)}: {str(error).splitlines()[0]}")
+            continue
+        lie += meshes.lie_as_features(road, got)
         row[road.caller] = meshes.error(road, got)
     return Table(
         "Parity over meshes: largest relative error against one device",
@@ -111,6 +116,7 @@ def over_meshes(chosen=None) -> Table:
             "of 2 x 2 x 2 devices.",
             "functional: train and eval mode. mask: of rows, and of cells. watch: linen and nnx. "
             "gap: and the moments that drift is measured by, under a mask.",
+            *failed,
         ],
         key="parity-meshes",
     )

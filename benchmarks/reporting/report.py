@@ -16,12 +16,13 @@ WIDTH = 200  # fixed, so that a pipe or a narrow terminal does not break columns
 
 
 class Chart(NamedTuple):
-    """One picture of a table: a dot for each series and label."""
+    """One picture of a table, which a reader understands without the table."""
 
     title: str
     unit: str  # of the horizontal axis
     points: dict[str, dict[str, float]]  # series, a library say → label, a shape say → value
-    line: float | None = None  # where to aim
+    line: float | None = None  # a value to compare with
+    aim: str = ""  # what that value is
 
 
 class Table(NamedTuple):

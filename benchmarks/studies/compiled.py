@@ -76,7 +76,12 @@ def op(device: Any, size: str) -> Table:
     libraries = {name: f for name, f in peers.installed().items() if name != "torch"}
     steps = [(d, s, n) for d in DTYPES for s in SHAPES[size] for n in libraries]
     rows: list[list[str | float]] = []
-    charts = {d: Chart(f"forward + backward, {d}", "bytes moved, N", {}, 8.0) for d in DTYPES}
+    charts = {
+        d: Chart(
+            f"forward + backward, {d}", "bytes moved, over those of x", {}, 8.0, "8 passes over x"
+        )
+        for d in DTYPES
+    }
     made: dict[Any, list[Made] | str] = {}
     for dtype, shape, name in track(steps, "op"):
         try:

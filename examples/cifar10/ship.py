@@ -1,15 +1,20 @@
-# From a run's checkpoint to files that others serve: recalibrate → fold → StableHLO, ONNX → int8.
+# From a run's checkpoint to files that others serve: fold → StableHLO, ONNX → int8.
 #
 #   python examples/cifar10/train.py --name mine
 #   python examples/cifar10/ship.py runs/mine
+#   python examples/cifar10/ship.py runs/mine --recalibrate    # statistics anew before folding
 #
-# One table at the end: what each stage costs in accuracy, and what it is worth in bytes and time.
-# Exit status 1 if a stage loses more accuracy than --bound allows, 2 if the run cannot be read.
+# One table at the end: what each stage costs in accuracy, and what it is worth in bytes and time,
+# each beside the stage before. A file that differs too much from that stage is kept for a look, as
+# NAME.failed.onnx or NAME.failed.stablehlo, and ends the stages. Exit status 1 if a file failed or
+# a stage loses more accuracy than --bound allows, 2 if the run cannot be read.
 
+import itertools
 import logging
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +38,7 @@ class Stage(NamedTuple):
     name: str
     run: Callable  # images [B, 32, 32, 3] float32 → logits [B, 10]
     bytes: int  # of the file; of the weights where there is none
+    failure: str = ""  # why the file is not what it should be
 
 
 def parser() -> Parser:
@@ -40,6 +46,7 @@ def parser() -> Parser:
     p.add_argument("run", type=Path, help="folder of a run of train.py")
     p.add_argument("--data-dir", type=Path, help="where the files of CIFAR-10's binary version lie")
     p.add_argument("--out", type=Path, help="folder of the files (RUN/export)")
+    p.add_argument("--recalibrate", action="store_true", help="compute the statistics anew first")
     p.add_argument("--images", type=between(int, 64), default=4096, help="to recalibrate on (4096)")
     p.add_argument("--calibrate", type=between(int, 8), default=256, help="for int8's ranges (256)")
     p.add_argument("--test", type=between(int, 64), default=10_000, help="test images (10000)")
@@ -73,32 +80,56 @@ def images(data, rows, split="train") -> np.ndarray:
     return np.asarray(normalize(x[np.asarray(rows)], data.mean, data.std))
 
 
-def stages(data, apply, model, args, out: Path, say) -> list[Stage]:
-    """The network in six forms, each made from the one before."""
+def exported(name: str, path: Path, write: Callable, load: Callable) -> Stage:
+    """A stage with a file. What is beyond tolerance stays beside the file's place."""
+    failed, failure = path.with_suffix(f".failed{path.suffix}"), ""
+    failed.unlink(missing_ok=True)
+    try:
+        done = write(path)
+    except ValueError as error:
+        done = write(failed, tolerance=math.inf)  # raises again if it is not the tolerance
+        failure = f"{str(error).partition('; nothing was written')[0]}; see {failed}"
+    return Stage(name, load(done.path), done.bytes, failure)
+
+
+def stages(data, apply, model, args, out: Path, say) -> Iterator[Stage]:
+    """The network in its forms, each made from the one before."""
     frozen = jax.tree.map(lambda leaf: leaf, model)  # nnx models are updated in place
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
 
     def closed(model):
         return lambda x: apply(model, x)
 
-    result = [Stage("checkpoint", jax.jit(closed(frozen)), weights)]
+    yield Stage("checkpoint", jax.jit(closed(frozen)), weights)
     rows = np.random.default_rng(0).permutation(len(data.train_y))[: args.images]
     batches = [images(data, rows[i : i + 256]) for i in range(0, len(rows) - 1, 256)]
-    model = jaxbn.recalibrate(apply, model, batches)
-    fn = closed(model)
-    result.append(Stage("recalibrated", jax.jit(fn), weights))
+    if args.recalibrate:
+        model = jaxbn.recalibrate(apply, model, batches)
+        yield Stage("recalibrated", jax.jit(closed(model)), weights)
     x = batches[0][:64]
-    folded, report = jaxbn.fold(fn, x)
+    folded, report = jaxbn.fold(closed(model), x)
     say(str(report))
-    result.append(Stage("folded", folded, weights))
-    done = jaxbn.export.stablehlo(folded, x, out / "model.stablehlo")
-    result.append(Stage("StableHLO", jax.jit(jaxbn.export.load_stablehlo(done.path)), done.bytes))
-    done = jaxbn.export.onnx(folded, x, out / "model.onnx")
-    result.append(Stage("ONNX", jaxbn.export.session(done.path), done.bytes))
-    some = [images(data, rows[i : i + 64]) for i in range(0, min(args.calibrate, len(rows)), 64)]
-    done = jaxbn.export.int8(out / "model.onnx", some, out / "model.int8.onnx")
-    result.append(Stage("ONNX int8", jaxbn.export.session(done.path), done.bytes))
-    return result
+    yield Stage("folded", folded, weights)
+
+    def stablehlo(path, **options):
+        return jaxbn.export.stablehlo(folded, x, path, **options)
+
+    def onnx(path, **options):
+        return jaxbn.export.onnx(folded, x, path, **options)
+
+    def int8(path, **options):
+        starts = range(0, min(args.calibrate, len(rows)), 64)
+        some = [images(data, rows[i : i + 64]) for i in starts]
+        done = jaxbn.export.int8(out / "model.onnx", some, path, **options)
+        say(str(done))
+        return done
+
+    def loaded(path):
+        return jax.jit(jaxbn.export.load_stablehlo(path))
+
+    yield exported("StableHLO", out / "model.stablehlo", stablehlo, loaded)
+    yield exported("ONNX", out / "model.onnx", onnx, jaxbn.export.session)
+    yield exported("ONNX int8", out / "model.int8.onnx", int8, jaxbn.export.session)
 
 
 def measure(stage: Stage, data, args, reference) -> dict:
@@ -128,15 +159,15 @@ def measure(stage: Stage, data, args, reference) -> dict:
 def table(rows: list[dict], args, tested: int) -> Table:
     device = jax.devices()[0].device_kind
     title = (
-        f"{args.run}, {tested:,} test images. Error: over the largest logit of 'recalibrated'.\n"
-        f"Latency: p50 / p95 of {args.repeats} calls, {device}."
+        f"{args.run}, {tested:,} test images. Change and error: from the stage before, the error\n"
+        f"over its largest logit. Latency: p50 / p95 of {args.repeats} calls, {device}."
     )
     out = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     out.add_column("stage")
     for name in ("accuracy", "change", "error", "kB", *(f"batch {b}, ms" for b in LATENCIES)):
         out.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        change = 100 * (row["accuracy"] - rows[0]["accuracy"])
+    for before, row in itertools.pairwise([rows[0], *rows]):
+        change = 100 * (row["accuracy"] - before["accuracy"])
         out.add_row(
             row["stage"],
             f"{row['accuracy']:.2%}",
@@ -160,27 +191,31 @@ def main(argv: list[str] | None = None) -> int:
         p.error(told(error))
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of types it then infers
     rows: list[dict] = []
-    with one_line(p), console.status("recalibrating, folding, exporting"):
-        made = stages(data, apply, model, args, out, console.print)
-    for stage in made:
+    failure, made = "", stages(data, apply, model, args, out, console.print)
+    while not failure:
+        with one_line(p), console.status("recalibrating, folding, exporting"):
+            stage = next(made, None)
+        if stage is None:
+            break
         with console.status(f"measuring: {stage.name}"):
-            reference = rows[1]["logits"] if len(rows) > 1 else None
-            rows.append(measure(stage, data, args, reference))
-    for row in rows[:2]:
-        row["error"] = None  # nothing to compare with: the one before changes on purpose
+            rows.append(measure(stage, data, args, rows[-1]["logits"] if rows else None))
+        if stage.name in ("checkpoint", "recalibrated"):
+            rows[-1]["error"] = None  # nothing before, or changed on purpose
+        failure = stage.failure
     tested = min(args.test, len(data.test_y))
     console.print(table(rows, args, tested))
-    console.print(f"Files: {out}/model.stablehlo, model.onnx, model.int8.onnx")
-    worst = min(rows, key=lambda row: row["accuracy"])
-    lost = 100 * (rows[0]["accuracy"] - worst["accuracy"])
-    if lost > args.bound:
-        print(
-            f"ship.py: {worst['stage']} loses {lost:.2f} points of accuracy, more than --bound "
-            f"{args.bound:g}",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+    console.print(f"Files: {', '.join(path.name for path in sorted(out.glob('model.*')))} in {out}")
+    problems = [failure] if failure else []
+    for before, row in itertools.pairwise(rows):
+        lost = 100 * (before["accuracy"] - row["accuracy"])
+        if lost > args.bound:
+            problems.append(
+                f"{row['stage']} loses {lost:.2f} points of accuracy, more than --bound "
+                f"{args.bound:g}"
+            )
+    for problem in problems:
+        print(f"ship.py: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

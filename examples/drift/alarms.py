@@ -49,7 +49,6 @@ def main(argv=None):
     add("--window", type=positive, default=128, help="images behind a decision (128)")
     add("--windows", type=positive, default=200, help="decisions (200)")
     add("--clean", action="store_true", help="how often clean images alarm")
-    add("--figure", type=Path, help="PNG to draw")
     args = parser.parse_args(argv)
     with one_line(parser):
         return measured(args)
@@ -57,8 +56,6 @@ def main(argv=None):
 
 def measured(args):
     """The table's lines: images, severity, accuracy, alarms, alarms with a reference."""
-    if args.figure and not args.figure.resolve().parent.is_dir():
-        raise DataError(f"--figure {args.figure}: there is no folder for it")
     data = load("cifar10" if args.data_dir else "digits", args.data_dir)
     tested = len(data.test_y)
     if args.window > (most := min(args.images, tested - tested // 2)):
@@ -115,8 +112,6 @@ def measured(args):
     for name, severity, *shares in lines:
         table.add_row(name, f"{severity:g}", *(f"{share:.1%}" for share in shares))
     Console().print(table)
-    if args.figure:
-        draw(lines, args.figure)
     return lines
 
 
@@ -143,22 +138,6 @@ def false_alarms(variables, rows, among, reference, windows):
         table.add_row(str(size), *(f"{rate:.3f}" for rate in rates[size]))
     Console().print(table)
     return rates
-
-
-def draw(lines, path):
-    """Accuracy and alarms against severity, a panel for each corruption."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((9, 2.8), layout="constrained")
-    panels = figure.subplots(1, len(CORRUPTIONS), sharey=True, squeeze=False)[0]
-    for panel, name in zip(panels, CORRUPTIONS, strict=True):
-        severity, *curves = np.transpose([v[1:] for v in lines if v[0] in ("clean", name)])
-        labels = ["accuracy", "alarms, running statistics", "alarms, reference"]
-        for curve, label, style in zip(curves, labels, ("k-", "C0o--", "C1s--"), strict=True):
-            panel.plot(severity, curve, style, label=label, markersize=4)
-        panel.set(xlabel=name, ylim=(-0.03, 1.03))
-    panels[-1].legend(fontsize=7)
-    figure.savefig(path, dpi=80)
 
 
 if __name__ == "__main__":

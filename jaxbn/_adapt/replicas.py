@@ -202,11 +202,12 @@ def merge_updates(states: Any, momentum: float | None = 0.99) -> Any:
                 "merge_updates: momentum=None, but the states hold no count of updates; expected "
                 "states with a count, or the momentum of the updates; write momentum=0.99."
             )
-        share = 1 / count[0].astype(jnp.float32) if momentum is None else 1 - momentum  # type: ignore[index]
+        # All counts are equal; their maximum is also there where k is sharded.
+        last = None if count is None else count.max(0)
+        share = 1 / last.astype(jnp.float32) if momentum is None else 1 - momentum  # type: ignore[union-attr]
         means, middle = mean.astype(wide(mean.dtype)), mean.astype(wide(mean.dtype)).mean(0)
         spread = jnp.square(jnp.abs(means - middle[None])).mean(0) / share
         pooled = var.astype(wide(var.dtype)).mean(0) + spread
-        last = None if count is None else count[0]
         return middle, pooled, last
 
     return _by_layer("merge_updates", one_update, states)

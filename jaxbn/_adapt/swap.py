@@ -1,29 +1,42 @@
-"""Batch norm replaced by a norm that needs no batch: GroupNorm, LayerNorm or InstanceNorm."""
+"""Other norms in place of a model's batch norms: other batch norms, or norms of one sample."""
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import EllipsisType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxbn._inspection import layers, nnx_classes
+from jaxbn._inspection import layers, nnx_classes, stand_ins
 from jaxbn._inspection.hooks import Call, check_apply, hooked_apply
 from jaxbn._inspection.layers import Layer
-from jaxbn._inspection.selection import Where, select
+from jaxbn._inspection.selection import Where, select, selects
+from jaxbn._op.arguments import check_numbers
+from jaxbn._op.axes import is_integer
 from jaxbn._op.batch_norm import finish
+from jaxbn._op.standardize import standardize as standardize_kernel
 from jaxbn._text import listed
 
-NORMS = {"group": "GroupNorm", "layer": "LayerNorm", "instance": "InstanceNorm"}
+NORMS = {"group": "GroupNorm", "layer": "LayerNorm", "instance": "InstanceNorm"}  # without a batch
+BATCH_NORMS = ("batch", "flax")
+# Option → the batch norms that have it.
+OPTIONS = {
+    "axis_name": BATCH_NORMS,
+    "momentum": BATCH_NORMS,
+    "unbiased": ("batch",),
+    "virtual_batch_size": ("batch",),
+}
 
 
 class SwappedLayer(NamedTuple):
     """What `swap` did to one layer."""
 
-    norm: str  # the name of Flax's class
+    norm: str  # the name of Flax's class; with to="batch" jaxbn.linen.BatchNorm, or nnx'
     groups: int | None  # None for a norm other than GroupNorm
-    kept: tuple[str, ...]  # names of the parameters, which the new norm uses
+    kept: tuple[str, ...]  # names of the parameters and statistics, which the new norm uses
     dropped: tuple[str, ...]  # names of the statistics, which the new norm does not have
 
 
@@ -31,7 +44,7 @@ class Swapped(NamedTuple):
     """What `swap` returns."""
 
     model: Any  # for linen, a function to call in place of net.apply; or the nnx model
-    variables: Any  # linen's, without the swapped layers' statistics; None for nnx
+    variables: Any  # linen's, with the statistics that the new norms have; None for nnx
     report: dict[str, SwappedLayer]  # by path
 
 
@@ -42,36 +55,69 @@ def swap(
     where: Where = "*",
     *,
     groups: int | None = None,
+    standardize: Where | None = None,
+    axis_name: str | Sequence[str] | EllipsisType | None = ...,
+    virtual_batch_size: int | EllipsisType | None = ...,
+    unbiased: bool | EllipsisType = ...,
+    momentum: float | EllipsisType | None = ...,
 ) -> Swapped:
-    """The model with Flax's own GroupNorm, LayerNorm or InstanceNorm in place of batch norm.
+    """The model with other norms in place of its batch norms; the model's source stays as it is.
 
-    Use it when batches are too small for their statistics. The new norms use the old scale, bias,
-    epsilon and dtypes, and the masks of the calls. Parameters keep their names, so the optimizer,
-    checkpoints and the model's source stay as they are. The running statistics go, and momentum,
-    axis_name and the mode of the call have no effect any more. The network then computes another
-    function and must be trained. Wu & He 2018, "Group Normalization".
+    `to="batch"` puts this library's BatchNorm in place of Flax's, or gives this library's layers
+    other options. Use it for a model that you did not write: its statistics are then those of all
+    devices (`axis_name`, as PyTorch's `convert_sync_batchnorm` does), of ghost batches, or right
+    at large means. Parameters, statistics and everything else that a layer was given stay. The
+    network computes what it computed, but for the options and for where Flax's numbers are wrong.
+    `to="flax"` is the way back to Flax's BatchNorm.
+
+    `to="group"`, "layer" and "instance" put Flax's own norms of these names in place. Use them when
+    batches are too small for their statistics. The new norms use the old scale, bias, epsilon and
+    dtypes, and the masks of the calls. The running statistics go, and momentum, axis_name and the
+    mode of the call have no effect any more. The network then computes another function and must be
+    trained. Wu & He 2018, "Group Normalization".
+
+    Parameters keep their names in either case, so the optimizer and checkpoints stay as they are.
 
     Args:
       model: linen's `net.apply`, or an nnx model, which is changed in place.
       variables: linen's variables.
-      to: "group", "layer" (over the features of each position, as in a transformer) or "instance"
-        (over the positions of each feature; x [N, ..., C] must have positions).
+      to: "batch", "flax", "group", "layer" (over the features of each position, as in a
+        transformer) or "instance" (over the positions of each feature; x [N, ..., C] must have
+        positions).
       where: the layers to swap: a glob over the paths, several globs, or a predicate.
       groups: the number of groups of a GroupNorm. None: the largest number up to 32 that divides
         the features into groups of 8 or more.
+      standardize: with "group": the convolutions (Flax's Conv) whose kernels are standardized at
+        every call, by `jaxbn.standardize`: as `where`, over the paths of the convolutions. Leave
+        out those that no norm follows.
+      axis_name: with "batch" or "flax": the mapped axes to pool statistics over, or None for those
+        of each device. `...`, the default of this option and of those below, is what each layer
+        says. Another axis drops the layer's axis_index_groups.
+      virtual_batch_size: with "batch": normalize by statistics of groups of this many rows.
+      unbiased: with "batch": the running var takes n / (n - 1) times the batch's.
+      momentum: with "batch" or "flax": the fraction of the old statistics kept. With "batch" also
+        None for the average of all batches from here on: the count of batches starts at 0.
 
     Returns:
       `Swapped(model, variables, report)`. Linen's model pickles if `net.apply` pickles.
 
     Raises:
       TypeError: linen's apply came without variables, or the model is a linen module or variables.
-      ValueError: there is no such layer or no such norm, or groups do not divide the features.
-        Features are not on the last axis: for linen, this is raised when the model is called.
+      ValueError: there is no such layer, norm or convolution, groups do not divide the features, an
+        option is not one of the new norm, or a layer has a call of its own, which would be lost.
+        Features are not on the last axis (not with "batch" or "flax"). For linen, what only a call
+        shows is raised when the model is called.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbn
     >>> net = nn.Sequential([nn.Conv(16, (1, 1)), nn.BatchNorm(use_running_average=False)])
     >>> variables = net.init(jax.random.key(0), jnp.ones((1, 4, 4, 3)))
-    >>> apply, variables, report = jaxbn.swap(net.apply, variables)
+    >>> apply, variables, report = jaxbn.swap(net.apply, variables, "batch", axis_name="data")
+    >>> y, updates = jax.vmap(  # 8 devices with a row each, as one batch of 8 rows
+    ...     lambda x: apply(variables, x, mutable=["batch_stats"]), axis_name="data"
+    ... )(jax.random.normal(jax.random.key(0), (8, 1, 4, 4, 3)))
+    >>> print(jnp.ptp(updates["batch_stats"]["layers_1"]["mean"], axis=0).max())
+    0.0
+    >>> apply, variables, report = jaxbn.swap(net.apply, variables, "group")
     >>> report["layers_1"].groups, apply(variables, jnp.ones((1, 4, 4, 3))).shape
     (2, (1, 4, 4, 16))
     """
@@ -82,25 +128,33 @@ def swap(
             f'apply and its variables, "params" and "batch_stats"; write '
             f"swap(net.apply, variables)."
         )
-    if to not in NORMS:
-        raise ValueError(f"swap: to={to!r}, expected one of {list(NORMS)}.")
+    if to not in (*BATCH_NORMS, *NORMS):
+        raise ValueError(f"swap: to={to!r}, expected one of {[*BATCH_NORMS, *NORMS]}.")
+    given = {
+        "axis_name": axis_name,
+        "momentum": momentum,
+        "unbiased": unbiased,
+        "virtual_batch_size": virtual_batch_size,
+    }
+    options = {name: v for name, v in given.items() if v is not ...}
+    _check_options(to, options, groups, standardize)
     if not nnx_model:
         check_apply("swap", model, "swap(net.apply, variables)")
     chosen = select("swap", model if nnx_model else variables, where)
+    if to in BATCH_NORMS:
+        return _as_batch_norms(model, variables, to, chosen, options)
     grouped = _groups(to, chosen, groups)
+    convolutions: Mapping[str, Any] = {}
+    if standardize is not None:
+        convolutions = _convolutions(model if nnx_model else variables["params"], standardize)
     report = {
-        path: SwappedLayer(
-            NORMS[to],
-            grouped[path],
-            tuple(name for name, v in layer.params._asdict().items() if v is not None),
-            tuple(name for name, v in layer.state._asdict().items() if v is not None),
-        )
+        path: SwappedLayer(NORMS[to], grouped[path], _names(layer.params), _names(layer.state))
         for path, layer in chosen.items()
     }
     if not nnx_model:
         kept = {**variables, "batch_stats": _without_layers(variables["batch_stats"], chosen)}
         # No closure: this pickles where apply does.
-        swapped = functools.partial(_apply_swapped, model, to, grouped)
+        swapped = functools.partial(_apply_swapped, model, to, grouped, frozenset(convolutions))
         return Swapped(swapped, type(variables)(kept), report)
     found = {path: layer for path, layer in layers.nnx_layers(model) if path in chosen}
     _check_last(to, {path: layer.axis for path, layer in found.items()})
@@ -109,18 +163,231 @@ def swap(
         nnx_classes.exchange(layer, type(new))
         vars(layer).clear()
         vars(layer).update(vars(new))
+    for convolution in convolutions.values():
+        convolution.promote_dtype = Standardizing(convolution.promote_dtype)
     return Swapped(model, None, report)
+
+
+def _names(held: Any) -> tuple[str, ...]:
+    """The names of what a layer has, of its `Params` or `State`."""
+    return tuple(name for name, v in held._asdict().items() if v is not None)
+
+
+def _check_options(
+    to: str, options: Mapping[str, Any], groups: int | None, standardize: Where | None
+) -> None:
+    """Refuses options that the new norm does not have, and values that no layer takes."""
+    if standardize is not None and to != "group":
+        raise ValueError(
+            f'swap: standardize={standardize!r} with to={to!r}, expected to="group"; standardized '
+            f"kernels make GroupNorm as good as batch norm on small batches; leave standardize out."
+        )
+    if groups is not None and to != "group":
+        raise ValueError(
+            f"swap: groups={groups} with to={to!r}, which has no groups; write "
+            f'to="group", or leave groups out.'
+        )
+    for name, value in options.items():
+        if to not in OPTIONS[name]:
+            raise ValueError(
+                f"swap: {name}={value!r} with to={to!r}, whose norm has no {name}; write "
+                f'to="batch", or leave {name} out.'
+            )
+    axis_name = options.get("axis_name")
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    if names is not None and not (isinstance(names, list | tuple) and names):
+        raise TypeError(
+            f"swap: axis_name={axis_name!r}, expected the name of a mapped axis, several in a "
+            f'tuple, or None for statistics of each device; write axis_name="data".'
+        )
+    rows = options.get("virtual_batch_size")
+    if rows is not None and not (is_integer(rows) and rows > 0):
+        raise ValueError(
+            f"swap: virtual_batch_size={rows!r}, expected how many rows a group has, an integer "
+            f"of at least 1, or None for no groups; write virtual_batch_size=32."
+        )
+    if not isinstance(unbiased := options.get("unbiased", False), bool):
+        raise TypeError(
+            f"swap: unbiased={unbiased!r}, expected True or False; write unbiased=True for the "
+            f"running variance of PyTorch."
+        )
+    if "momentum" in options:
+        check_numbers("swap", options["momentum"], 0.0)
+
+
+# Batch norm for batch norm
+
+
+def _as_batch_norms(
+    model: Any, variables: Any, to: str, chosen: Mapping[str, Layer], options: Mapping[str, Any]
+) -> Swapped:
+    """The model with this library's batch norms at these paths, or with Flax's."""
+    library = "nnx" if layers.is_nnx(model) else "linen"
+    counted = [path for path, layer in chosen.items() if layer.state.count is not None]
+    if to == "flax" and options.get("momentum", ...) is None:
+        raise ValueError(
+            "swap: momentum=None with to='flax', whose norm has no cumulative average; write "
+            "momentum=0.99."
+        )
+    if to == "flax" and counted and "momentum" not in options:
+        raise ValueError(
+            f"swap: {listed(counted)} have momentum=None, the cumulative average, which Flax's "
+            f"BatchNorm does not have; write momentum=0.99."
+        )
+    counts = options["momentum"] is None if "momentum" in options else None
+    report = {
+        path: SwappedLayer(
+            "BatchNorm" if to == "flax" else f"jaxbn.{library}.BatchNorm",
+            None,
+            (*_names(layer.params), "mean", "var", *["count"] * _counts(layer, counts)),
+            ("count",) if path in counted and not _counts(layer, counts) else (),
+        )
+        for path, layer in chosen.items()
+    }
+    if library == "linen":
+        stats = _with_counts(variables["batch_stats"], chosen, counts)
+        if stats is not variables["batch_stats"]:
+            variables = type(variables)({**variables, "batch_stats": stats})
+        apply = functools.partial(_apply_as, model, to, frozenset(chosen), dict(options))
+        return Swapped(apply, variables, report)
+    found = {path: layer for path, layer in layers.nnx_layers(model) if path in chosen}
+    for path, layer in found.items():
+        _check_own_call(path, layer)
+    for layer in found.values():
+        _exchange_nnx(layer, to, options)
+    return Swapped(model, None, report)
+
+
+def _counts(layer: Layer, counts: bool | None) -> bool:
+    """Whether the layer has a count afterwards; None leaves it as it is."""
+    return layer.state.count is not None if counts is None else counts
+
+
+def _with_counts(stats: Any, paths: Collection[str], counts: bool | None, at: str = "") -> Any:
+    """batch_stats whose layers at these paths have a count, or none; None leaves them as they are.
+
+    A new count is 0, so the next batch's statistics replace those that are there.
+    """
+    if counts is None or not isinstance(stats, Mapping):
+        return stats
+    like: Any = type(stats)
+    if at not in paths:
+        keys = ((k, layers.join(at, k)) for k in stats)
+        return like({k: _with_counts(stats[k], paths, counts, path) for k, path in keys})
+    if not counts:
+        return like({k: v for k, v in stats.items() if k != "count"})
+    # Scanned layers hold arrays [layers, C].
+    shape = layers.unboxed(stats["mean"]).shape[:-1]
+    return like({"count": jnp.zeros(shape, jnp.int32), **stats})
+
+
+def _apply_as(
+    apply: Callable[..., Any],
+    to: str,
+    paths: Collection[str],
+    options: Mapping[str, Any],
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """What a linen model's apply returns, with other batch norms at these paths."""
+
+    def other_batch_norm(path: str, layer: Any) -> Any:
+        return _linen_batch_norm(path, layer, to, options) if path in paths else layer
+
+    with stand_ins.changed(other_batch_norm):
+        return apply(*args, **kwargs)
+
+
+def _linen_batch_norm(path: str, layer: Any, to: str, options: Mapping[str, Any]) -> Any:
+    """A batch norm of the other library in the layer's scope, with all that the layer was given."""
+    import flax.linen as nn
+
+    import jaxbn.linen
+
+    _check_own_call(path, layer)
+    cls: Any = nn.BatchNorm if to == "flax" else jaxbn.linen.BatchNorm
+    names = {field.name for field in dataclasses.fields(cls)} - {"parent", "name"}
+    kept = {name: getattr(layer, name) for name in names if hasattr(layer, name)}
+    new = cls(**kept | _options_of(layer, options), parent=layer.scope)
+    if to == "flax":  # for whoever calls the layer, see `stand_ins`
+        object.__setattr__(new, "activation", getattr(layer, "activation", None))
+    return new
+
+
+def _options_of(layer: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options; groups of devices go with the axis whose indices they are."""
+    own = options.get("axis_name", layer.axis_name) == layer.axis_name
+    return {**options, **({} if own else {"axis_index_groups": None})}
+
+
+def _exchange_nnx(layer: Any, to: str, options: Mapping[str, Any]) -> None:
+    """Gives an nnx layer the other library's class, with the same variable objects."""
+    from flax import nnx
+
+    import jaxbn.nnx
+
+    ours = isinstance(layer, jaxbn.nnx.BatchNorm)
+    new = {"virtual_batch_size": None, "unbiased": False, "activation": None, "renorm": None}
+    if to == "batch":
+        nnx_classes.exchange(layer, jaxbn.nnx.BatchNorm)
+        options = {**{name: v for name, v in new.items() if not hasattr(layer, name)}, **options}
+    elif ours:
+        nnx_classes.exchange(layer, nnx_classes.subclass(nnx.BatchNorm, "BatchNorm", _flax_call))
+        del layer.virtual_batch_size, layer.unbiased, layer.renorm
+    for name, value in _options_of(layer, options).items():
+        setattr(layer, name, value)
+    if layer.momentum is None and not hasattr(layer, "count"):
+        mean = layer.mean.get_value()
+        layer.count = nnx.BatchStat(jnp.zeros(mean.shape[:-1], jnp.int32))
+    elif layer.momentum is not None and hasattr(layer, "count"):
+        del layer.count
+
+
+def _flax_call(cls: Any) -> Callable[..., jax.Array]:
+    """The call of Flax's batch norm with the arguments of this library's."""
+
+    def __call__(  # noqa: N807
+        self: Any,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: Any = None,
+        residual: Any = None,
+    ) -> jax.Array:
+        y = cls.__call__(self, x, use_running_average, mask=mask)
+        return finish(y, self.activation, residual)
+
+    return __call__
+
+
+def _check_own_call(path: str, layer: Any) -> None:
+    """Refuses a layer whose class computes something of its own around a batch norm."""
+    if layers.is_nnx(layer):
+        from flax.nnx import BatchNorm as Flax
+
+        from jaxbn.nnx import BatchNorm as Ours
+    else:
+        from flax.linen import BatchNorm as Flax  # type: ignore[assignment]
+
+        from jaxbn.linen import BatchNorm as Ours  # type: ignore[assignment]
+
+    known = type(layer).__call__ in (Flax.__call__, Ours.__call__)
+    if not known and not nnx_classes.has_class_of(layer, _flax_call):
+        raise ValueError(
+            f"swap: layer {path!r} is a {type(layer).__name__} with a call of its own, which would "
+            f"be lost; call jaxbn.unfreeze(model) first if the layer is frozen, or leave the layer "
+            f"out by where=."
+        )
+
+
+# Norms that need no batch
 
 
 def _groups(to: str, chosen: Mapping[str, Layer], groups: int | None) -> dict[str, int | None]:
     """Path → number of groups; one error names every layer that the number does not fit."""
     features = {path: layer.state.mean.shape[-1] for path, layer in chosen.items()}
     if to != "group":
-        if groups is not None:
-            raise ValueError(
-                f"swap: groups={groups} with to={to!r}, which has no groups; write "
-                f'to="group", or leave groups out.'
-            )
         return dict.fromkeys(features)
     if groups is None:
         return {path: _most_groups(n) for path, n in features.items()}
@@ -158,6 +425,7 @@ def _apply_swapped(
     apply: Callable[..., Any],
     to: str,
     groups: Mapping[str, int | None],
+    convolutions: Collection[str],
     /,
     variables: Any,
     *args: Any,
@@ -181,7 +449,8 @@ def _apply_swapped(
         y = norm(call.x, mask=_full_mask(call.mask, call.weights, call.x))
         return finish(y, getattr(call.layer, "activation", None), call.residual), None
 
-    out, _ = hooked_apply(apply, other_norm)(variables, *args, mutable=mutable, **kwargs)
+    with nn.intercept_methods(functools.partial(_standardized_call, convolutions)):
+        out, _ = hooked_apply(apply, other_norm)(variables, *args, mutable=mutable, **kwargs)
     if mutable is False or not in_filter(mutable, "batch_stats"):
         return out
     # A training step that asks for updated batch_stats finds the key, with nothing in it.
@@ -254,3 +523,78 @@ def _without_layers(stats: Any, paths: Mapping[str, Any], at: str = "") -> Any:
     like: Any = type(stats)
     inner = {k: _without_layers(v, paths, layers.join(at, k)) for k, v in stats.items()}
     return like({k: v for k, v in inner.items() if not isinstance(v, Mapping) or v})
+
+
+# Standardized kernels
+
+
+class Standardizing:
+    """The `promote_dtype` of a convolution whose kernel is standardized first."""
+
+    def __init__(self, promote_dtype: Callable[..., Any]):
+        self.promote_dtype = promote_dtype
+
+    def __call__(self, *arrays: Any, **options: Any) -> Any:
+        """Linen passes x, kernel and bias as they are, nnx as one tuple."""
+        x, kernel, bias = arrays[0] if len(arrays) == 1 else arrays
+        new = x, standardize_kernel(kernel), bias
+        return self.promote_dtype(*((new,) if len(arrays) == 1 else new), **options)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Standardizing) and self.promote_dtype == other.promote_dtype
+
+    def __hash__(self) -> int:
+        return hash((Standardizing, self.promote_dtype))
+
+
+def _standardized_call(
+    paths: Collection[str], call: Any, args: Any, kwargs: Any, context: Any
+) -> Any:
+    """The call of linen's convolution, with a standardized kernel at these paths."""
+    import flax.linen as nn
+
+    layer = context.module
+    its_call = isinstance(layer, nn.Conv) and context.method_name == "__call__"
+    if not its_call or layers.join("", *layer.path) not in paths:
+        return call(*args, **kwargs)
+    plain = layer.promote_dtype
+    object.__setattr__(layer, "promote_dtype", Standardizing(plain))
+    try:
+        return call(*args, **kwargs)
+    finally:
+        object.__setattr__(layer, "promote_dtype", plain)
+
+
+def _convolutions(tree: Any, where: Where) -> dict[str, Any]:
+    """The convolutions that `where` selects, at least one: nnx modules, or nodes of linen's params.
+
+    A kernel with one value for each output is left as it is.
+    """
+    found: dict[str, Any]
+    if layers.is_nnx(tree):
+        from flax import nnx
+
+        modules = ((layers.join("", *path), module) for path, module in nnx.iter_modules(tree))
+        found = {path: m for path, m in modules if isinstance(m, nnx.Conv)}
+        kernels = {path: module.kernel.get_value() for path, module in found.items()}
+    else:
+        found = dict(_with_kernels(tree))
+        kernels = {path: layers.unboxed(node["kernel"]) for path, node in found.items()}
+    found = {path: found[path] for path, v in kernels.items() if math.prod(v.shape[:-1]) > 1}
+    if chosen := {path: node for path, node in found.items() if selects(where, path)}:
+        return chosen
+    raise ValueError(
+        f"swap: standardize={where!r} selects none of the convolutions {listed(found)}; expected a "
+        f'glob such as "*" for all, several of them, or a function of the path.'
+    )
+
+
+def _with_kernels(params: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The path and the node of each layer in linen's params that may be a convolution."""
+    if not isinstance(params, Mapping):
+        return
+    kernel = layers.unboxed(params.get("kernel"))
+    if len(getattr(kernel, "shape", ())) > 2:
+        yield path, params
+    for key, node in params.items():
+        yield from _with_kernels(node, layers.join(path, key))

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from jaxbn import _files
 from jaxbn._checkpoints.nesting import children, split_at_dots
 from jaxbn._extras import need
 from jaxbn._text import first_line, printable
@@ -22,7 +23,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The arrays of a checkpoint as nested dicts. Nothing in the checkpoint is executed.
 
     Args:
-      path: an orbax folder, a `.safetensors` file, or a file of `flax.serialization.to_bytes`.
+      path: an orbax folder, a `.safetensors` file, a folder of `.safetensors` files with an index
+        (`….index.json`), or a file of `flax.serialization.to_bytes`.
         Of a CheckpointManager's folder of steps the latest step is read.
 
     Returns:
@@ -50,7 +52,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     name = printable(path)
     if not path.exists():
         raise FileNotFoundError(f"read: no checkpoint at {name}: there is no such file or folder")
-    if path.is_dir():
+    if path.name.endswith(".index.json") or (path.is_dir() and _has_safetensors(path)):
+        kind, reader = "safetensors files with an index", _sharded
+    elif path.is_dir():
         kind, reader = "an orbax checkpoint", _orbax
     elif path.suffix == ".safetensors":
         kind, reader = "a safetensors file", _safetensors
@@ -80,6 +84,15 @@ def _reason(error: Exception) -> str:
 
 def _safetensors(path: Path) -> Any:
     return need("read", "safetensors.numpy").load_file(path)
+
+
+def _has_safetensors(folder: Path) -> bool:
+    return any(True for _ in folder.glob("*.safetensors"))
+
+
+def _sharded(path: Path) -> Any:
+    parts = _files.shards(path, [".safetensors"])
+    return _files.merged((_safetensors(file), names) for file, names in parts.items())
 
 
 def _msgpack(path: Path) -> Any:

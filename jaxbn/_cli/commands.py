@@ -15,7 +15,7 @@ import tempfile
 import traceback
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ...     commands.main(["--version"])
     ... except SystemExit as end:
     ...     end.code
-    jaxbn 0.1.0
+    jaxbn 0.2.0
     0
     """
     args = options.parse(argv)
@@ -110,7 +110,9 @@ def convert(args: Namespace) -> int:
         like = contents.read_model(args.like)
         if like.kind == "torch":
             names = like.state_dict()
-            new, report = tool.to_torch(source.variables(), names, rename=args.rename)
+            new, report = tool.to_torch(
+                source.variables(), names, rename=args.rename, keep=args.keep
+            )
         else:
             new, report = _loaded(source, like.variables(), args)
             new = new if like.kind == "linen" else new["params"]
@@ -150,6 +152,36 @@ def fold(args: Namespace) -> int:
     return 0 if report.folded else 1
 
 
+def lint(args: Namespace) -> int:
+    """Prints what is wrong with how a network is put together. Status 1 if there are findings."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxbn import health
+    from jaxbn._cli import terminal, users_model
+    from jaxbn._inspection.layers import is_nnx
+
+    _on_the_cpu()
+    apply, model, batches = users_model.network(args.model)
+    x = next(iter(batches), None)
+    if x is None:
+        raise ValueError(f"{args.model} gives no batches, expected at least one as the example.")
+    if not is_nnx(model):
+        # Shapes will do. Ones and not zeros: a factor that is 0 is a finding.
+        shapes = jax.tree.map(
+            lambda v: jnp.ones(v.shape, v.dtype) if isinstance(v, jax.ShapeDtypeStruct) else v,
+            model,
+        )
+        findings = health.lint(functools.partial(apply, shapes), x, train=args.train)
+    else:
+        findings = health.lint(apply, model, x, train=args.train)
+    if args.json:
+        print(terminal.findings_as_json(args.model, findings))
+    else:
+        terminal.show_findings(args.model, findings)
+    return int(bool(findings))
+
+
 def export(args: Namespace) -> int:
     """Folds the norms of the user's model and writes a file to serve."""
     import jaxbn
@@ -162,18 +194,21 @@ def export(args: Namespace) -> int:
     if args.int8 and dest.suffix != ".onnx":
         raise ValueError(f"--int8 is for .onnx, and {printable(dest)} ends in {dest.suffix}")
     fn, x, batches = _function(args)
+    report = source = None
     if args.fold:
         fn, report = jaxbn.fold(fn, x)
         print(report)
     own = {} if args.tolerance is None else {"tolerance": args.tolerance}
+    done: tool.Exported | tool.Quantized
     if dest.suffix == ".stablehlo":
         done = tool.stablehlo(fn, x, dest, **own)
     elif args.int8:
         with tempfile.TemporaryDirectory() as folder:
-            wide = tool.onnx(fn, x, Path(folder, "float.onnx"))
-            done = tool.int8(wide.path, batches, dest, **own)
+            source = tool.onnx(fn, x, Path(folder, "float.onnx"))
+            done = tool.int8(source.path, batches, dest, **own)
     else:
         done = tool.onnx(fn, x, dest, **own)
+    tool.manifest(done, folded=report, source=source, checkpoint=args.source)
     print(
         f"wrote {printable(dest)}: {done.bytes} bytes, largest error {done.relative:.1e} of the "
         f"largest value"
@@ -181,12 +216,99 @@ def export(args: Namespace) -> int:
     return 0
 
 
+def compare(args: Namespace) -> int:
+    """Compares two checkpoints or two exported files. Status 1 if a figure is beyond its bound."""
+    from jaxbn._cli import comparison
+
+    files = [_is_artifact(path) for path in (args.a, args.b)]
+    if any(files) and not all(files):
+        raise ValueError(
+            "one of the two is an exported file and the other a checkpoint, expected two of a "
+            "kind; write python -m jaxbn verify ARTIFACT --against CHECKPOINT"
+        )
+    rows: list[Any] = []
+    outputs: list[Any] = []
+    beyond: list[Any] = []
+    if all(files):
+        x: Any = _inputs(args)
+        fns: Any = [_artifact(path)[0] for path in (args.a, args.b)]
+    else:
+        fns, x, parts = _two_models(args)
+        bounds = {"divergence": args.divergence, "weights": args.weights, "epsilon": args.epsilon}
+        rows, beyond = comparison.layer_rows(*parts, **bounds)
+    if fns:
+        results = [fn(x) for fn in fns]
+        outputs, more = comparison.results(*results, bound=args.bound, agree=args.agree)
+        beyond += more
+    if args.json:
+        names = {"a": printable(args.a), "b": printable(args.b)}
+        print(comparison.as_json(beyond, **names, layers=rows, outputs=outputs))
+    else:
+        comparison.show(f"{args.a} and {args.b}", rows, outputs, beyond)
+    return 1 if beyond else 0
+
+
+def verify(args: Namespace) -> int:
+    """Compares an exported file with the model it was made of. Status 1 if it is another."""
+    import jax
+
+    from jaxbn._cli import comparison
+    from jaxbn.export._manifest import checksum
+
+    if not _is_artifact(args.artifact):
+        raise ValueError(
+            f"{printable(args.artifact)} is no exported file by its name, expected .onnx or "
+            f".stablehlo"
+        )
+    served, manifest = _artifact(args.artifact)
+    apply, model, batches = _network(args)
+    x = _inputs(args, batches)
+    reference = apply(model, x)
+    bounds = {"bound": args.bound, "agree": args.agree}
+    outputs, beyond = comparison.results(served(x), reference, **bounds)
+    row, expected = jax.tree.map(lambda v: v[:1], (x, reference))
+    alone, more = comparison.results(served(row), expected, **bounds, what="a row alone")
+    beyond += more
+    made_of = manifest and manifest["checkpoint"]
+    if made_of and made_of["sha256"] != checksum(args.source):
+        beyond.append(comparison.Beyond("the manifest names another checkpoint"))
+    if args.json:
+        names = {"artifact": printable(args.artifact), "against": printable(args.source)}
+        print(comparison.as_json(beyond, **names, manifest=manifest, outputs=[*outputs, *alone]))
+    else:
+        title = f"{args.artifact} against {args.source}"
+        comparison.show(title, [], [*outputs, *alone], beyond)
+        if manifest is None:
+            print("no manifest beside the file: what it was made of is not checked")
+    return 1 if beyond else 0
+
+
+def serving(args: Namespace) -> int:
+    """Prints what is wrong with a model as a server runs it. Status 1 if there are findings."""
+    from jaxbn import health
+    from jaxbn._cli import comparison, terminal
+
+    apply, model, batches = _network(args)
+    x = _inputs(args, batches)
+    found = health.serving(functools.partial(apply, model), x, tolerance=args.tolerance)
+    source = printable(args.source)
+    if args.json:
+        print(comparison.as_json(found, checkpoint=source))
+    else:
+        print(f"{source}: {comparison.verdict(found)}", *terminal.plain(found), sep="\n")
+    return 1 if found else 0
+
+
 COMMANDS = {
     "doctor": doctor,
     "convert": convert,
     "recalibrate": recalibrate,
     "fold": fold,
+    "lint": lint,
     "export": export,
+    "compare": compare,
+    "verify": verify,
+    "serving": serving,
 }
 
 
@@ -243,10 +365,78 @@ def _function(args: Namespace) -> tuple[Any, Any, Any]:
     """The user's model as a function of x; the first batch; all batches, the first included."""
     apply, model, batches = _network(args)
     some = itertools.islice(batches, args.batches)
-    x = next(some, None)
+    x = _first(some, args)
+    return functools.partial(apply, model), x, itertools.chain([x], some)
+
+
+def _first(batches: Iterable[Any], args: Namespace) -> Any:
+    """The first batch of the user's model."""
+    x = next(iter(batches), None)
     if x is None:
         raise ValueError(f"{args.model} gives no batches, expected at least one as the example.")
-    return functools.partial(apply, model), x, itertools.chain([x], some)
+    return x
+
+
+def _inputs(args: Namespace, batches: Iterable[Any] | None = None) -> Any:
+    """The batch in the file that --inputs names, or else the first batch of the user's model."""
+    from jaxbn._checkpoints.inputs import read_inputs
+
+    if args.inputs:
+        return read_inputs(args.inputs)
+    if batches is None:
+        raise ValueError("no inputs for two exported files to run on; write --inputs FILE.npz")
+    return _first(batches, args)
+
+
+def _two_models(args: Namespace) -> tuple[Any, Any, Any]:
+    """Two checkpoints: their functions and x, if the user's model is named; norms and weights."""
+    from jaxbn._checkpoints.contents import Contents, arrays, read_model
+    from jaxbn._cli import comparison, users_model
+    from jaxbn._inspection.layers import is_nnx
+
+    sources = [read_model(path, args.part) for path in (args.a, args.b)]
+    fns, x = [], None
+    if args.model:
+        apply, like, batches = users_model.network(args.model)
+        models = [_loaded(source, like, args)[0] for source in sources]
+        fns, x = [functools.partial(apply, model) for model in models], _inputs(args, batches)
+        kind: Any = "nnx" if is_nnx(like) else "linen"
+        sources = [Contents(kind, arrays(model)) for model in models]
+    else:
+        _on_the_cpu()
+    if sources[0].kind != sources[1].kind:
+        raise ValueError(
+            f"A has the names of {sources[0].kind} and B those of {sources[1].kind}, expected one "
+            f"kind; write --model MODULE:FUNCTION, into which both are read"
+        )
+    parts = [comparison.parts(source) for source in sources]
+    for norms, _ in parts:
+        _check_arrays(norms)
+    return fns, x, parts
+
+
+def _is_artifact(path: str) -> bool:
+    return Path(path).suffix in (".onnx", ".stablehlo")
+
+
+def _artifact(path: str) -> tuple[Any, Any]:
+    """An exported file as a function, and its manifest, which must fit the file; None without."""
+    from jaxbn import export
+    from jaxbn.export._manifest import SUFFIX
+
+    manifest = export.read_manifest(path) if Path(f"{path}{SUFFIX}").exists() else None
+    load = export.session if Path(path).suffix == ".onnx" else export.load_stablehlo
+    with _silent_compiler():
+        fn = load(path)
+
+    def run(x: Any) -> Any:
+        with _silent_compiler():
+            y: Any = fn(x)
+        # Several results of an ONNX file stand in the order of the function's leaves, by any names.
+        several = Path(path).suffix == ".onnx" and isinstance(y, Mapping)
+        return list(y.values()) if several else y
+
+    return run, manifest
 
 
 def _loaded(source: Any, like: Any, args: Namespace) -> tuple[Any, Any]:
@@ -275,6 +465,20 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextlib.contextmanager
+def _silent_compiler() -> Iterator[None]:
+    """Drops what C++ prints on stderr: MLIR quotes the bytes of a damaged file."""
+    sys.stderr.flush()
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
 
 
 def _on_the_cpu() -> None:

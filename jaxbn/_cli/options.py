@@ -17,7 +17,23 @@ will do), which get the checkpoint's arrays by name; batches is an iterable of a
 `fold` and `export` take the first as the example. This code runs; a checkpoint is data and never
 does.
 """
-CHECKPOINTS = "an orbax folder, a .safetensors file, or a Flax msgpack file"
+EXAMPLES = """\
+examples:
+  python -m jaxbn doctor runs/mine/checkpoints --plot health.png
+  python -m jaxbn convert torch.safetensors net.msgpack --like flax.msgpack
+  python -m jaxbn recalibrate net.msgpack ready.msgpack --model serve:model
+  python -m jaxbn fold ready.msgpack --model serve:model
+  python -m jaxbn export ready.msgpack net.onnx --model serve:model --int8
+  python -m jaxbn serving ready.msgpack --model serve:model
+
+COMMAND --help tells more.
+"""
+CHECKPOINTS = (
+    "an orbax folder, a .safetensors file or a folder of them with an index, or a Flax msgpack file"
+)
+GATES = """\
+exit status: 0 within all bounds, 1 findings, 2 could not be run
+"""
 DESTINATION = "NAME.safetensors, NAME.msgpack, or without a suffix a new orbax folder"
 
 
@@ -37,8 +53,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = _Parser(
         prog="python -m jaxbn",
         description="Batch norm in checkpoints: look for what is wrong, and put it right.",
-        epilog="COMMAND --help tells more.",
+        epilog=EXAMPLES,
         allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"jaxbn {jaxbn.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -66,7 +83,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sub.add_argument("--plot", metavar="FILE.png", help="a picture: every channel of every layer")
     sub.add_argument(
         "--momentum",
-        type=_momentum,
+        type=_share,
         metavar="M",
         help="of the training, for layers that count updates: the share of the old value kept "
         "(Flax's meaning, 1 minus PyTorch's)",
@@ -121,6 +138,33 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sub.add_argument("--tolerance", type=_positive, metavar="T", help="largest relative error")
 
     sub = command(
+        "lint",
+        "is this network put together well?",
+        "Traces your model and says what is wrong with how it uses its batch norms. The model does "
+        "not\nrun, and there is no checkpoint.",
+        f"{MODEL}\n"
+        "Here apply may run the model in train mode: functools.partial(net.apply, train=True,\n"
+        'mutable=["batch_stats"], rngs=...). Dropout is judged in that mode alone.\n\n'
+        "exit status: 0 healthy, 1 findings, 2 could not be traced",
+    )
+    sub.add_argument("--model", metavar="MODULE:FUNCTION", required=True, help="your model: below")
+    mode = sub.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--train",
+        action="store_const",
+        const=True,
+        help="apply is for training: a layer in eval mode is a finding",
+    )
+    mode.add_argument(
+        "--eval",
+        dest="train",
+        action="store_const",
+        const=False,
+        help="apply is for serving: a layer in train mode is a finding",
+    )
+    sub.add_argument("--json", action="store_true", help="the same for programs")
+
+    sub = command(
         "export",
         "a file to serve: ONNX, int8, StableHLO",
         "Folds the norms and writes a file for any batch size, which is run and compared first.",
@@ -131,6 +175,60 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _add_model(sub)
     sub.add_argument("--int8", action="store_true", help="ONNX in int8, calibrated on the batches")
     sub.add_argument("--no-fold", dest="fold", action="store_false", help="leave the norms")
+    sub.add_argument("--tolerance", type=_positive, metavar="T", help="largest relative error")
+
+    sub = command(
+        "compare",
+        "are two checkpoints, or two exported files, the same?",
+        "Compares statistics and weights layer by layer, and with a model or with two exported\n"
+        "files the results on the inputs.",
+        f"{MODEL}\n{GATES}",
+    )
+    sub.add_argument("a", metavar="A", help=f"{CHECKPOINTS}; or .onnx, .stablehlo")
+    sub.add_argument("b", metavar="B", help="the reference, of the same kind")
+    _add_part(sub)
+    _add_gate(sub, model=False)
+    _add_bounds(sub)
+    sub.add_argument(
+        "--weights",
+        type=_epsilon,
+        default=1e-4,
+        metavar="W",
+        help="largest error of an array of weights over the largest weight (0.0001)",
+    )
+    sub.add_argument(
+        "--divergence",
+        type=_epsilon,
+        default=1e-4,
+        metavar="D",
+        help="largest symmetric KL divergence of a channel's statistics (0.0001, a mean shifted "
+        "by 1 %% of an sd)",
+    )
+
+    sub = command(
+        "verify",
+        "does an exported file compute what its checkpoint does?",
+        "Compares the file's results with the model's, also on one row alone, and the file with\n"
+        "the manifest beside it.",
+        f"{MODEL}\n{GATES}",
+    )
+    sub.add_argument("artifact", metavar="ARTIFACT", help="NAME.onnx or NAME.stablehlo")
+    sub.add_argument(
+        "--against", dest="source", metavar="CHECKPOINT", required=True, help=CHECKPOINTS
+    )
+    _add_part(sub)
+    _add_gate(sub)
+    _add_bounds(sub)
+
+    sub = command(
+        "serving",
+        "does the model answer each row by that row alone?",
+        "Checks the mode, determinism, batch independence, the order of rows and a batch of one.",
+        f"{MODEL}\n{GATES}",
+    )
+    sub.add_argument("source", metavar="CHECKPOINT", help=CHECKPOINTS)
+    _add_part(sub)
+    _add_gate(sub)
     sub.add_argument("--tolerance", type=_positive, metavar="T", help="largest relative error")
     words = sys.argv[1:] if argv is None else argv
     return parser.parse_args(words or ["--help"])
@@ -143,6 +241,10 @@ class _Parser(argparse.ArgumentParser):
 
 def _add_source(sub: Any, name: str) -> None:
     sub.add_argument(name, metavar="SOURCE", help=CHECKPOINTS)
+    _add_part(sub)
+
+
+def _add_part(sub: Any) -> None:
     sub.add_argument(
         "--part",
         metavar="PATH",
@@ -154,6 +256,31 @@ def _add_model(sub: Any) -> None:
     sub.add_argument("--model", metavar="MODULE:FUNCTION", required=True, help="your model: below")
     sub.add_argument("--batches", type=_count, metavar="N", help="at most so many batches (all)")
     _add_matching(sub)
+
+
+def _add_gate(sub: Any, *, model: bool = True) -> None:
+    """What the commands share that end with a status for a program."""
+    sub.add_argument("--model", metavar="MODULE:FUNCTION", required=model, help="your model: below")
+    sub.add_argument(
+        "--inputs",
+        metavar="FILE.npz",
+        help="a batch of np.savez, one array or several by name (the model's first batch)",
+    )
+    sub.add_argument("--json", action="store_true", help="the same for programs")
+    _add_matching(sub)
+
+
+def _add_bounds(sub: Any) -> None:
+    sub.add_argument(
+        "--bound",
+        type=_epsilon,
+        default=1e-4,
+        metavar="E",
+        help="largest error of a result over its largest value (0.0001)",
+    )
+    sub.add_argument(
+        "--agree", type=_share, metavar="S", help="smallest share of equal top-1 answers (any)"
+    )
 
 
 def _add_matching(sub: Any) -> None:
@@ -188,7 +315,7 @@ class _Rename(argparse.Action):
         return getattr(namespace, self.dest) or {}
 
 
-def _momentum(text: str) -> float:
+def _share(text: str) -> float:
     return _number(text, "a number from 0 to 1", lambda v: 0 <= v <= 1)
 
 

@@ -58,6 +58,30 @@ def show(
     print(re.sub(" +$", "", text.get(), flags=re.MULTILINE), end="")
 
 
+def show_findings(source: str, findings: Sequence[Finding]) -> None:
+    """Prints findings about a network, without a table of its layers.
+
+    Args:
+      source: the name of the network.
+      findings: the findings of `health.lint`, worst first.
+
+    Raises:
+      ModuleNotFoundError: rich is not installed.
+
+    >>> from jaxbn._cli import terminal
+    >>> terminal.show_findings("resnets:training", [])
+    resnets:training: healthy
+    """
+    from rich.text import Text
+
+    console = need("show", "rich.console").Console(highlight=False, markup=False)
+    with console.capture() as text:
+        color = COLORS[findings[0].severity] if findings else "green"
+        console.print(Text(f"{printable(source)}: {verdict(findings)}", color), soft_wrap=True)
+        _print_findings(console, findings)
+    print(re.sub(" +$", "", text.get(), flags=re.MULTILINE), end="")
+
+
 def unjudged(rows: Sequence[Row], momentum: float | None = None) -> str:
     """One line that names the findings which need more than the arrays of a checkpoint.
 
@@ -79,7 +103,6 @@ def unjudged(rows: Sequence[Row], momentum: float | None = None) -> str:
 
 
 def _print(console: Any, source: str, rows: Sequence[Row], findings: Sequence[Finding]) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     title = f"{printable(source)}: {_number_of(len(rows), 'batch norm layer')}, {verdict(findings)}"
@@ -93,6 +116,13 @@ def _print(console: Any, source: str, rows: Sequence[Row], findings: Sequence[Fi
     console.width = max(given, sum(column.min_width + gap for column in table.columns))
     console.print(table)
     console.width = given
+    _print_findings(console, findings)
+
+
+def _print_findings(console: Any, findings: Sequence[Finding]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.severity, finding.kind, finding.remedy), []).append(finding)
@@ -106,6 +136,28 @@ def _print(console: Any, source: str, rows: Sequence[Row], findings: Sequence[Fi
         grid.add_row(Text(severity, COLORS[severity]), text)
         console.print()
         console.print(grid)
+
+
+def plain(findings: Sequence[Finding]) -> list[str]:
+    """The findings as lines for a log, without colour and without rich.
+
+    >>> from jaxbn import health
+    >>> from jaxbn._cli import terminal
+    >>> finding = health.Finding("result", "row_order", "error", 0.5, 1e-4, (), "sort nothing")
+    >>> print(*terminal.plain([finding]), sep=chr(10))
+    error row_order in result
+      largest change of a row's result as the rows change places: 0.5, threshold 0.0001
+      remedy: sort nothing
+    """
+    return [
+        line
+        for finding in findings
+        for line in (
+            f"{finding.severity} {finding.kind} in {_layer(finding)}",
+            f"  {_of(finding, False)}",
+            f"  remedy: {printable(finding.remedy)}",
+        )
+    ]
 
 
 def verdict(findings: Sequence[Finding]) -> str:
@@ -148,19 +200,39 @@ def as_json(
         worst = None if row.worst is None else row.worst.kind
         return {**row._asdict(), "worst": worst, "figures": figures}
 
-    def told(finding: Finding) -> dict[str, Any]:
-        figures = {name: _finite(getattr(finding, name)) for name in ("figure", "threshold")}
-        return {**finding._asdict(), **figures}
-
     content = {
         "checkpoint": source,
         "healthy": not findings,
         "judged": len(rows),
         "unjudged": unjudged(rows, momentum),
         "layers": list(map(layer, rows)),
-        "findings": list(map(told, findings)),
+        "findings": list(map(_told, findings)),
     }
     return json.dumps(content, indent=1, allow_nan=False)
+
+
+def findings_as_json(source: str, findings: Sequence[Finding]) -> str:
+    """One JSON object: `model`, `healthy`, and the list of findings.
+
+    >>> from jaxbn._cli import terminal
+    >>> print(terminal.findings_as_json("resnets:training", []))
+    {
+     "model": "resnets:training",
+     "healthy": true,
+     "findings": []
+    }
+    """
+    content = {
+        "model": source,
+        "healthy": not findings,
+        "findings": list(map(_told, findings)),
+    }
+    return json.dumps(content, indent=1, allow_nan=False)
+
+
+def _told(finding: Finding) -> dict[str, Any]:
+    figures = {name: _finite(getattr(finding, name)) for name in ("figure", "threshold")}
+    return {**finding._asdict(), **figures}
 
 
 def _table(rows: Sequence[Row], gap: int) -> Any:

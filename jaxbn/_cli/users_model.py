@@ -1,6 +1,8 @@
 """The user's own model: its code is imported and run here, and nowhere else in the package."""
 
 import importlib
+import os
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -34,6 +36,8 @@ def network(name: str) -> Network:
     module, _, function = name.partition(":")
     if not module or not function:
         raise ValueError(f"network: {name!r} names no function, expected module:function")
+    if os.getcwd() not in sys.path:  # `python -m jaxbn` has it; the command `jaxbn` does not
+        sys.path.append(os.getcwd())
     try:
         made = getattr(importlib.import_module(module), function)()
     except (Exception, SystemExit) as error:  # a script may call `sys.exit()` when it is imported

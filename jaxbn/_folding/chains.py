@@ -1,12 +1,12 @@
 """Chains of per-channel affines, and the convolutions and dots that can absorb a chain."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxbn._folding.constants import Known, floating, relayout
+from jaxbn._folding.constants import Known, expanded, floating, relayout
 from jaxbn._folding.program import Op, bodies, shape_of
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 CONTRACTIONS = ("conv_general_dilated", "dot_general")
 AFFINE = ("add", "sub", "mul", "div", "neg")
 LAYOUT = ("convert_element_type", "copy", "transpose", "squeeze", "broadcast_in_dim", "reshape")
+CASTS = ("convert_element_type", "copy")
+SUMS = ("reduce_sum", "reduce_window_sum")
 
 
 def transparent(eqn: "JaxprEqn") -> bool:
@@ -45,6 +47,8 @@ class Site(NamedTuple):
     axes: tuple[int, ...]  # axes of the kernel that become channels of the result
     out: tuple[int, ...]  # the axes of the result where those channels stand
     before: tuple[Op, ...] = ()  # an affine of the input that the kernel has absorbed
+    means: frozenset[int] = frozenset()  # as in `Chain`, of the operations in `before`
+    branches: int = 1  # convolutions and values that the kernel is the sum of
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -108,7 +112,8 @@ class Chain(NamedTuple):
     """Affine and layout operations on one value, not run yet: `base * scale + offset`.
 
     scale and offset are float64. They have the rank of the result, and size 1 on axes on which
-    they do not vary. With a site, the chain equals `site(base) * scale + offset`.
+    they do not vary. With a site, the chain equals `site(base) * scale + offset`. Sums and means
+    over axes on which neither varies are run on the base, before the affine.
     """
 
     base: int
@@ -117,6 +122,9 @@ class Chain(NamedTuple):
     offset: np.ndarray
     channel: np.ndarray | None  # with a site: the position of each channel in the result
     ops: tuple[Op, ...] = ()
+    gain: float = 1.0  # how much larger an offset before the sums is after them
+    means: frozenset[int] = frozenset()  # results of divisions that make a mean of a sum
+    width: int = 1  # the channels of the affine, before a reshape repeats its numbers
 
     def then(self, op: Op, position: int, operand: Known | None) -> "Chain | None":
         """The chain with one more operation; None if the operation is not a per-channel affine."""
@@ -124,6 +132,8 @@ class Chain(NamedTuple):
             return None
         if op.name in LAYOUT and operand is None:
             return self._moved(op)
+        if op.name in SUMS:
+            return self._summed(op)
         if op.name not in AFFINE:
             return None
         if op.name == "neg":
@@ -131,6 +141,10 @@ class Chain(NamedTuple):
         if operand is None or (op.name == "div" and position == 1):
             return None
         k = operand.numbers(len(op.shape))
+        if op.name == "div" and k.size == 1 and k.item() == self._just_summed():
+            means, n = self.means | {op.outputs[0]}, k.item()
+            offset, gain = self.offset / n, self.gain / n
+            return self._replace(offset=offset, gain=gain, means=means, ops=(*self.ops, op))
         if not self._by_channel(k):
             return None
         scale, offset = self.scale, self.offset
@@ -144,7 +158,32 @@ class Chain(NamedTuple):
             else:
                 sign = 1 if position == 0 else -1
                 scale, offset = sign * scale, sign * (offset - k)
-        return self._replace(scale=scale, offset=offset, ops=(*self.ops, op))
+        width = max(self.width, k.size)
+        return self._replace(scale=scale, offset=offset, ops=(*self.ops, op), width=width)
+
+    def _summed(self, op: Op) -> "Chain | None":
+        """The chain after a sum over axes on which nothing varies, without padding."""
+        window = window_of(op)
+        parts = [v for v in (self.scale, self.offset, self.channel) if v is not None]
+        if window is None or any(
+            n > 1 and v.shape[a] > 1 for v in parts for a, n in window.items()
+        ):
+            return None
+        n, axes = math.prod(window.values()), tuple(window) if op.name == "reduce_sum" else ()
+        channel = None if self.channel is None else self.channel.squeeze(axes)
+        return self._replace(
+            scale=self.scale.squeeze(axes),
+            offset=self.offset.squeeze(axes) * n,
+            channel=channel,
+            ops=(*self.ops, op),
+            gain=self.gain * n,
+        )
+
+    def _just_summed(self) -> int | None:
+        """The number of values behind each sum, if the chain ends in a sum and casts."""
+        last = next((op for op in reversed(self.ops) if op.name not in CASTS), None)
+        window = window_of(last) if last is not None and last.name in SUMS else None
+        return None if window is None else math.prod(window.values())
 
     def _by_channel(self, k: np.ndarray) -> bool:
         if self.channel is None:
@@ -158,17 +197,19 @@ class Chain(NamedTuple):
             added = [size for axis, size in enumerate(op.shape) if axis not in kept]
             if tuple(op.shape[a] for a in kept) != shape_of(op.eqn.invars[0]) or set(added) - {1}:
                 return None
-        moved = [
-            None if v is None else relayout(op, v) for v in (self.scale, self.offset, self.channel)
-        ]
+        scale, offset = self.scale, self.offset
+        if op.name == "reshape" and self.site is None:  # a flatten: the numbers are repeated
+            old = shape_of(op.eqn.invars[0])
+            scale, offset = (expanded(v, old, op.shape) for v in (scale, offset))
+        moved = [None if v is None else relayout(op, v) for v in (scale, offset, self.channel)]
         if moved[0] is None or moved[1] is None or (moved[2] is None) != (self.channel is None):
             return None
         return self._replace(scale=moved[0], offset=moved[1], channel=moved[2], ops=(*self.ops, op))
 
     @property
     def arithmetic(self) -> tuple[Op, ...]:
-        """The operations without reshapes, transposes and casts."""
-        return tuple(op for op in self.ops if op.name in AFFINE)
+        """The operations without reshapes, transposes, casts, sums and means."""
+        return tuple(op for op in self.ops if op.name in AFFINE and op.outputs[0] not in self.means)
 
     @property
     def trivial(self) -> bool:
@@ -236,4 +277,106 @@ def into(site: Site, chain: Chain) -> tuple[Site, np.ndarray] | str:
     summed = tuple(a for a in range(ndim) if a not in site.axes)
     left = (kernel * offset).sum(summed)
     order = np.argsort(np.argsort(site.axes))
-    return site._replace(kernel=kernel * scale, before=chain.ops), left.transpose(order)
+    site = site._replace(kernel=kernel * scale, before=chain.ops, means=chain.means)
+    return site, left.transpose(order)
+
+
+def window_of(op: Op) -> dict[int, int] | None:
+    """Axis → the number of values that a sum adds up there; None with padding or unknown sizes."""
+    params, shape = op.eqn.params, shape_of(op.eqn.invars[0])
+    if op.name == "reduce_sum":
+        window = {axis: shape[axis] for axis in params["axes"]}
+    else:
+        if any(p for pad in params["padding"] for p in pad) or set(params["base_dilation"]) > {1}:
+            return None
+        window = dict(enumerate(params["window_dimensions"]))
+    return window if all(isinstance(n, int) for n in window.values()) else None
+
+
+def norm_inside(eqn: "JaxprEqn", known: Sequence[bool]) -> int:
+    """The channels of an affine by constants inside a call, at any depth; 0 if there is none."""
+    found = 0
+    for body, _ in bodies(eqn):
+        constants = {*body.constvars, *(v for v, k in zip(body.invars, known, strict=False) if k)}
+        for inner in body.eqns:
+            given = [hasattr(v, "val") or v in constants for v in inner.invars]
+            if all(given):
+                constants |= set(inner.outvars)
+            elif inner.primitive.name in ("sub", "mul", "div"):
+                sizes = [
+                    math.prod(shape_of(v)) for v, k in zip(inner.invars, given, strict=True) if k
+                ]
+                found = max([found, *(n for n in sizes if isinstance(n, int))])
+            else:
+                found = max(found, norm_inside(inner, given))
+    return found
+
+
+def merged(a: Chain, b: Chain, op: Op) -> Chain | None:
+    """The sum of two chains on one base as one convolution; None if it is not one.
+
+    Both are convolutions that differ in their windows alone, or one is an affine of the base, which
+    is a convolution by 1x1 (Ding et al. 2021, RepVGG).
+    """
+    if a.site is None or (b.site is not None and a.site.kernel.size < b.site.kernel.size):
+        a, b = b, a
+    site = a.site
+    if site is None or a.base != b.base or site.op.name != "conv_general_dilated":
+        return None
+    same_place = all(o.name in (*AFFINE, *CASTS) for o in (*a.ops, *b.ops))
+    if not same_place or site.before or (b.site is not None and b.site.before):
+        return None
+    dims, params = site.op.eqn.params["dimension_numbers"], site.op.eqn.params
+    space = dims.rhs_spec[2:]
+    window = [site.kernel.shape[axis] for axis in space]
+    if b.site is None:
+        kernel = _identity(site)
+        other = {**params, "padding": ((0, 0),) * len(space)}
+        if kernel is None or set(params["window_strides"]) != {1}:
+            return None
+    else:
+        kernel, other = b.site.kernel, b.site.op.eqn.params
+        if b.site.op.name != site.op.name:
+            return None
+    alone = ("padding", "precision", "preferred_element_type")
+    if any(params[name] != other[name] for name in params if name not in alone):
+        return None
+    if {*params["rhs_dilation"], *params["lhs_dilation"]} != {1}:
+        return None
+    pads = [(0, 0)] * kernel.ndim
+    for axis, size, one, two in zip(
+        space, window, params["padding"], other["padding"], strict=True
+    ):
+        before, after = one[0] - two[0], one[1] - two[1]
+        if before < 0 or after < 0 or kernel.shape[axis] + before + after != size:
+            return None
+        pads[axis] = (before, after)
+    assert a.channel is not None
+    branches = site.branches + (1 if b.site is None else b.site.branches)
+    other_kernel = site._replace(kernel=np.pad(kernel, pads))
+    kernel = site.scaled(a.by_channel(a.scale)) + other_kernel.scaled(a.by_channel(b.scale))
+    offset = np.broadcast_to(a.offset + b.offset, a.channel.shape)
+    return a._replace(
+        site=site._replace(kernel=kernel, branches=branches),
+        scale=np.ones_like(offset),
+        offset=offset,
+        ops=(*b.ops, *a.ops, op),
+        width=max(a.width, b.width, 2),
+    )
+
+
+def _identity(site: Site) -> np.ndarray | None:
+    """The kernel by 1x1 that changes nothing; None if the site has other channels out than in."""
+    dims, params = site.op.eqn.params["dimension_numbers"], site.op.eqn.params
+    groups = params["feature_group_count"]
+    out, into_ = dims.rhs_spec[:2]
+    n, m = site.kernel.shape[out], site.kernel.shape[into_]
+    if n != m * groups or params["batch_group_count"] != 1:
+        return None
+    shape = [1] * site.kernel.ndim
+    shape[out], shape[into_] = n, m
+    kernel = np.zeros(shape)
+    index: list[Any] = [0] * site.kernel.ndim
+    index[out], index[into_] = np.arange(n), np.arange(n) % m
+    kernel[tuple(index)] = 1
+    return kernel

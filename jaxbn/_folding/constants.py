@@ -76,6 +76,7 @@ def compute(op: Op, operands: Sequence[Known]) -> list[Known] | None:
             narrows = jnp.finfo(op.dtype).bits < jnp.finfo(operands[0].dtype).bits
             return [Known(value.astype(op.dtype) if narrows else value, op.shape, op.dtype)]
     sizes = [size for v in (*op.eqn.invars, *op.eqn.outvars) for size in shape_of(v)]
+    sizes += filter(jax.export.is_symbolic_dim, op.eqn.params.values())  # a size as a value
     if op.eqn.effects or not all(isinstance(size, int) for size in sizes):
         return None
     with jax.ensure_compile_time_eval():
@@ -106,6 +107,40 @@ def relayout(op: Op, value: np.ndarray) -> np.ndarray | None:
     return None
 
 
+def expanded(value: np.ndarray, old: tuple[Any, ...], new: tuple[Any, ...]) -> np.ndarray:
+    """`value`, its numbers repeated on the axes that a reshape merges with axes on which it varies.
+
+    `value` belongs to an array of shape `old`, which becomes `new`. [1, 1, 1, C] of [B, H, W, C]
+    becomes [1, H, W, C] if (H, W, C) become one axis. Sizes may be symbols, but not of these axes.
+
+    >>> import numpy as np
+    >>> from jaxbn._folding.constants import expanded
+    >>> expanded(np.ones((1, 1, 1, 3)), (8, 2, 2, 3), (8, 12)).shape
+    (1, 2, 2, 3)
+    """
+    varies = [axis for axis, size in enumerate(value.shape) if size > 1]
+    if not varies:
+        return value
+    for first in range(varies[0], -1, -1):
+        for last in range(varies[-1] + 1, len(old) + 1):
+            sizes = old[first:last]
+            if all(isinstance(n, int) for n in sizes) and _as_axes(old, new, first, last):
+                return np.broadcast_to(value, value.shape[:first] + sizes + value.shape[last:])
+    return value
+
+
+def _as_axes(
+    old: tuple[Any, ...], new: tuple[Any, ...], first: int, last: int
+) -> tuple[int, int] | None:
+    """The axes of `new` that hold the axes from first to last of `old`, and no other."""
+    before, inside = math.prod(old[:first]), math.prod(old[first:last])
+    for start in range(len(new)):
+        for stop in range(start + 1, len(new) + 1):
+            if math.prod(new[:start]) == before and math.prod(new[start:stop]) == inside:
+                return start, stop
+    return None
+
+
 def _reshape(value: np.ndarray, old: tuple[Any, ...], new: tuple[Any, ...]) -> np.ndarray | None:
     """`value`, which belongs to an array of shape `old`, after a reshape of that array to `new`.
 
@@ -117,9 +152,7 @@ def _reshape(value: np.ndarray, old: tuple[Any, ...], new: tuple[Any, ...]) -> n
     first, last = varies[0], varies[-1] + 1
     if value.shape[first:last] != tuple(old[first:last]):
         return None
-    before, inside = math.prod(old[:first]), math.prod(old[first:last])
-    for start in range(len(new)):
-        for stop in range(start + 1, len(new) + 1):
-            if math.prod(new[:start]) == before and math.prod(new[start:stop]) == inside:
-                return value.reshape((1,) * start + new[start:stop] + (1,) * (len(new) - stop))
-    return None
+    if (axes := _as_axes(old, new, first, last)) is None:
+        return None
+    start, stop = axes
+    return value.reshape((1,) * start + new[start:stop] + (1,) * (len(new) - stop))

@@ -22,7 +22,7 @@ class FoldSite(NamedTuple):
     name: str  # "0 conv 3x3, 3 -> 8 ResNet/conv_init"
     folded: bool | None  # None if there is nothing to fold
     note: str  # what was folded, or why not
-    absolute: float | None  # largest error of this site alone on the example; None if not folded
+    absolute: float | None  # largest error of this site alone on the example; None if unchanged
     relative: float | None  # absolute over the largest value of the site's result
 
 
@@ -77,15 +77,18 @@ class Folded:
     [2. 2.]
     """
 
-    def __init__(self, fn: Callable[..., Any], *example_args: Any):
+    def __init__(self, fn: Callable[..., Any], *example_args: Any, merge_branches: bool = False):
         self.fn = fn
+        self.merge_branches = merge_branches
+        self.written: set[int] = set()  # results of norms that run as they are written
         self.shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), example_args)
         self.program = trace(fn, example_args, transparent)
         self.kept: dict[Any, jax.Array] = {}
         self._jitted = jax.jit(self._run)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Folded, (self.fn, *self.shapes)
+        state = {"written": self.written, "merge_branches": self.merge_branches}
+        return Folded, (self.fn, *self.shapes), state
 
     def __call__(self, *args: Any) -> Any:
         """Equals `fn(*args)` up to rounding."""
@@ -109,7 +112,11 @@ class Folded:
                 "fold: the weights that fn closes over have changed since it was folded; fold "
                 "again: folded, report = jaxbn.fold(fn, x)."
             )
-        return again.tree.unflatten(Rewrite(again, self.kept).run(jax.tree.leaves(args)))
+        return again.tree.unflatten(self.rewrite(again).run(jax.tree.leaves(args)))
+
+    def rewrite(self, program: Program) -> Rewrite:
+        """A run of a trace of fn."""
+        return Rewrite(program, self.kept, self.written, self.merge_branches)
 
 
 class FoldError(ValueError):
@@ -135,7 +142,10 @@ class FoldError(ValueError):
 
 
 def fold(
-    fn: Callable[..., Any], *example_args: Any, tolerance: float | None = None
+    fn: Callable[..., Any],
+    *example_args: Any,
+    tolerance: float | None = None,
+    merge_branches: bool = False,
 ) -> tuple[Callable[..., Any], FoldReport]:
     """A function that equals `fn`, without its norms: kernels and biases absorb the norms.
 
@@ -145,9 +155,11 @@ def fold(
 
     `fold` absorbs the additions, subtractions, multiplications and divisions by per-channel
     constants that follow a convolution or a dot with a constant kernel. Reshapes, transposes and
-    casts in between are allowed if they keep channels apart. An affine before a convolution is
-    absorbed if the convolution does not pad with zeros. Kernels are computed in float64 and cast
-    once. A value with a second reader stays as it is.
+    casts in between are allowed if they keep channels apart, and so are concatenations, and sums
+    and means over space without padding. An affine before a convolution or a dot is absorbed, also
+    through a mean or a flatten, if the convolution does not pad with zeros. Kernels are computed in
+    float64 and cast once. A value with a second reader stays as it is. A norm that stays becomes
+    one multiplication and one addition, where that is exact enough on the example.
 
     Args:
       fn: an inference function of arrays, or of trees of arrays, that closes over its weights.
@@ -156,6 +168,8 @@ def fold(
       tolerance: the largest error allowed, over the largest value, for each site and for fn's
         results. The default is 1e-5 in float32, 1e-12 in float64, and 4 units in the last place
         of bfloat16 or float16.
+      merge_branches: make one convolution of a sum of convolutions of one value that differ in
+        their windows alone, and of the value itself (RepVGG: 3x3, 1x1 and identity).
 
     Returns:
       `(folded, report)`. `folded` takes any batch size, works under `jit`, `vmap`, `grad` and
@@ -183,7 +197,7 @@ def fold(
     example_args = jax.tree.map(jnp.asarray, example_args)
     try:
         where = batch_statistics(fn, example_args)
-        folded = Folded(fn, *example_args)
+        folded = Folded(fn, *example_args, merge_branches=merge_branches)
     except Exception as error:
         error.add_note(
             "fold: fn failed while it was traced; expected an inference function of the example "
@@ -201,7 +215,7 @@ def fold(
 
     if tolerance is None:
         tolerance = _tolerance(folded.program)
-    report = _measure(fn, example_args, folded.kept, tolerance)
+    report = _measure(folded, example_args, tolerance)
     if not report.folded:
         _check_something(report, folded.program)
     _verify(report)
@@ -230,19 +244,20 @@ def _same(one: Program, other: Program) -> bool:
 # Errors on the example
 
 
-def _measure(
-    fn: Callable[..., Any], args: Sequence[Any], kept: dict[Any, jax.Array], tolerance: float
-) -> FoldReport:
-    """The report: each site runs alone on its input in fn, then all sites run together."""
+def _measure(folded: Folded, args: Sequence[Any], tolerance: float) -> FoldReport:
+    """The report: each site runs alone on its input in fn, then all sites run together.
+
+    A norm that stays, and as one affine is not exact enough, stays as it is written.
+    """
     outcomes: list[SiteOutcome] = []
 
     def differences(*args: Any) -> Any:
-        program, leaves = trace(fn, args, transparent), jax.tree.leaves(args)
-        values, rewrite = evaluate(program, leaves), Rewrite(program, kept)
+        program, leaves = trace(folded.fn, args, transparent), jax.tree.leaves(args)
+        values, rewrite = evaluate(program, leaves), folded.rewrite(program)
         results = rewrite.run(leaves)
         outcomes[:] = [rewrite.outcomes[i] for i in sorted(rewrite.outcomes)]
         alone = [
-            _largest_error(outcome.alone(values[outcome.reads]), values[outcome.gives])
+            _largest_error(outcome.alone(values[outcome.reads]), _part(values, outcome))
             for outcome in outcomes
             if outcome.alone is not None
         ]
@@ -253,11 +268,25 @@ def _measure(
     with jax.default_matmul_precision("highest"):
         alone, together = jax.device_get(jax.jit(differences)(*args))
     errors = iter(alone)
-    sites = []
+    sites, inexact = [], set()
     for i, outcome in enumerate(outcomes):
-        error = _worst([next(errors)]) if outcome.folded else (None, None)
+        error = (None, None) if outcome.alone is None else _worst([next(errors)])
+        if not outcome.folded and error[1] is not None and error[1] > tolerance:
+            inexact.add(outcome.gives)
         sites.append(FoldSite(f"{i} {outcome.name}", outcome.folded, outcome.note, *error))
+    if inexact:
+        folded.written |= inexact
+        return _measure(folded, args, tolerance)
     return FoldReport(tuple(sites), *_worst(together), tolerance)
+
+
+def _part(values: dict[int, Any], outcome: SiteOutcome) -> Any:
+    """What fn computes where the site's result stands."""
+    whole = values[outcome.gives]
+    if outcome.part is None:
+        return whole
+    axis, start, stop = outcome.part
+    return jax.lax.slice_in_dim(whole, start, stop, axis=axis)
 
 
 def _largest_error(y: jax.Array, reference: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -52,6 +52,7 @@ class Program(NamedTuple):
     outputs: tuple[int, ...]
     consts: dict[int, Any]
     tree: Any  # the structure of the outputs
+    avals: tuple[Any, ...] = ()  # the types of the inputs
 
 
 def trace(fn: Callable, args: Sequence[Any], inline: Callable[["JaxprEqn"], bool]) -> Program:
@@ -81,7 +82,7 @@ def trace(fn: Callable, args: Sequence[Any], inline: Callable[["JaxprEqn"], bool
             return constant(v.val) if isinstance(v, Literal) else env[v]
 
         for eqn in jaxpr.eqns:
-            scope = "/".join(filter(None, (path, _scope(eqn))))
+            scope = "/".join(filter(None, (path, scope_of(eqn))))
             operands = tuple(map(read, eqn.invars))
             name, body = eqn.primitive.name, next(bodies(eqn), None)
             if body is not None and (name in CALLS or (name in CUSTOM and inline(eqn))):
@@ -101,10 +102,11 @@ def trace(fn: Callable, args: Sequence[Any], inline: Callable[["JaxprEqn"], bool
             needed |= set(op.inputs)
             kept.append(op)
     consts = {i: value for i, value in consts.items() if i in needed}
-    return Program(inputs, tuple(kept[::-1]), outputs, consts, jax.tree.structure(shapes))
+    avals = tuple(closed.in_avals)
+    return Program(inputs, tuple(kept[::-1]), outputs, consts, jax.tree.structure(shapes), avals)
 
 
-def _scope(eqn: "JaxprEqn") -> str:
+def scope_of(eqn: "JaxprEqn") -> str:
     """The named scopes of an equation without transformations: "vmap(conv)/vmap()" gives "conv"."""
     plain = re.sub(r"\w+\(([^()]*)\)", r"\1", str(eqn.source_info.name_stack))
     return "/".join(filter(None, plain.split("/")))

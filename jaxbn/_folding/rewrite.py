@@ -1,6 +1,7 @@
 """Runs a program with its affines folded into the convolutions and dots beside them."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxbn._folding.chains import AFFINE, LAYOUT, Chain, holds_contraction, into, site_of, start
+from jaxbn._folding.chains import (
+    AFFINE,
+    CASTS,
+    LAYOUT,
+    SUMS,
+    Chain,
+    holds_contraction,
+    into,
+    merged,
+    norm_inside,
+    site_of,
+    start,
+    window_of,
+)
 from jaxbn._folding.constants import Known, compute, known
 from jaxbn._folding.program import CUSTOM, Op, Program, bodies, run, shape_of
 
@@ -21,15 +35,32 @@ class SiteOutcome(NamedTuple):
     note: str
     reads: int  # the value that the site computes from
     gives: int  # the value that the site computes
-    alone: Callable[[Any], Any] | None
+    alone: Callable[[Any], Any] | None  # the site as it is now; None if it is as it was
+    part: tuple[int, int, int] | None = None  # axis, start, stop of the site's result in `gives`
+
+
+class Joined(NamedTuple):
+    """Chains concatenated, and affines of the whole that are not run yet."""
+
+    op: Op
+    parts: tuple[Chain, ...]  # each with its share of the affines
+    ops: tuple[Op, ...] = ()
 
 
 class Rewrite:
     """One run of a program with its affines folded. `outcomes` records what became of each site."""
 
-    def __init__(self, program: Program, kept: dict[Any, jax.Array]):
+    def __init__(
+        self,
+        program: Program,
+        kept: dict[Any, jax.Array],
+        written: Container[int] = (),  # results of norms that run as they are written
+        merge_branches: bool = False,
+    ):
         self.program = program
         self.kept = kept
+        self.written = written
+        self.merge_branches = merge_branches
         self.outcomes: dict[int, SiteOutcome] = {}  # by the number of the site's first result
         self.origin = dict.fromkeys(program.inputs, "the input")
         self.readers: dict[int, list[str]] = {i: ["the caller"] for i in program.outputs}
@@ -48,7 +79,13 @@ class Rewrite:
             results: Sequence[Any] | None = None
             if all(isinstance(v, Known) for v in operands):
                 results = compute(op, operands)
-            for attempt in (self._contraction, self._affine, self._plain):
+            for attempt in (
+                self._contraction,
+                self._branches,
+                self._joined,
+                self._affine,
+                self._plain,
+            ):
                 if results is None:
                     results = attempt(op, operands)
             assert results is not None
@@ -71,6 +108,8 @@ class Rewrite:
             return lax.broadcast_in_dim(array, value.shape, range(array.ndim))
         if isinstance(value, Chain):
             value = self.values[i] = self._finish(i, value, why)
+        if isinstance(value, Joined):
+            value = self.values[i] = self._finish_joined(i, value)
         return value
 
     def _keep(self, key: Any, value: np.ndarray) -> jax.Array:
@@ -85,6 +124,14 @@ class Rewrite:
         if holds_contraction(op.eqn):
             note = f"inside {op.name}, which is not looked into; unroll it"
             self._row("convolutions or dots", op, False, note)
+        elif op.name in CUSTOM:
+            n = norm_inside(op.eqn, [isinstance(v, Known) for v in operands])
+            if n > 1:
+                note = (
+                    f"inside {op.name.removesuffix('_call')} {_name(op)}, whose derivative folding "
+                    f"would lose; write the norm outside of it"
+                )
+                self._row(f"norm of {n} channels", op, False, note)
         return run(op, *(self.array(i) for i in op.inputs))
 
     def _contraction(self, op: Op, operands: list[Any]) -> list[Chain] | None:
@@ -100,6 +147,64 @@ class Rewrite:
             self.array(i, f"{_name(op)} {inside}")
         self.array(i)
         return [start(site, i)]
+
+    def _branches(self, op: Op, operands: list[Any]) -> list[Chain] | None:
+        """The sum of two convolutions of one value, or of one and an affine, as one convolution."""
+        if not self.merge_branches or op.name != "add":
+            return None
+        chains = []
+        for i, v in zip(op.inputs, operands, strict=True):
+            ones = np.ones((1,) * len(op.shape))
+            chains.append(v if isinstance(v, Chain) else Chain(i, None, ones, 0 * ones, None))
+        chain = merged(chains[0], chains[1], op)
+        return None if chain is None else [chain]
+
+    def _joined(self, op: Op, operands: list[Any]) -> list[Joined] | None:
+        """Convolutions that are concatenated, or an affine of such, a share for each of them."""
+        if op.name == "concatenate":
+            joins = all(isinstance(v, Chain) and v.site is not None for v in operands)
+            return [Joined(op, tuple(operands))] if joins else None
+        joined = [v for v in operands if isinstance(v, Joined)]
+        others = [v for v in operands if not isinstance(v, Joined)]
+        if len(joined) != 1 or op.name not in (*AFFINE, *CASTS):
+            return None
+        if not all(isinstance(v, Known) for v in others):
+            return None
+        (whole,) = joined
+        shares = (
+            _shares(others[0], whole.op, len(op.shape)) if others else [None] * len(whole.parts)
+        )
+        position = operands.index(whole)
+        if shares is None or shape_of(op.eqn.invars[position]) != op.shape:
+            return None
+        parts = [v.then(op, position, k) for v, k in zip(whole.parts, shares, strict=True)]
+        if any(v is None for v in parts):
+            return None
+        return [whole._replace(parts=tuple(v for v in parts if v), ops=(*whole.ops, op))]
+
+    def _finish_joined(self, end: int, whole: Joined) -> Any:
+        """The result of a concatenation: its affines in the kernels, or as they were written."""
+        op, ops = whole.op, whole.ops
+        if not ops or any(part.trivial for part in whole.parts):
+            y = run(op, *(self.array(i) for i in op.inputs))[0]
+            return self._as_written(op.outputs[0], y, ops)
+        axis, start, results = op.eqn.params["dimension"], 0, []
+        for i, v, part in zip(op.inputs, op.eqn.invars, whole.parts, strict=True):
+            assert part.site is not None
+            alone, stop = self._emit(i, part), start + shape_of(v)[axis]
+            place = (axis, start, stop)
+            what, site = _what(part), part.site
+            self._row(str(site), site.op, True, what, part.base, end, alone, place)
+            results.append(alone(self.array(part.base)))
+            start = stop
+        return run(op, *results)[0]
+
+    def _as_written(self, previous: int, y: Any, ops: Sequence[Op]) -> Any:
+        """Equals y, which is value `previous`, after the operations."""
+        for op in ops:
+            y = run(op, *(y if i == previous else self.array(i) for i in op.inputs))[0]
+            previous = op.outputs[0]
+        return y
 
     def _affine(self, op: Op, operands: list[Any]) -> list[Chain] | None:
         unknown = [p for p, v in enumerate(operands) if not isinstance(v, Known)]
@@ -124,21 +229,23 @@ class Rewrite:
         if site is None:
             if not chain.trivial:
                 note = f"after {self.origin[chain.base]}, before {why or readers}"
-                self._row(f"norm of {chain.scale.size} channels", ops[-1], False, note)
+                what, row = f"norm of {chain.width} channels", (chain.base, end)
+                if len(chain.arithmetic) > 2 and end not in self.written:
+                    alone = self._one_affine(end, chain)
+                    note = f"{note}; now one multiplication and one addition"
+                    self._row(what, ops[-1], False, note, *row, alone)
+                    return alone(self.array(chain.base))
+                self._row(what, ops[-1], False, note)
         elif chain.trivial:
             note = "a bias alone follows" if chain.arithmetic else f"read by {readers}"
             self._row(str(site), site.op, None, note)
             self.origin[end] = f"{site}, which is read by {readers}"
             ops = (site.op, *ops)
         else:
-            alone = self._emit(chain)
+            alone = self._emit(end, chain)
             self._row(str(site), site.op, True, _what(chain), chain.base, end, alone)
             return alone(self.array(chain.base))
-        previous, y = chain.base, self.array(chain.base)
-        for op in ops:
-            y = run(op, *(y if i == previous else self.array(i) for i in op.inputs))[0]
-            previous = op.outputs[0]
-        return y
+        return self._as_written(chain.base, self.array(chain.base), ops)
 
     def _row(
         self,
@@ -149,16 +256,31 @@ class Rewrite:
         reads: int = 0,
         gives: int = 0,
         alone: Callable[[Any], Any] | None = None,
+        part: tuple[int, int, int] | None = None,
     ) -> None:
         name = f"{what} {op.path}".rstrip()
-        self.outcomes[op.outputs[0]] = SiteOutcome(name, folded, note, reads, gives, alone)
+        self.outcomes[op.outputs[0]] = SiteOutcome(name, folded, note, reads, gives, alone, part)
 
-    def _emit(self, chain: Chain) -> Callable[[Any], Any]:
+    def _one_affine(self, end: int, chain: Chain) -> Callable[[Any], Any]:
+        """The norm as `x * scale + offset`, as a function of the norm's input."""
+        wide = max((o.dtype for o in chain.ops), key=lambda d: jnp.finfo(d).bits)
+        scale = self._keep((end, "scale"), chain.scale.astype(wide))
+        offset = self._keep((end, "offset"), chain.offset.astype(wide))
+
+        def one_affine(x: Any) -> Any:
+            y = _moved(lax.convert_element_type(x, wide), chain.ops, chain.means)
+            with jax.named_scope(chain.ops[-1].path), jax.numpy_rank_promotion("allow"):
+                y = jnp.add(jnp.multiply(y, scale), offset)
+            return lax.convert_element_type(y, chain.ops[-1].dtype)
+
+        return one_affine
+
+    def _emit(self, end: int, chain: Chain) -> Callable[[Any], Any]:
         """The site with its chain in kernel and bias, as a function of the site's input."""
         site = chain.site
         assert site is not None
-        op, key = site.op, site.op.outputs[0]
-        scale, bias = chain.by_channel(chain.scale), chain.by_channel(chain.offset)
+        op, key = site.op, end
+        scale, bias = chain.by_channel(chain.scale), chain.by_channel(chain.offset / chain.gain)
         kernel = site.scaled(scale)
         wide = max((o.dtype for o in (op, *chain.ops)), key=lambda d: jnp.finfo(d).bits)
         last = chain.ops[-1].dtype if chain.ops else op.dtype
@@ -167,24 +289,44 @@ class Rewrite:
         bias_array = self._keep((key, "bias"), site.of_result(bias).astype(wide))
 
         def emit(x: Any) -> Any:
-            for o in site.before:
-                if _moves(o):
-                    (x,) = run(o, x)
+            if any(o.name in SUMS for o in site.before):
+                x = lax.convert_element_type(x, wide)
+            x = _moved(x, site.before, site.means)
             x = lax.convert_element_type(x, reads.dtype)
             (y,) = run(op, *((x, kernel_array) if site.slot else (kernel_array, x)))
             if bias.any():
                 y = lax.add(lax.convert_element_type(y, wide), bias_array)
-            for o in chain.ops:
-                if _moves(o):
-                    (y,) = run(o, y)
+            if chain.gain != 1 or chain.means:
+                y = lax.convert_element_type(y, wide)
+            y = _moved(y, chain.ops, chain.means)
             return lax.convert_element_type(y, last)
 
         return emit
 
 
-def _moves(op: Op) -> bool:
-    """Whether op moves values to other positions. Casts do not count: one at the end is enough."""
-    return op.name in LAYOUT and op.name not in ("convert_element_type", "copy")
+def _shares(constant: Known, op: Op, ndim: int) -> list[Known] | None:
+    """The numbers that a constant has for each operand of a concatenation."""
+    axis, numbers = op.eqn.params["dimension"], constant.numbers(ndim)
+    sizes = [shape_of(v)[axis] for v in op.eqn.invars]
+    if not all(isinstance(n, int) for n in sizes):
+        return None
+    parts = [numbers] * len(sizes)
+    if numbers.shape[axis] > 1:
+        parts = np.split(numbers, np.cumsum(sizes)[:-1], axis)
+    return [Known(part, part.shape, constant.dtype) for part in parts]
+
+
+def _moved(x: Any, ops: Sequence[Op], means: Container[int]) -> Any:
+    """Equals x after the operations that move or sum its values, without affines and casts."""
+    n = 1
+    for op in ops:
+        if op.name in SUMS:
+            n = math.prod((window_of(op) or {}).values())
+        if op.outputs[0] in means:
+            x = lax.div(x, jnp.asarray(n, x.dtype))
+        elif op.name in SUMS or (op.name in LAYOUT and op.name not in CASTS):
+            (x,) = run(op, x)
+    return x
 
 
 def _name(op: Op) -> str:
@@ -197,9 +339,10 @@ def _name(op: Op) -> str:
 def _what(chain: Chain) -> str:
     """The operations that the kernel absorbed, and the scopes that wrote the operations."""
     assert chain.site is not None
-    texts = []
-    for ops, where in ((chain.site.before, " before"), (chain.arithmetic, "")):
-        ops = tuple(op for op in ops if op.name in AFFINE)
+    n = chain.site.branches
+    texts = [f"{n} branches"] * (n > 1)
+    for all_ops, where in ((chain.site.before, " before"), (chain.arithmetic, "")):
+        ops = [o for o in all_ops if o.name in AFFINE and o.outputs[0] not in chain.site.means]
         if ops:
             paths = dict.fromkeys(op.path for op in ops if op.path != chain.site.op.path)
             names = ", ".join(op.name for op in ops)

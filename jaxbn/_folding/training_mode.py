@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxbn._folding.program import shape_of, trace
+from jaxbn._folding.program import Program, shape_of, trace
 
 
 def batch_statistics(fn: Callable, args: Sequence[Any]) -> str | None:
@@ -19,27 +19,11 @@ def batch_statistics(fn: Callable, args: Sequence[Any]) -> str | None:
     result of one row depends on other rows: `fn` is in training mode. A single number for all
     channels does not count, because it may be the scale of a quantizer.
     """
-    leaves = jax.tree.leaves(args)
-    size = next((leaf.shape[0] for leaf in leaves if leaf.ndim), None)
-    longer = [
-        jax.ShapeDtypeStruct(
-            (2 * size, *leaf.shape[1:]) if leaf.ndim and leaf.shape[0] == size else leaf.shape,
-            leaf.dtype,
-        )
-        for leaf in leaves
-    ]
-    once = trace(fn, args, lambda eqn: True)
-    try:
-        twice = trace(fn, jax.tree.unflatten(jax.tree.structure(args), longer), lambda eqn: True)
-    except Exception:  # fn does not accept a longer axis 0, so axis 0 is not a batch axis
+    traced = at_two_sizes(fn, args)
+    if traced is None:
         return None
-    if [op.name for op in once.ops] != [op.name for op in twice.ops]:
-        return None
-    grows = {
-        i
-        for i, short, long in zip(once.inputs, leaves, longer, strict=True)
-        if short.shape != long.shape
-    }
+    once, twice = traced
+    grows = grown_inputs(once, twice)
     statistic: dict[int, int] = {}  # value → how many numbers it holds before broadcasting
     for op, long in zip(once.ops, twice.ops, strict=True):
         from_statistic = max((statistic.get(i, 0) for i in op.inputs), default=0)
@@ -55,3 +39,37 @@ def batch_statistics(fn: Callable, args: Sequence[Any]) -> str | None:
             elif from_rows and not longer_now:
                 statistic[i] = math.prod(shape_of(a))
     return None
+
+
+def at_two_sizes(
+    fn: Callable, args: Sequence[Any], times: int = 1
+) -> tuple[Program, Program] | None:
+    """The programs of `fn` on `times` as many rows, and on twice as many as that.
+
+    None if `fn` does not take a longer axis 0, or if the two have other operations.
+    """
+    leaves, tree = jax.tree.flatten(args)
+    size = next((leaf.shape[0] for leaf in leaves if leaf.ndim), None)
+
+    def traced(times: int) -> Program:
+        shapes = [
+            (times * size, *leaf.shape[1:]) if leaf.ndim and leaf.shape[0] == size else leaf.shape
+            for leaf in leaves
+        ]
+        longer = [jax.ShapeDtypeStruct(s, v.dtype) for s, v in zip(shapes, leaves, strict=True)]
+        again = args if times == 1 else jax.tree.unflatten(tree, longer)
+        return trace(fn, again, lambda eqn: True)
+
+    once = traced(times)
+    try:
+        twice = traced(2 * times)
+    except Exception:  # fn does not accept a longer axis 0, so axis 0 is not a batch axis
+        return None
+    same = [op.name for op in once.ops] == [op.name for op in twice.ops]
+    return (once, twice) if same else None
+
+
+def grown_inputs(once: Program, twice: Program) -> set[int]:
+    """The inputs that have rows: their shapes differ in the two programs."""
+    pairs = zip(once.inputs, once.avals, twice.avals, strict=True)
+    return {i for i, a, b in pairs if a.shape != b.shape}

@@ -6,17 +6,20 @@ The layers may be Flax's own or those of this library, linen's or nnx's.
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxbn._inspection import nnx_classes
 from jaxbn._inspection.layers import is_nnx, join, nnx_layers
+from jaxbn._inspection.stand_ins import is_replaced
 from jaxbn._op.moments import moments
 from jaxbn._op.pooling import merge
 from jaxbn._op.state import Moments
 
-OBSERVED = "jaxbn_observed"  # name of the variable, beside mean and var, that holds the record
+# Name of the variable, beside mean and var, that holds the record; see `_own_name`.
+OBSERVED = "jaxbn_observed"
 PATH = "jaxbn_path"  # attribute of a hooked nnx layer: its path, which the layer does not know
 
 
@@ -40,6 +43,8 @@ class Call(NamedTuple):
 
 
 Hook = Callable[[Call, Callable[..., jax.Array]], tuple[jax.Array, Any]]
+
+_hooks_around: ContextVar[int] = ContextVar("jaxbn_hooks_around", default=0)
 
 
 def batch_moments(call: Call, run: Callable[[bool], jax.Array]) -> tuple[jax.Array, Any]:
@@ -141,10 +146,10 @@ def hooked_apply(
     import flax.linen as nn
     from flax.core.scope import in_filter, union_filters
 
-    def intercept(layer_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def intercept(name: str, layer_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         layer = context.module
         its_call = isinstance(layer, nn.BatchNorm) and context.method_name == "__call__"
-        if not its_call or layer.is_initializing():
+        if not its_call or layer.is_initializing() or is_replaced(layer):
             return layer_call(*args, **kwargs)
         x, given, mask, more = _arguments(*args, **kwargs)
         constructed = layer.use_running_average
@@ -165,19 +170,19 @@ def hooked_apply(
         if record is not None:
             # The record is stored in batch_stats, because nn.scan, nn.vmap and nn.remat carry that
             # collection already. They would drop a collection of our own.
-            if layer.has_variable("batch_stats", OBSERVED):
-                record = combine(layer.get_variable("batch_stats", OBSERVED), record)
-            layer.put_variable("batch_stats", OBSERVED, record)
+            if layer.has_variable("batch_stats", name):
+                record = combine(layer.get_variable("batch_stats", name), record)
+            layer.put_variable("batch_stats", name, record)
         return y
 
     @functools.wraps(apply)
     def hooked(variables: Any, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
-        with nn.intercept_methods(intercept):
+        with _own_name() as name, nn.intercept_methods(functools.partial(intercept, name)):
             out, updates = apply(
                 variables, *args, mutable=union_filters(mutable, ["batch_stats"]), **kwargs
             )
         updates = dict(updates)
-        stats, seen = _without_records(updates.get("batch_stats", {}))
+        stats, seen = _without_records(updates.get("batch_stats", {}), name)
         if mutable is False:
             return out, seen
         if in_filter(mutable, "batch_stats") and stats:
@@ -216,6 +221,13 @@ def hooked_nnx(
     >>> seen[""].mean.tolist()
     [0.5, 0.5]
     """
+    with _own_name() as name:
+        yield from _hooked_layers(model, hook, combine, name)
+
+
+def _hooked_layers(
+    model: Any, hook: Hook, combine: Callable[..., Any], name: str
+) -> Iterator[dict[str, Any]]:
     found = list(nnx_layers(model))
     # A context around this one has set its layers' paths already, and will delete them.
     named = [layer for _, layer in found if not hasattr(layer, PATH)]
@@ -223,7 +235,7 @@ def hooked_nnx(
     for path, layer in found:
         cls: Any = type(layer)
         nnx_classes.exchange(
-            layer, nnx_classes.subclass(cls, cls.__name__, _hooked_call, hook, combine)
+            layer, nnx_classes.subclass(cls, cls.__name__, _hooked_call, hook, combine, name)
         )
         setattr(layer, PATH, path)
     try:
@@ -231,14 +243,27 @@ def hooked_nnx(
     finally:
         for path, layer in found:
             nnx_classes.restore(layer)
-            if hasattr(layer, OBSERVED):
-                seen[path] = getattr(layer, OBSERVED).get_value()
-                delattr(layer, OBSERVED)
+            if hasattr(layer, name):
+                seen[path] = getattr(layer, name).get_value()
+                delattr(layer, name)
         for layer in named:
             delattr(layer, PATH)
 
 
-def _hooked_call(cls: Any, hook: Hook, combine: Callable[..., Any]) -> Callable[..., Any]:
+@contextmanager
+def _own_name() -> Iterator[str]:
+    """The name of one hook's records. Hooks around this hook, and inside, have other names."""
+    around = _hooks_around.get()
+    token = _hooks_around.set(around + 1)
+    try:
+        yield f"{OBSERVED}_{around}" if around else OBSERVED
+    finally:
+        _hooks_around.reset(token)
+
+
+def _hooked_call(
+    cls: Any, hook: Hook, combine: Callable[..., Any], name: str
+) -> Callable[..., Any]:
     """The `__call__` of an nnx layer that lets the hook run the layer, and keeps the record."""
     from flax import nnx
 
@@ -254,9 +279,9 @@ def _hooked_call(cls: Any, hook: Hook, combine: Callable[..., Any]) -> Callable[
 
         y, record = hook(call, run)
         if record is not None:
-            if hasattr(self, OBSERVED):
-                record = combine(getattr(self, OBSERVED).get_value(), record)
-            setattr(self, OBSERVED, nnx.Intermediate(record))
+            if hasattr(self, name):
+                record = combine(getattr(self, name).get_value(), record)
+            setattr(self, name, nnx.Intermediate(record))
         return y
 
     return __call__
@@ -273,15 +298,15 @@ def _kept(more: Mapping[str, Any]) -> dict[str, Any]:
     return {name: v for name, v in more.items() if name in Call._fields}
 
 
-def _without_records(stats: Any, path: str = "") -> tuple[Any, dict[str, Any]]:
-    """batch_stats without records, and the records: path → record."""
+def _without_records(stats: Any, name: str, path: str = "") -> tuple[Any, dict[str, Any]]:
+    """batch_stats without the records of this name, and the records: path → record."""
     if not isinstance(stats, Mapping):
         return stats, {}
     kept, seen = {}, {}
     for key, node in stats.items():
-        if key == OBSERVED:
+        if key == name:
             seen[path] = node
             continue
-        kept[key], inner = _without_records(node, join(path, key))
+        kept[key], inner = _without_records(node, name, join(path, key))
         seen |= inner
     return kept, seen

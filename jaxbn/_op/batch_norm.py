@@ -18,7 +18,7 @@ from jaxbn._op.pooling import across, merge, merge_all
 from jaxbn._op.state import Moments, Params, State, blend
 from jaxbn._op.training import Operands, Spec, normalize_by_batch
 
-S = TypeVar("S", bound=State | Moments | None)  # what comes in, and in the same kind goes out
+S = TypeVar("S", bound=State | Moments | None)  # the state goes out in the kind that came in
 
 
 @arguments.names_keywords
@@ -73,9 +73,9 @@ def batch_norm(
         everywhere, as if x were the mean where such a cell is NaN or infinite. With no valid cell
         at all, y is bias and the state stays. Numbers do as well, 0 and 1 alone.
       dtype: of y; x's by default.
-      activation: applied to y last, as `activation(y)`. For `jax.nn.relu` (which Flax's are too)
-        backward makes its sign again, of x, or of y where there is a residual: on a GPU that is
-        less to read and write than relu apart. Any other function is called as it is.
+      activation: applied to y last, as `activation(y)`. For `jax.nn.relu`, which is also Flax's
+        relu, the backward pass decides the sign again, from x, or from y with a residual: a GPU
+        then reads and writes less than for a relu apart. Any other function is called as it is.
       residual: of x's shape, added to y before the activation, in y's dtype.
       renorm: `(r_max, d_max)`, batch renormalization (Ioffe 2017): in training y is
         `(xhat * r + d) * scale + bias`, with xhat by the batch and r and d such that y is nearly

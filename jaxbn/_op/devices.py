@@ -15,12 +15,12 @@ Groups = tuple[tuple[int, ...], ...] | None
 
 
 class Pool(NamedTuple):
-    """The devices whose statistics are one."""
+    """The devices that share their statistics."""
 
-    axis_name: tuple[str, ...]  # axes of shard_map and pmap, along which each device has its part
-    mapped: tuple[str, ...]  # axes of vmap, whose parts are all at hand
+    axis_name: tuple[str, ...]  # axes of shard_map and pmap: each device has one part
+    mapped: tuple[str, ...]  # axes of vmap: all parts are in one array
     groups: Groups
-    devices: int  # that pool together, parts of a vmap among them
+    devices: int  # in one pool; each part of a vmap counts as one
 
 
 def total(v: jax.Array, pool: Pool | None) -> jax.Array:
@@ -36,30 +36,30 @@ def total(v: jax.Array, pool: Pool | None) -> jax.Array:
 
 def totals(vs: Sequence[jax.Array], pool: Pool) -> Sequence[jax.Array]:
     """The sums of arrays of one shape over the pool, in one collective."""
-    # Where there is none, one stacked array would have JAX mistake which axis is sharded.
+    # Without a collective nothing is stacked: JAX would mistake which axis is sharded.
     return list(total(jnp.stack(vs), pool)) if pool.axis_name else [total(v, pool) for v in vs]
 
 
 def parts(v: jax.Array, name: str, groups: Groups) -> jax.Array:
-    """The v of each part of a vmap, or of its group: [parts, *v.shape]; v of others is 0."""
-    each = lax.all_gather(v, name)
+    """The v of each part of a vmap: [parts, *v.shape]; 0 for parts of other groups."""
+    # JAX's type of what it gathers has v's sharding on the axes before v's own.
+    each = sharded_as(lax.all_gather(v, name), v, (None, *range(v.ndim)))
     if groups is None:
         return each
-    index = lax.axis_index(name)
-    group_of = np.zeros((len(each), len(each)), bool)
-    for group in groups:
-        group_of[np.ix_(group, group)] = True
-    mine = jnp.asarray(group_of)[index]
-    return jnp.where(jnp.expand_dims(mine, range(1, each.ndim)), each, 0)
+    mine = jnp.zeros(len(each), bool)
+    for group in groups:  # not by indexing: JAX cannot index by a position on a mesh
+        here = np.isin(np.arange(len(each)), group)
+        mine |= jnp.asarray(here) & jnp.any(jnp.asarray(group) == lax.axis_index(name))
+    return jnp.where(spread(jnp.expand_dims(mine, range(1, each.ndim)), each), each, 0)
 
 
 def gather(v: jax.Array, pool: Pool) -> jax.Array:
     """The v of each device in the pool: [devices, *v.shape].
 
-    Without groups it is a psum into one slot a device and not an all_gather, because what
-    comes out must be typed as equal on all devices (`out_specs=P()` under `check_vma`). The slots
-    are a product, which takes the sharding of v: what is not finite on one device is so in the
-    slots of all, and makes the pooled value so in any case.
+    Without groups this is a psum into one slot a device, not an all_gather: the type of the result
+    must be equal on all devices (`out_specs=P()` under `check_vma`). A product fills the slots,
+    since a product takes the sharding of v. So a value that is not finite on one device fills all
+    slots; the pooled value would not be finite either way.
     """
     if pool.groups is None:
         index, size = lax.axis_index(pool.axis_name), lax.axis_size(pool.axis_name)
@@ -69,17 +69,18 @@ def gather(v: jax.Array, pool: Pool) -> jax.Array:
 
 
 def varying_axes(v: jax.Array) -> frozenset[str]:
-    """Mapped axes over which v differs by type; none where nothing is typed (`check_vma` off)."""
+    """Mapped axes over which v's type says that v differs; none with `check_vma` off."""
     aval = jax.typeof(v)
     kind = getattr(aval, "manual_axis_type", None)  # jax 0.10 and up, for what was aval.vma
     return frozenset(getattr(aval, "vma", ()) if kind is None else kind.varying)
 
 
 def alike(*vs: Any) -> tuple[Any, ...]:
-    """The same values, all typed as different over the mapped axes that any of them differs over.
+    """The same values, each typed as different over all mapped axes that any of them differs over.
 
-    For operands of one operation. Where a value equal on all devices is made different, the
-    backward pass sums its cotangent over them; two values that are stacked, in one collective.
+    For operands of one operation. Where the type of a value changes from equal to different, the
+    backward pass sums the value's cotangent over devices. Two values that are stacked first share
+    one collective.
     """
     axes = frozenset[str]().union(*(varying_axes(v) for v in vs if v is not None))
 
@@ -91,16 +92,16 @@ def alike(*vs: Any) -> tuple[Any, ...]:
 
 
 def typed(v: jax.Array) -> bool:
-    """Whether shardings are types on the mesh of v, on some axes of it at least."""
+    """Whether shardings are types on v's mesh, at least on some of its axes."""
     return AxisType.Explicit in jax.typeof(v).sharding.mesh.axis_types
 
 
 def sharded_as(v: jax.Array, like: jax.Array, axes: Iterable[int | None]) -> jax.Array:
-    """v, its axes sharded by type as these of `like`, None: as no axis is; v on Auto meshes.
+    """Equals v, with each axis sharded by type as the given axis of `like`; v on Auto meshes.
 
-    An axis of size 1 is as no axis is: it broadcasts. What stands in one row must be sharded alike,
-    and in one select of equal shapes; a sum or a product takes the sharding of either term. An
-    array on no mesh fits any, and only a trace can move it there.
+    None leaves an axis whole, and so does size 1, which broadcasts. Arrays must be sharded alike to
+    be concatenated, and to stand in one select; a sum or a product takes the sharding of either
+    term. An array on no mesh fits any mesh, and only a trace can move the array to one.
     """
     if not typed(like) or not (typed(v) or isinstance(v, jax.core.Tracer)):
         return v
@@ -115,8 +116,18 @@ def spread(v: jax.Array, like: jax.Array) -> jax.Array:
     return sharded_as(jnp.broadcast_to(v, like.shape), like, range(like.ndim))
 
 
+def repeated(v: jax.Array, like: jax.Array) -> jax.Array:
+    """Equals v for each part of `like`, on a new first axis that is sharded by type as its is."""
+    each = jnp.broadcast_to(v[None], (len(like), *v.shape))
+    if not typed(like):
+        return each
+    sharding = jax.typeof(like).sharding
+    spec = P(sharding.spec[0], *jax.typeof(each).sharding.spec[1:])
+    return jax.sharding.reshard(each, sharding.update(spec=spec))
+
+
 def split_over(v: jax.Array, axis: int) -> int:
-    """Devices over which the type of v splits this axis; 1 where shardings are no types."""
+    """The number of devices that v's type splits this axis over; 1 where shardings are no types."""
     sharding = jax.typeof(v).sharding
     names = sharding.spec[axis]
     names = names if isinstance(names, tuple) else (names,)
@@ -124,7 +135,7 @@ def split_over(v: jax.Array, axis: int) -> int:
 
 
 def one_row_a_device(leaf: jax.Array) -> bool:
-    """Whether leaf is [devices, ...] with a row on each."""
+    """Whether leaf is [devices, ...] with one row on each device."""
     rows = leaf.sharding.shard_shape(leaf.shape)[0] if leaf.ndim > 1 else 0
     devices = len(leaf.sharding.device_set)
     return devices > 1 and rows == 1 and leaf.shape[0] == devices

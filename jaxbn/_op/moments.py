@@ -20,13 +20,13 @@ from jaxbn._op.state import Moments
 from jaxbn._op.sums import divisible, parts, real_product, total, totals
 from jaxbn._op.tangent import summed
 
-# The pivot is read from one position in so many; see `_pivot`.
+# The pivot is the mean of every eighth position; see `_pivot`.
 STRIDE = 8
 
-# On GPUs, from one in at most so many; see `_by_grid`.
+# On GPUs, the pivot is the mean of at least one position in 64; see `_by_grid`.
 SPARSE = 64
 
-# Channels whose mean² is at most so many times their var need no pivot; see `_at_once`.
+# A channel needs no pivot where mean² is at most 16 var; see `_at_once`.
 NEAR = 16
 
 
@@ -116,16 +116,16 @@ def under_weights(
     return Moments(count, pivot + shift, not_negative(var))
 
 
-# Traced once for equal layers.
+# A jit, so that equal layers are traced once.
 @functools.partial(jax.jit, static_argnames="axes", inline=True)
 def of(
     x: jax.Array, axes: Axes, mask: jax.Array | None = None, near: jax.Array | None = None
 ) -> Moments:
     """Equals the moments of x over `axes.reduced`, in float32 or wider.
 
-    Sums are taken of `x - pivot`, so nothing cancels however large the mean is, and they are
-    exact for a constant channel, whose mean is then that constant and whose var is 0. TPUs take
-    them of x itself where that is as good, and those of a bfloat16 x about `near` [C], or 0.
+    The sums are of `x - pivot`, so nothing cancels however large the mean is. For a constant
+    channel they are exact: mean is the constant, and var is 0. A TPU sums x itself where that is
+    as exact; a TPU sums a bfloat16 x about `near` [C], or about 0 without it.
     """
     real = jnp.finfo(wide(x.dtype)).dtype
     count = jnp.asarray(axes.count(x), real) if mask is None else _count(mask, x, axes, real)
@@ -143,7 +143,7 @@ def _mean_and_var(  # type: ignore[no-untyped-def]
     if device == "tpu":
         way = functools.partial(_about_near, near) if x.dtype == jnp.bfloat16 else _at_once
     mean, var = way(device, axes, x, mask, n)
-    return mean, jnp.maximum(var, 0)  # of a constant channel, that rounding left a hair below
+    return mean, jnp.maximum(var, 0)  # rounding may leave a constant channel's var below 0
 
 
 mean_and_var = Operation("moments", _mean_and_var)
@@ -151,7 +151,7 @@ mean_and_var = Operation("moments", _mean_and_var)
 
 @mean_and_var.differentiated
 def _(tx: jax.Array, operands: Any, moments: Any, *, axes: Axes) -> tuple[jax.Array, jax.Array]:
-    """The tangents of mean and var, also of a var that was rounded to 0."""
+    """The tangents of mean and var. They are right also where var was rounded to 0."""
     x, n, mask, _ = operands
     s1, s2 = sums_about(tx.astype(wide(x.dtype)), x, moments[0], mask, axes)
     return s1 / n.astype(s1.dtype), 2 * s2 / n
@@ -175,18 +175,19 @@ def sums_about(
 def _by_pivot(
     device: str, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean and variance by sums about a pivot, which is read from x first."""
+    """Mean and variance by sums about a pivot, which a first pass reads from x."""
     return _about(device, _pivot(device, x, axes, mask, n), axes, x, mask, n)
 
 
 def _by_grid(
     device: str, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The same about the mean of a grid of positions, in units of one over their number.
+    """Mean and variance by sums about the mean of K positions on a grid, for GPUs.
 
-    For GPUs: that number K is a power of two where the batch is one, so K x - Σ is K (x - pivot)
-    to the bit, and no kernel has to divide. (pivot - mean)² is at most SPARSE times the variance
-    whatever the values are; and where the batch is sharded, each device has its part of the grid.
+    With Σ the sum over the grid, the sums are of K x - Σ, which is K (x - pivot). K is a power of
+    two where the batch is one: then K x is exact, and no kernel divides. Whatever the values are,
+    (pivot - mean)² is at most SPARSE times the variance. On a sharded batch, each device holds
+    its own part of the grid.
     """
     kind = wide(x.dtype)
     grid = _grid(x, axes).astype(kind)
@@ -198,7 +199,7 @@ def _by_grid(
 
 
 def _grid(x: jax.Array, axes: Axes) -> jax.Array:
-    """One position in at most SPARSE, evenly over each image, and of rows alone over the batch."""
+    """At least one position in SPARSE, evenly over each image; over the batch where x is rows."""
     inner = axes.reduced[1:] or axes.reduced
     counts = dict.fromkeys(inner, 1)
     while math.prod(x.shape[a] for a in inner) > SPARSE * math.prod(counts.values()):
@@ -214,11 +215,11 @@ def _grid(x: jax.Array, axes: Axes) -> jax.Array:
 def _at_once(
     device: str, axes: Axes, x: jax.Array, mask: jax.Array | None, n: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The same by sums about 0, and by a pivot only where some channel's mean is far from 0.
+    """Mean and variance by sums about 0; about a pivot where some channel's mean is far from 0.
 
-    For TPUs: sums that wait for nothing are made inside the convolution that makes x, and x is
-    not read for them. They lose a factor of 1 + mean² / var to cancellation, at most 1 + NEAR
-    here; a constant channel other than 0, and what is not finite, are never near.
+    For TPUs: the convolution that makes x also makes sums about 0, without reading x again. Such
+    sums lose a factor of 1 + mean² / var to cancellation, at most 1 + NEAR here. A constant channel
+    other than 0 takes the pivot, and so does a channel that is not finite.
     """
     zero = jnp.zeros([x.shape[a] for a in axes.features], wide(x.dtype))
     mean, var = _about(device, zero, axes, x, mask, n)
@@ -235,12 +236,12 @@ def _about_near(
     mask: jax.Array | None,
     n: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The same about `near` as it is, or 0.
+    """Mean and variance by sums about `near`, or about 0 without it.
 
-    For a bfloat16 x on TPUs, which then read x for its sums never. About 0, var loses a factor of
-    1 + mean² / var of float32's precision, in which bfloat16 has lost more when x was rounded to
-    it: a quarter of a unit of x's last place, squared. About the running mean nothing is lost
-    once that is near.
+    For a bfloat16 x on TPUs: the convolution that makes x makes these sums too. About 0, var loses
+    a factor of 1 + mean² / var of float32's precision. Rounding x to bfloat16 has lost more than
+    that before: a quarter of a unit in x's last place, squared. About the running mean, nothing is
+    lost once the running mean is near.
     """
     pivot = jnp.zeros([x.shape[a] for a in axes.features], wide(x.dtype))
     if near is not None:
@@ -261,10 +262,10 @@ def _about(
 
 
 def divisor(count: jax.Array) -> jax.Array:
-    """Equals count, or 1 where that is 0, behind a barrier.
+    """Equals count, or 1 where count is 0, behind a barrier.
 
-    A constant would make XLA multiply by 1 / n: a constant channel's var would not quite be 0,
-    and the products would move into the loops over x, where a division stays [C] before them.
+    If XLA saw a constant n, it would multiply by 1 / n. A constant channel's var would then not
+    quite be 0, and XLA would move the product into the loops over x. A division stays [C].
     """
     return lax.optimization_barrier(jnp.where(count > 0, count, 1))
 
@@ -272,14 +273,14 @@ def divisor(count: jax.Array) -> jax.Array:
 def _pivot(
     device: str, x: jax.Array, axes: Axes, mask: jax.Array | None, n: jax.Array
 ) -> jax.Array:
-    """A value near each channel's mean [C], to shift by.
+    """A value near each channel's mean [C]: the mean of every STRIDE-th position.
 
-    The mean of one position in STRIDE along the axis after the batch. For k of n values,
-    (pivot - mean)² is at most n/k times the variance whatever the values are, so the shifted
-    sums lose at most a factor 1 + n/k of float32's precision: no outlier breaks it, as it
-    would break a pivot of one row. The sample is taken of x in its own dtype, or a TPU writes out
-    all of it in float32 first. A masked x is not sampled, since its valid cells might be missed:
-    the pivot is then the mean itself, at the price of one more read.
+    The positions lie along the axis after the batch. For k of n values, (pivot - mean)² is at most
+    n/k times the variance, whatever the values are. So the shifted sums lose at most a factor
+    1 + n/k of float32's precision, and no outlier breaks the pivot, as an outlier would break a
+    pivot of one row. The sample is sliced from x in x's own dtype; a TPU would otherwise write a
+    float32 copy of x first. A masked x is not sampled, since the sample might miss the valid cells:
+    the pivot is then the mean itself, which costs one more read of x.
     """
     kind = wide(x.dtype)
     if mask is not None:
@@ -292,11 +293,12 @@ def _pivot(
 
 
 def _sample(x: jax.Array, axes: Axes) -> tuple[int, int]:
-    """The axis that the pivot's sample is taken along, and one position in how many.
+    """The axis that the pivot's sample is taken along, and the stride on it.
 
-    The batch axis only where there is no other, and by a stride that divides it: it may be
-    sharded, and devices then have each its part of the sample, if their rows are a multiple of it.
-    Where shardings are types, the stride is one that leaves each device as many positions.
+    The axis is the batch only where there is no other reduced axis. The stride then divides the
+    batch, which may be sharded: each device holds its own part of the sample where its rows are a
+    multiple of the stride. Where shardings are types, the stride leaves all devices equally many
+    positions.
     """
     if len(axes.reduced) > 1:
         axis = axes.reduced[1]
@@ -310,11 +312,11 @@ def _sample(x: jax.Array, axes: Axes) -> tuple[int, int]:
 
 
 def _count(mask: jax.Array, x: jax.Array, axes: Axes, dtype: jnp.dtype) -> jax.Array:
-    """Valid cells per channel: [] where the mask does not tell features apart, else [C]."""
-    repeats = 1  # cells of x behind one cell of the mask
+    """Valid cells per channel: [] where the mask is the same for all features, else [C]."""
+    repeats = 1  # cells of x that one cell of the mask covers
     for a in axes.reduced:
         repeats *= x.shape[a] if mask.shape[a] == 1 else 1
-    # Summed in the pivot's dtype, so that on a sharded mask it shares its all-reduce.
+    # In the pivot's dtype, so that a sharded mask shares the pivot's all-reduce.
     count = mask.astype(dtype).sum(axes.reduced) * repeats
     if all(mask.shape[a] == 1 for a in axes.features):
         return count.reshape(())

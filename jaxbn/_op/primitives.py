@@ -1,9 +1,9 @@
 """A function over the axes of x as one operation of JAX's.
 
-It is lowered as each platform is fast at (see `sums`), and to JAX it is opaque: automatic
-differentiation, `vmap` and `jax.checkpoint` see one operation whatever that is made of, so they
-trace no branches for platforms that are not there, and equal layers share one function in the
-compiled program.
+Each platform lowers the operation in the form that the platform is fast at (see `sums`). To JAX
+the operation is opaque: automatic differentiation, `vmap` and `jax.checkpoint` see one operation.
+So they trace no branches for other platforms, and equal layers share one function in the compiled
+program.
 """
 
 import functools
@@ -16,19 +16,19 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxbn._op.axes import Axes
-from jaxbn._op.devices import alike
+from jaxbn._op.devices import alike, repeated
 
-# What is meant for which of the platforms that JAX lowers for.
+# The `device` that an operation's function sees, by the platform that JAX lowers for.
 DEVICES = {"cpu": "cpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
 
 
 class Operation:
-    """A function `f(device, *operands, axes, **static)` of arrays, to several, as one operation.
+    """A function `f(device, *operands, axes, **static)`, to several arrays, as one operation.
 
-    Operands have x's rank, or the shape of its features, or are one number, or None. The result is
-    linear in the first `linear` of them together. `device` is one that `DEVICES` names, or "": so
-    where JAX differentiates by the other operands. `transposed` and `differentiated` register
-    what else JAX has to know.
+    An operand has x's rank, or the shape of x's features, or is one number, or None. The results
+    are linear in the first `linear` operands together. `device` is a value of `DEVICES`, or "" in
+    every trace that no platform's lowering makes, such as a derivative by the other operands.
+    `transposed` and `differentiated` register the operation's transpose and derivative.
     """
 
     def __init__(self, name: str, f: Callable[..., Any], linear: int = 0) -> None:
@@ -61,12 +61,15 @@ class Operation:
     def differentiated(self, rule: Callable[..., Any]) -> None:
         """Registers `rule(tangent of the first operand, operands, results, axes, **static)`.
 
-        The results then depend on the other operands in no way that is to be differentiated.
+        Results are then constant in the other operands, as far as derivatives go.
         """
         self.rule = rule
 
     def transposed(self, transpose: Callable[..., Any]) -> None:
-        """Registers `transpose(cotangents, *others, axes, **static)`, to those of the linear."""
+        """Registers `transpose(cotangents, *others, axes, **static)`.
+
+        It returns the cotangents of the linear operands.
+        """
         self.transpose = transpose
 
     def _jvp(self, primals: Any, tangents: Any, **params: Any) -> Any:
@@ -110,19 +113,21 @@ class Operation:
         ]
 
     def _batch(self, there: Sequence[Any], dims: Sequence[Any], **params: Any) -> Any:
-        """The mapped axis as one more axis of features, before all others."""
-        n = next(v.shape[i] for v, i in zip(there, dims, strict=True) if i is not None)
+        """Makes the mapped axis the first axis of features."""
         axes, given = params.pop("axes"), params["given"]
         first = sum(given[: max(self.linear, 1)])
+        mapped = next(
+            jnp.moveaxis(v, i, 0) for v, i in zip(there, dims, strict=True) if i is not None
+        )
 
         def widened(at: int, v: jax.Array, i: int | None) -> jax.Array:
+            if i is None and at < first:
+                return repeated(v, mapped)
             if i is None:
-                # What only broadcasts stays as small as it is, for it may be kept for backward.
-                return (
-                    jnp.broadcast_to(v[None], (n if at < first else 1, *v.shape)) if v.ndim else v
-                )
+                # An operand that only broadcasts stays small, since backward may keep it.
+                return v[None] if v.ndim else v
             v = jnp.moveaxis(v, i, 0) if i else v
-            return v if v.ndim > 1 else v.reshape(n, *(1,) * len(axes.features))
+            return v if v.ndim > 1 else v.reshape(len(v), *(1,) * len(axes.features))
 
         there = list(map(widened, range(len(there)), there, dims))
         features, reduced = (tuple(a + 1 for a in part) for part in axes)
@@ -132,6 +137,6 @@ class Operation:
 
 
 def _all(there: Sequence[Any], given: Sequence[bool]) -> list[Any]:
-    """The operands, those that are not there as None."""
+    """The operands, with None for those that were not given."""
     values = iter(there)
     return [next(values) if here else None for here in given]

@@ -1,4 +1,4 @@
-"""What batch norm is made of: `Params`, `State`, `Moments`, and how moments enter the state."""
+"""`Params`, `State` and `Moments`, and how the moments of a batch enter the state."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -39,8 +39,8 @@ def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Param
 
     Args:
       features: size of the feature axis, or sizes of the feature axes in x's order.
-      dtype: of scale and bias. Statistics have it too where it is float32 or wider, and are
-        float32 where it is narrower; var is real where it is complex.
+      dtype: of scale and bias. Statistics have this dtype too, or float32 where dtype is
+        narrower; var is real also for a complex dtype.
 
     Raises:
       TypeError: features are no integers, or dtype is not floating or complex.
@@ -70,16 +70,16 @@ def blend(state: State, moments: Moments, momentum: Any, unbiased: bool) -> Stat
     """Equals `momentum * state + (1 - momentum) * moments`, in the state's dtypes.
 
     `momentum=None` is the cumulative average: update k weighs the batch by 1/k. `unbiased`
-    multiplies the batch's variance by n / (n - 1) first, n the pooled count. A channel whose
-    moments are not finite, or of no value, keeps its statistics, bit for bit; count goes up where
-    any channel learned. One count serves all channels, so for the cumulative average a batch that
-    is not finite in one channel counts for none.
+    multiplies the batch's variance by n / (n - 1) first, with n the pooled count. A channel keeps
+    its statistics, bit for bit, where its moments are not finite or it has no valid value. count
+    goes up if any channel learned. With the cumulative average one count serves all channels, so
+    a batch that is not finite in one channel counts for none.
     """
     n = moments.count
     var = moments.var * (n / jnp.where(n > 1, n - 1, n)) if unbiased else moments.var
     mean, var = moments.mean.astype(state.mean.dtype), var.astype(state.var.dtype)
-    # Of var alone, which is a sum over x - mean, so where mean is not finite var is not. Unless
-    # mean has more range than the state, and was finite until the cast.
+    # var is a sum over x - mean, so var is not finite where mean is not. One exception: mean may
+    # have more range than the state's dtype, and lose it in the cast.
     finite = jnp.isfinite(var)
     if jnp.finfo(mean.dtype).bits < jnp.finfo(moments.mean.dtype).bits:
         finite &= jnp.isfinite(mean)
@@ -90,7 +90,7 @@ def blend(state: State, moments: Moments, momentum: Any, unbiased: bool) -> Stat
         if momentum is None:
             flags.append(jnp.any(~finite))
         if split := varying_axes(state.mean) - varying_axes(count):
-            # Features are split over these mapped axes and the count is not: all parts must agree.
+            # These mapped axes split the features, but not the count, so all parts must agree.
             flags = list(lax.psum(jnp.stack(flags).astype(jnp.int32), tuple(split)) > 0)
         learns = flags[0]
         if momentum is None:
@@ -104,8 +104,8 @@ def blend(state: State, moments: Moments, momentum: Any, unbiased: bool) -> Stat
             keep = momentum if isinstance(momentum, float) else momentum.astype(old.dtype)
             new = keep * old + (1 - keep) * batch
         else:
-            # By what is to be added: a weight near 1 would be rounded, and its share lost.
-            start = jnp.where(state.count > 0, old, 0)  # of what init left, nothing
+            # Added as a difference: (1 - 1/k) * old would round, and late updates would be lost.
+            start = jnp.where(state.count > 0, old, 0)  # the first update drops init's values
             new = start + (batch - start) / (state.count.astype(old.dtype) + 1)
         return jnp.where(learned, new.astype(old.dtype), old)
 

@@ -1,13 +1,14 @@
 """Sums over the reduced axes, each in the form that its platform is fast at.
 
 XLA's CPU back end (jax 0.10 to 0.12) hands a sum, with the arithmetic that makes its terms, to a
-library which takes one operation after another through a scratch buffer. A plain sum runs at
-the bandwidth of memory there, Σ(x - pivot)² at half of it, Σdy (x - mean) at a third. XLA's own
-loops do all their arithmetic in registers, but it has none that sums well. So on CPU an array is
-cut into up to eight parts, one loop makes the terms and adds the parts to one another, and what
-is left is summed. Such a loop has one result, so two sums over one array are made in one, the
-terms of both lying abreast, row by row: what the first row read is in cache for the second.
-Elsewhere they are plain sums. Measurements are in `benchmarks/NOTES.md`.
+library. The library takes one operation after another through a scratch buffer. A plain sum runs
+at the bandwidth of memory there, Σ(x - pivot)² at half the bandwidth, Σdy (x - mean) at a third.
+XLA's own loops do all their arithmetic in registers, but none of them sums well.
+
+So on CPU an array is cut into up to eight parts. One loop makes the terms and adds the parts to one
+another; the library sums the rest. Such a loop has one result. Two sums over one array therefore
+share a loop: the terms of both lie abreast, row by row, and what the first row read is in cache for
+the second. Other platforms take plain sums. Measurements are in `benchmarks/NOTES.md`.
 """
 
 from collections.abc import Sequence
@@ -18,17 +19,17 @@ from jax import lax
 
 from jaxbn._op.axes import Axes
 
-# At most: with 16, a loop reads from more places at once than the processor follows.
+# At most 8: with 16, a loop reads from more places at once than a processor can prefetch.
 PARTS = 8
 
-# Arrays of fewer values are summed plainly: there is less to gain than a kernel costs to start.
+# Smaller arrays are summed plainly: a kernel costs more to start than the loop would gain.
 SMALL = 1 << 15
 
 ABREAST = -2  # the axis along which the terms of two sums lie, rows being the last axis
 
 
 def total(v: jax.Array, axes: Axes, device: str = "") -> jax.Array:
-    """Equals `v.sum(axes.reduced)`. Where v lies in memory as it is, the plain sum is as fast."""
+    """Equals `v.sum(axes.reduced)`. For a v that is in memory already, a plain sum is as fast."""
     if device == "cpu" and divisible(v, axes):
         v = _apart(_added(_parts(v, axes)))
     return v.sum(axes.reduced)
@@ -39,7 +40,7 @@ def totals(
 ) -> tuple[jax.Array, jax.Array]:
     """Equals `t.sum(axes.reduced)` and `(d * t).sum(axes.reduced)`.
 
-    By parts from `times` as large an array as elsewhere.
+    Only arrays of `times * SMALL` values or more are cut into parts.
     """
     if device == "cpu" and divisible(t, axes, times):
         terms = _ones_beside(d) * jnp.expand_dims(t, ABREAST)
@@ -58,7 +59,7 @@ def real_product(d: jax.Array, t: jax.Array) -> jax.Array:
 
 def divisible(v: jax.Array, axes: Axes, times: int = 1) -> bool:
     """Whether v can be cut into parts, and is large enough."""
-    # What is sharded by its type, or of unknown size, cannot be cut.
+    # An array of unknown size, or whose type is sharded, cannot be cut.
     typed = any(name is not None for name in jax.typeof(v).sharding.spec)
     known = all(isinstance(size, int) for size in v.shape)
     if typed or not known or v.size < times * SMALL or not axes.reduced or jnp.iscomplexobj(v):
@@ -72,16 +73,16 @@ def parts(n: int) -> int:
 
 
 def _longest(shape: Sequence[int], axes: Axes) -> int:
-    """The axis that is cut: the longest but the batch, unless there is the batch alone."""
+    """The axis to cut: the longest after the batch; the batch where no other axis is reduced."""
     return max(axes.reduced[1:] or axes.reduced, key=lambda a: shape[a])
 
 
 def _parts(v: jax.Array, axes: Axes) -> list[jax.Array]:
-    """The parts that v is cut into, of v's rank; the reduced axes stay where they are.
+    """Cuts v into parts of v's rank; the reduced axes stay in place. v may have terms abreast.
 
-    A part is one run of the axis, since long runs of memory are read fastest. Of the batch, which
-    may be sharded, a part is one row in eight, so that devices with a multiple of eight rows have
-    all parts in their own. v may have terms abreast.
+    A part is one run of the axis, since memory is fastest in long runs. On the batch, which may be
+    sharded, a part is every eighth row: a device with a multiple of eight rows then holds its share
+    of each part.
     """
     shape = v.shape
     if v.ndim > len(axes.features) + len(axes.reduced):
@@ -96,13 +97,13 @@ def _parts(v: jax.Array, axes: Axes) -> list[jax.Array]:
 
 
 def _added(vs: Sequence[jax.Array]) -> jax.Array:
-    """Equals `sum(vs)` without its 0, which would be one more addition in the loop."""
+    """Equals `sum(vs)`, without the addition of 0 that `sum` begins with."""
     first, *rest = vs
     return sum(rest, first)
 
 
 def _together(u: jax.Array, v: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
-    """Both sums by one operation, of which XLA's GPU back end makes two kernels and not three."""
+    """Both sums by one operation: XLA's GPU back end makes two kernels of it, not three."""
 
     def added(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
         return a[0] + b[0], a[1] + b[1]
@@ -115,8 +116,8 @@ def _together(u: jax.Array, v: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Ar
 def _ones_beside(d: jax.Array) -> jax.Array:
     """Rows of ones and rows of d, abreast: the factors of t in Σt and Σdt.
 
-    In one product, since XLA keeps an array rather than make each of its values in more than 15
-    places, and there are eight parts.
+    One product takes both. XLA writes an array to memory if more than 15 places would make it
+    again, and two products over eight parts would be 16 places.
     """
     shape = (*d.shape[: ABREAST + 1], 2, *d.shape[ABREAST + 1 :])
     first = lax.broadcasted_iota(jnp.int32, shape, d.ndim + 1 + ABREAST) == 0
@@ -124,8 +125,8 @@ def _ones_beside(d: jax.Array) -> jax.Array:
 
 
 def _apart(v: jax.Array) -> jax.Array:
-    """Equals v, by a select: that one the library does not know, so a loop makes what is selected.
+    """Equals v, by a select. The library has no select, so a loop of XLA's makes v.
 
-    The barrier keeps the condition from XLA, which would drop the select.
+    The barrier hides the condition from XLA, which would otherwise drop the select.
     """
     return jnp.where(lax.optimization_barrier(jnp.bool_(True)), v, 0)

@@ -4,10 +4,11 @@ With d = x - mean, and where relu follows y > 0 or 0,
 
     affine: (t, b, c, u) -> (a t + b + c d + u) where y > 0,    y = relu(a d + bias + residual),
 
-and `summed`, its transpose, g -> (a g, Σg, Σg d, g), g where y > 0; over all cells or over the
-`valid` ones that a mask leaves. That is all in either mode of differentiation that is as large as
-x. Kept for them are x in its own dtype and numbers [C], never a float32 copy of x: d is made
-inside. So is whether y > 0, of x; where there is a residual, y is kept, as what comes after does.
+and `summed` is its transpose: g -> (a g, Σg, Σg d, g), with g set to 0 where y is not positive.
+Both run over all cells, or over the `valid` cells of a mask. Nothing else in forward or reverse
+mode is as large as x. Both make d inside, so what is kept for them is x in its own dtype and
+numbers [C], never a float32 copy of x. They also decide y > 0 from x; with a residual they read y,
+which the next layer keeps anyway.
 """
 
 from typing import Any
@@ -20,8 +21,8 @@ from jaxbn._op.axes import Axes
 from jaxbn._op.primitives import Operation
 from jaxbn._op.sums import totals
 
-# Sums over a cotangent are taken by parts of arrays this many times as large as others: their loops
-# make all that the cotangent is made of, and take far longer to compile.
+# Sums over a cotangent are cut into parts only for arrays 16 times as large as elsewhere: their
+# loops also make the cotangent itself, and take far longer to compile.
 BACKWARD = 16
 
 
@@ -53,8 +54,12 @@ def _summed(  # type: ignore[no-untyped-def]
     d = _deviation(x, mean, mask, axes)
     if relu:
         if y is not None and device == "gpu":
-            y = lax.optimization_barrier(y)  # or it is made again, of x and the residual
+            y = lax.optimization_barrier(y)  # or XLA makes y again, from x and the residual
         g = jnp.where(_positive(d, a, bias, y, axes), g, 0)
+        if device == "cpu":
+            # Or XLA keeps g as it was and d beside the masked g, until dx is made.
+            g, mean = lax.optimization_barrier((g, mean))
+            d = _deviation(x, mean, mask, axes)
     u = () if y is None else (g,)
     g = lax.convert_element_type(g, mean.dtype)
     if valid and mask is not None:
@@ -68,11 +73,11 @@ def _summed(  # type: ignore[no-untyped-def]
 
 
 def _summed_where_positive(device, g, a, x, mean, bias, axes):  # type: ignore[no-untyped-def]
-    """The same for GPUs: y > 0 is made twice, and neither time written out.
+    """`_summed` for GPUs: two kernels decide y > 0, and neither writes the answer to memory.
 
-    It is asked of x and a threshold [C], since XLA writes out what takes more to make; and behind
-    barriers, the first of them with g in it, or XLA makes it where y is made, the second with the
-    sums, or it is handed from one kernel to the next.
+    They compare x with a threshold [C], since XLA writes out whatever takes more to compute. Two
+    barriers hold the comparisons back. Without g in the first barrier, XLA decides y > 0 in the
+    kernel that makes y; without the sums in the second, one kernel hands its answer to the other.
     """
     down = a < 0
     least = _threshold(mean, a, bias, down)
@@ -88,15 +93,15 @@ def _summed_where_positive(device, g, a, x, mean, bias, axes):  # type: ignore[n
 
 
 def _threshold(mean: jax.Array, a: jax.Array, bias: jax.Array, down: jax.Array) -> jax.Array:
-    """The t for which x > t where (x - mean) a + bias > 0, or is not where a is below 0 (`down`).
+    """The t for which x > t equals (x - mean) a + bias > 0; where a < 0 (`down`), its opposite.
 
-    It is one of three neighbours, the last at which x - mean as it is rounded does not pass
-    -bias / a: mean - bias / a itself is off by half a unit in the last place of mean, and by that
-    all of a constant channel could be on the wrong side.
+    Exactly, t is mean - bias / a. Rounding may put that off by half a unit in mean's last place,
+    which is enough to put a whole constant channel on the wrong side. So t is the largest of three
+    neighbouring numbers at which the rounded x - mean does not pass -bias / a.
     """
     at = -bias / a
     near = mean + at
-    tiny = jnp.finfo(near.dtype).tiny  # what is smaller is 0 to some devices
+    tiny = jnp.finfo(near.dtype).tiny  # some devices take smaller numbers as 0
     up = jnp.maximum(jnp.nextafter(near, jnp.full_like(near, jnp.inf)), near + tiny)
     low = jnp.minimum(jnp.nextafter(near, jnp.full_like(near, -jnp.inf)), near - tiny)
 
@@ -114,7 +119,7 @@ def _deviation(x: jax.Array, mean: jax.Array, mask: jax.Array | None, axes: Axes
 
 
 def _positive(d: Any, a: Any, bias: Any, y: Any, axes: Axes) -> jax.Array:
-    """Whether y > 0, by `normalize` where y is not kept: a compiler may then find the two equal."""
+    """Whether y > 0; without y by the same formula as `normalize`, which a compiler may reuse."""
     if y is None:
         y = d * axes.expand(a) + axes.expand(bias)
     return y > 0

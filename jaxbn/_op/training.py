@@ -13,15 +13,16 @@ and y = d * a + bias has the tangent
 
     dx = a (dy - Σdy / n - d r² Σ(dy d) / n),   dscale = r Σ(dy d),   dbias = Σdy,
 
-which is Ioffe & Szegedy 2015, section 3 in two sums over dy.
+which is Ioffe & Szegedy 2015, section 3, with two sums over dy.
 
-The rule is a JVP, so forward mode works as reverse mode does, and it is a function of x alone, so
-every higher derivative is right. What is as large as x in it are the operations of `tangent`, so
-kept for backward are x in its own dtype and numbers [C], never a float32 copy of x. No two of the
-three x - mean (that of y, that of the sums, that of dx) are the same to XLA's CPU back end, which
-would keep that array alive from one to the next. With all that, the compiled temporary memory of a
-small ResNet step is 0.67 of Flax's; with dx and the sums sharing theirs, 0.99 (`python -m
-benchmarks memory`).
+The rule is a JVP, so forward mode works as reverse mode does. The rule is a function of x alone, so
+every higher derivative is right. Only the operations of `tangent` are as large as x, so backward
+keeps x in its own dtype and numbers [C], never a float32 copy of x.
+
+Three places compute x - mean: y, the sums, and dx. Barriers keep XLA's CPU back end from finding
+them equal, since XLA would then keep that array alive between them. The compiled temporary memory
+of a small ResNet step is 0.67 of Flax's; if dx and the sums shared x - mean, the memory would be
+0.99 (`python -m benchmarks memory`).
 
 Renormalization changes scale and bias by numbers that count as constants (see `renorm`): above,
 scale and bias are what they are changed to.
@@ -62,19 +63,19 @@ class Operands(NamedTuple):
     params: Params = Params(None, None)
     mask: jax.Array | None = None
     epsilon: jax.Array | None = None
-    residual: jax.Array | None = None  # where relu follows; of y's dtype
-    near: jax.Array | None = None  # the running mean, which the batch's may be near to
+    residual: jax.Array | None = None  # given only where relu follows; of y's dtype
+    near: jax.Array | None = None  # the running mean: often near the batch's mean
     renorm: Renorm | None = None
     weights: jax.Array | None = None  # 0 where mask is False; without relu
 
 
-# Not inlined: equal layers share one function, and eager calls compile nothing anew.
+# Not inlined, so that equal layers share one function and a second eager call compiles nothing.
 @functools.partial(jax.jit, static_argnums=0)
 def normalize_by_batch(spec: Spec, v: Operands) -> tuple[jax.Array, Moments]:
-    """Equals `relu(normalize(x, *moments) + residual)` and the pooled moments it used.
+    """Equals `relu(normalize(x, *moments) + residual)`; returns the pooled moments too.
 
-    Without what is not asked for. Where no device has a valid cell, rstd is taken as 0, so y is
-    bias and gradients are finite.
+    Relu and residual take part only where the call asks for them. Where no device has a valid
+    cell, rstd is 0, so y is bias and gradients are finite.
     """
     return (_normalize_by_batch if v.weights is None else _normalize_by_weights)(spec, v)
 
@@ -108,7 +109,7 @@ def _forward(
 
 @_normalize_by_batch.defjvp
 def _jvp(spec: Spec, primals: Any, tangents: Any) -> Any:
-    """The map above, linear in the tangents t. [C] unless said otherwise."""
+    """The map of this file's docstring, linear in the tangents t. Arrays are [C] or as noted."""
     (v,), (t,) = primals, tangents
     axes, pool, kind = spec.axes, spec.pool, wide(v.x.dtype)
     y, m, r, change = _forward(spec, v)
@@ -134,7 +135,7 @@ def _jvp(spec: Spec, primals: Any, tangents: Any) -> Any:
     if tparams.bias is not None:
         by_1 = by_1 + tparams.bias.astype(kind)
     if pool is not None and pool.axis_name:
-        # Typed like x in one array: the sums of backward are then one collective.
+        # One array, typed like x, so that the sums of backward are one collective.
         by_d, by_1 = devices.alike(jnp.stack([by_d, by_1]), v.x)[0]
     bias = None
     if spec.relu:

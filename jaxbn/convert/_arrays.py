@@ -13,9 +13,11 @@ class Role(NamedTuple):
 
     leaf: str  # the last part of the path in Flax: kernel, bias, scale, mean, var, …
     transpose_kernel: bool | None = None  # set for transposed convolutions only
-    flattened: tuple[int, ...] | None = (
-        None  # (H, W, C) of the image that was flattened to the inputs of a dense layer
-    )
+    # (H, W, C) of the image that was flattened to the inputs of a dense layer, and of the image
+    # that is made of the outputs of a dense layer or of the features of a norm
+    flattened: tuple[int, ...] | None = None
+    outputs: tuple[int, ...] | None = None
+    ndim: int | None = None  # of the array; None if any will do
 
 
 class Tensor(NamedTuple):
@@ -46,4 +48,4 @@ class Request(NamedTuple):
     rename: Rename | None = None
     keep: Iterable[str] = ()
     transposed: Mapping[str, bool] | None = None
-    flattened: Mapping[str, tuple[int, ...]] | None = None
+    flattened: Mapping[str, Any] | None = None  # None: the source flattens as Flax does

@@ -1,14 +1,16 @@
 """From PyTorch, Keras, Haiku and Equinox into Flax; between linen and nnx."""
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxbn._inspection.layers import is_nnx, nnx_layers
 from jaxbn._text import short
 from jaxbn.convert import _sources
-from jaxbn.convert._arrays import Rename, Request, Tensor
+from jaxbn.convert._arrays import Rename, Request, Slot, Tensor
 from jaxbn.convert._matching import match_arrays, refuse, report_of
 from jaxbn.convert._norm_arguments import torch_arguments
 from jaxbn.convert._report import Report
@@ -23,7 +25,7 @@ def from_torch(
     rename: Rename | None = None,
     keep: Iterable[str] = (),
     transposed: Mapping[str, bool] | None = None,
-    flattened: Mapping[str, tuple[int, ...]] | None = None,
+    flattened: Mapping[str, Any] | None = None,
     momentum: float | None = 0.1,
     eps: float = 1e-5,
 ) -> tuple[Any, Report]:
@@ -31,14 +33,17 @@ def from_torch(
 
     Args:
       source: `model.state_dict()`, a mapping of names to arrays, or the path of a file:
-        `.safetensors`, or PyTorch's `.pt`, `.pth`, `.bin`, which are read with weights_only=True.
+        `.safetensors`, or PyTorch's `.pt`, `.pth`, `.bin`, `.ckpt`, `.pth.tar`, which are read with
+        weights_only=True; or a folder of such files with an index (`….index.json`), or with one.
       like: linen's variables, an nnx module or its state. Shapes are enough (`jax.eval_shape`).
       rename: PyTorch layer, or a beginning of its name → name of the layer in like; None drops it.
       keep: layers of like that stay as they are: a new head.
       transposed: layer of like → its `transpose_kernel`, for every transposed convolution of a
         linen model. An nnx module has the setting itself.
-      flattened: layer of like → (H, W, C), for a dense layer that follows a flattened image.
-        PyTorch flattens (C, H, W), Flax (H, W, C), and the shapes are the same.
+      flattened: layer of like → (H, W, C), for a dense layer that follows a flattened image, and
+        for a norm between the two. PyTorch flattens (C, H, W), Flax (H, W, C), and the shapes are
+        the same. For a dense layer whose outputs become an image: layer → (None, (H, W, C)), and
+        layer → ((H, W, C), (H, W, C)) for both.
       momentum: the momentum of the PyTorch model's batch norm layers; a state_dict has none.
       eps: the eps of these layers; a state_dict has none.
 
@@ -60,7 +65,7 @@ def from_torch(
     >>> new["params"]["fc"]["kernel"].tolist()
     [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
     """
-    request = Request("from_torch", like, rename, keep, transposed, flattened)
+    request = Request("from_torch", like, rename, keep, transposed, flattened or {})
     arguments = torch_arguments(request.call, momentum, eps)
     tensors = _sources.torch(read_state_dict(request.call, source))
     notes = [
@@ -161,7 +166,7 @@ def from_equinox(
     rename: Rename | None = None,
     keep: Iterable[str] = (),
     transposed: Mapping[str, bool] | None = None,
-    flattened: Mapping[str, tuple[int, ...]] | None = None,
+    flattened: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Report]:
     """Equals `like` with the weights and statistics of an Equinox model.
 
@@ -184,7 +189,7 @@ def from_equinox(
     >>> new, report = convert.from_equinox(model, state, like)  # doctest: +SKIP
     """
     tensors, norms = _sources.equinox(model, state)
-    request = Request("from_equinox", like, rename, keep, transposed, flattened)
+    request = Request("from_equinox", like, rename, keep, transposed, flattened or {})
     return _into_flax(request, tensors, norms.get)
 
 
@@ -274,5 +279,58 @@ def _into_flax(
         if other := [f"{name}={v!r}" for name, v in has.items() if v != arguments[name]]:
             others.setdefault(", ".join(other), []).append(layer)
     notes += [f"like has {text} in {short(layers)}" for text, layers in others.items()]
+    notes += _not_finite(found.values)
+    if request.flattened is not None:
+        notes += _perhaps_flattened(target.slots, request.flattened)
     refuse(request.call, problems)
     return target.build(found.values), report_of(found, batch_norm, notes)
+
+
+def _not_finite(values: Mapping[str, np.ndarray]) -> list[str]:
+    """A note on the layers whose statistics hold NaN or infinity."""
+    layers = dict.fromkeys(
+        path.rpartition("/")[0].removeprefix("batch_stats/")
+        for path, v in values.items()
+        if path.rpartition("/")[2] in ("mean", "var") and not np.isfinite(v).all()
+    )
+    if not layers:
+        return []
+    return [f"statistics that are not finite, as in the source: {short(layers)}"]
+
+
+def _perhaps_flattened(slots: Sequence[Slot], flattened: Mapping[str, Any]) -> list[str]:
+    """Notes on dense layers whose inputs or outputs may be a square image of a convolution.
+
+    The source lists such an image in the order (C, H, W), Flax in the order (H, W, C). The shapes
+    are the same, so nothing but the model's code can tell.
+    """
+    kernels = {slot.layer: slot.shape for slot in slots if slot.role.leaf == "kernel"}
+    norms = {slot.shape[0] for slot in slots if slot.role.leaf in ("scale", "mean") and slot.shape}
+    convs = [shape for shape in kernels.values() if len(shape) > 2]
+    notes = []
+    for layer, shape in kernels.items():
+        if len(shape) != 2 or layer in flattened:
+            continue
+        for axis, word, before, place in (
+            (0, "inputs", -1, "{}"),
+            (1, "outputs", -2, "(None, {})"),
+        ):
+            n = shape[axis]
+            beside = {other[before] for other in kernels.values()} | norms
+            side, c = max(
+                ((_side(n, conv[before]), conv[before]) for conv in convs), default=(0, 0)
+            )
+            if n in beside or side < 2:
+                continue
+            size = place.format((side, side, c))
+            notes.append(
+                f"{layer}: {n} {word} may be an image of {side}x{side}x{c}; if so, the order is "
+                f"wrong without flattened={{{layer!r}: {size}}}"
+            )
+    return notes
+
+
+def _side(n: int, channels: int) -> int:
+    """The side of a square image with so many channels and n values; 0 if there is none."""
+    side = math.isqrt(n // channels)
+    return side if side * side * channels == n else 0

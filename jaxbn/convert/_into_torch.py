@@ -1,12 +1,14 @@
 """Flax's weights and statistics as a PyTorch state dict."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._inspection.layers import is_nnx, nnx_layers
+from jaxbn._text import short
 from jaxbn.convert import _layouts
 from jaxbn.convert._arrays import Rename, Role, Slot, Tensor
 from jaxbn.convert._matching import match_arrays, refuse, renamed, report_of
@@ -23,8 +25,9 @@ def to_torch(
     like: Source | None = None,
     *,
     rename: Rename | None = None,
+    keep: Iterable[str] = (),
     transposed: Mapping[str, bool] | None = None,
-    flattened: Mapping[str, tuple[int, ...]] | None = None,
+    flattened: Mapping[str, Any] | None = None,
     momentum: float | None = 0.99,
     epsilon: float = 1e-5,
 ) -> tuple[dict[str, np.ndarray], Report]:
@@ -38,6 +41,7 @@ def to_torch(
       like: a state_dict, or a file of one, with the names and shapes of the PyTorch model. None:
         layers are named by `rename`, or as in Flax with dots.
       rename: Flax layer, or a beginning of its path → PyTorch layer.
+      keep: layers of like that stay as they are.
       transposed: Flax layer → its `transpose_kernel`, as in `from_torch`.
       flattened: Flax layer → (H, W, C), as in `from_torch`.
       momentum: the momentum of linen's batch norm layers. nnx modules have theirs. The report says
@@ -46,7 +50,7 @@ def to_torch(
 
     Returns:
       `(new, report)`. `num_batches_tracked` is Flax's `count`. If Flax counts no updates, it is
-      that of `like`, or 0.
+      that of `like`, or 0. bfloat16 becomes float32, since `torch.from_numpy` takes no bfloat16.
 
     Raises:
       ValueError, TypeError: as in `from_torch`.
@@ -68,10 +72,13 @@ def to_torch(
     slots = []
     for key, v in given.items():
         layer, _, leaf = key.rpartition(".")
-        slots.append(Slot(key, layer, Role(leaf), v.shape, v.dtype))
-    found = match_arrays(tensors, slots, rename, ())
+        slots.append(Slot(key, layer, Role(leaf, ndim=v.ndim), v.shape, v.dtype))
+    found = match_arrays(tensors, slots, rename, keep)
     refuse(call, source.problems + found.problems)
     new = {key: np.array(found.values.get(key, v)) for key, v in given.items()}
+    halves = [key for key, v in new.items() if v.dtype == jnp.bfloat16]
+    new |= {key: new[key].astype(np.float32) for key in halves}
+    notes = [f"bfloat16 → float32, which torch.from_numpy takes: {short(halves)}"] * bool(halves)
 
     modules = dict(nnx_layers(variables)) if is_nnx(variables) else {}
     batch_norm = {}
@@ -80,7 +87,7 @@ def to_torch(
             norm = modules.get(slot.layer)
             kept, eps = (norm.momentum, norm.epsilon) if norm else (momentum, epsilon)
             batch_norm[found.layers[slot.layer]] = {"momentum": one_minus(kept), "eps": eps}
-    return new, report_of(found, batch_norm, [])
+    return new, report_of(found, batch_norm, notes)
 
 
 def _named(call: str, source: Variables, rename: Rename | None) -> dict[str, np.ndarray]:
@@ -106,4 +113,9 @@ def _named(call: str, source: Variables, rename: Rename | None) -> dict[str, np.
 
 
 def _if_called(name: str, form: _layouts.Form, role: Role) -> _layouts.Form | None:
-    return form if role.leaf == name else None
+    """The form if the role has the name; a 1x1 convolution and a dense kernel are the same."""
+    if role.leaf != name:
+        return None
+    how, v = form
+    new = _layouts.with_rank(v, role.ndim if name == "weight" else None)
+    return how if new.ndim == v.ndim else f"{how}, axes of size 1", new

@@ -6,6 +6,8 @@ order in which it is applied; with `transpose_kernel` the kernel is [spatial…,
 flips the kernel before applying it.
 """
 
+import math
+
 import numpy as np
 
 from jaxbn.convert._arrays import Role
@@ -18,36 +20,96 @@ TORCH_NAMES = {flax: torch for torch, flax in FLAX_NAMES.items()}
 
 def from_torch(leaf: str, v: np.ndarray, role: Role) -> Form | None:
     """The array `leaf` of a PyTorch layer in this role of a Flax layer; None if another."""
-    if leaf != "weight":
-        return ("", v) if FLAX_NAMES.get(leaf, leaf) == role.leaf else None
-    if role.leaf != "kernel" or v.ndim < 2:
-        return ("", v) if (v.ndim, role.leaf) in {(1, "scale"), (2, "embedding")} else None
-    s = _spatial(v)
-    if role.flattened and v.ndim == 2:
-        *size, c = role.flattened  # PyTorch flattened (C, H, W), Flax (H, W, C)
-        w = np.moveaxis(v.reshape(-1, c, *size), (0, 1), (-1, -2)).reshape(-1, v.shape[0])
-        return "OI → IO, inputs CHW → HWC", w
+    if role.leaf != "kernel" or leaf != "weight" or v.ndim < 2:
+        if leaf == "weight":
+            fits = {(1, "scale"), (2, "embedding"), (1, "negative_slope")}
+            if (v.ndim, role.leaf) not in fits:
+                return None
+        elif FLAX_NAMES.get(leaf, leaf) != role.leaf:
+            return None
+        if role.leaf == "negative_slope" and v.size == 1 and role.ndim == 0:
+            return "1 → ()", v.reshape(())
+        if role.outputs and v.ndim == 1:
+            return "CHW → HWC", channels_last(v, role.outputs, 0)
+        return "", v
+    wide = with_rank(v, role.ndim if role.transpose_kernel is None else None)
+    same = wide.ndim == v.ndim
+    a, b = (_spatial(v) if same else "1" * (w.ndim - 2) for w in (v, wide))
+    v = wide
+    if v.ndim == 2:
+        how = f"OI{a} → IO"
+        if role.flattened:  # PyTorch flattened (C, H, W), Flax (H, W, C)
+            how, v = f"{how}, inputs CHW → HWC", channels_last(v, role.flattened, 1)
+        if role.outputs:
+            how, v = f"{how}, outputs CHW → HWC", channels_last(v, role.outputs, 0)
+        return how, v.T
     w = v.transpose(*range(2, v.ndim), 1, 0)
     if role.transpose_kernel is None:
-        return f"OI{s} → {s}IO", w
-    return (f"IO{s} → {s}OI", w) if role.transpose_kernel else (f"IO{s} → {s}IO, flipped", flip(w))
+        return f"OI{a} → {b}IO", w
+    return (f"IO{a} → {a}OI", w) if role.transpose_kernel else (f"IO{a} → {a}IO, flipped", flip(w))
 
 
 def to_torch(role: Role, w: np.ndarray) -> tuple[str, str, np.ndarray]:
     """The inverse of `from_torch`: the name in PyTorch, what was done, and the array."""
-    if role.leaf in ("scale", "embedding"):
-        return "weight", "", w
+    if role.leaf == "negative_slope" and not w.ndim:
+        return "weight", "() → 1", w.reshape(1)
     if role.leaf != "kernel" or w.ndim < 2:
-        return TORCH_NAMES.get(role.leaf, role.leaf), "", w
+        weights = ("scale", "embedding", "negative_slope")
+        name = "weight" if role.leaf in weights else TORCH_NAMES.get(role.leaf, role.leaf)
+        if role.outputs and w.ndim == 1:
+            return name, "HWC → CHW", channels_first(w, role.outputs, 0)
+        return name, "", w
     s = _spatial(w)
-    if role.flattened and w.ndim == 2:
-        v = np.moveaxis(w.reshape(*role.flattened, -1), (-1, -2), (0, 1)).reshape(w.shape[1], -1)
-        return "weight", "IO → OI, inputs HWC → CHW", v
+    if w.ndim == 2:
+        how, v = "IO → OI", w.T
+        if role.flattened:
+            how, v = f"{how}, inputs HWC → CHW", channels_first(v, role.flattened, 1)
+        if role.outputs:
+            how, v = f"{how}, outputs HWC → CHW", channels_first(v, role.outputs, 0)
+        return "weight", how, v
     unflipped = flip(w) if role.transpose_kernel is False else w
     v = unflipped.transpose(-1, -2, *range(w.ndim - 2))
     if role.transpose_kernel is None:
         return "weight", f"{s}IO → OI{s}", v
     return "weight", f"{s}OI → IO{s}" if role.transpose_kernel else f"{s}IO → IO{s}, flipped", v
+
+
+def channels_last(v: np.ndarray, size: tuple[int, ...], axis: int) -> np.ndarray:
+    """`v`, whose axis lists an image (C, H, W), with the axis listing it as (H, W, C).
+
+    An axis of another length stays; whoever compares shapes reports it.
+
+    >>> import numpy as np
+    >>> from jaxbn.convert import _layouts
+    >>> _layouts.channels_last(np.arange(6), (1, 3, 2), 0).tolist()
+    [0, 3, 1, 4, 2, 5]
+    """
+    *space, c = size
+    if v.shape[axis] != math.prod(size):
+        return v
+    parts = v.reshape(*v.shape[:axis], c, *space, *v.shape[axis + 1 :])
+    return np.moveaxis(parts, axis, axis + len(space)).reshape(v.shape)
+
+
+def channels_first(v: np.ndarray, size: tuple[int, ...], axis: int) -> np.ndarray:
+    """The inverse of `channels_last`."""
+    parts = v.reshape(*v.shape[:axis], *size, *v.shape[axis + 1 :])
+    return np.moveaxis(parts, axis + len(size) - 1, axis).reshape(v.shape)
+
+
+def with_rank(v: np.ndarray, ndim: int | None) -> np.ndarray:
+    """`v` [O, I, …] with axes of size 1 added or left out behind, if that gives `ndim` axes.
+
+    A convolution by 1x1 and a dense layer compute the same.
+
+    >>> import numpy as np
+    >>> from jaxbn.convert import _layouts
+    >>> _layouts.with_rank(np.ones((3, 2)), 4).shape
+    (3, 2, 1, 1)
+    """
+    if ndim is None or ndim < 2 or v.ndim < 2 or set(v.shape[ndim:]) - {1}:
+        return v
+    return v.reshape(*v.shape[:ndim], *(1,) * (ndim - v.ndim))
 
 
 def from_haiku(leaf: str, v: np.ndarray, role: Role) -> Form | None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._text import printable
+from jaxbn._text import printable, short
 from jaxbn.convert._arrays import Rename, Role, Slot, Tensor
 from jaxbn.convert._report import Move, Report
 
@@ -30,6 +30,7 @@ class Match(NamedTuple):
     layers: dict[str, str]  # layer of the source → of the target
     by: str
     problems: list[str]
+    notes: list[str]
 
 
 def match_arrays(
@@ -47,9 +48,10 @@ def match_arrays(
         sources.setdefault(tensor.layer, []).append(tensor)
     for slot in slots:
         targets.setdefault(slot.layer, []).append(slot)
-    found = Match({}, [], [], [], {}, "rename", [])
+    found = Match({}, [], [], [], {}, "rename", [], [])
     for name in keep:
-        within = [layer for layer in targets if layer == name or layer.startswith(f"{name}/")]
+        inside = (f"{name}/", f"{name}.")
+        within = [layer for layer in targets if layer == name or layer.startswith(inside)]
         if not within:
             found.problems.append(f"keep: {name!r} is no layer of the target")
         found.kept.extend(slot.path for layer in within for slot in targets.pop(layer))
@@ -64,7 +66,9 @@ def match_arrays(
     pair, before = _by_order if found.by == "order" else _by_name, len(found.problems)
     found.layers.update(pair(sources, targets, names, found))
     if found.by == "order" and len(found.problems) > before:
-        return found  # these problems list both sides already
+        # These problems list both sides already.
+        found.problems.extend(_wrapped(sources, targets))
+        return found
     for source, group in sources.items():
         if source in names:
             _place(group, targets.get(found.layers.get(source, NOWHERE), []), found)
@@ -90,6 +94,19 @@ def refuse(call: str, problems: Iterable[str]) -> None:
             + "\nLayers of other names: rename={source: target}, or a function; None for the "
             "target drops one. Layers of the target to leave as they are: keep=[...]."
         )
+
+
+def _wrapped(sources: Iterable[str], targets: Iterable[str]) -> Iterable[str]:
+    """A problem's line, if all layers of the source have the target's names behind one prefix."""
+    names = [re.split(r"[./]", name) for name in sources]
+    here = set(map(_tokens, targets))
+    for n in range(1, min(map(len, names), default=0)):
+        if any(name[:n] != names[0][:n] for name in names):
+            return
+        if any(_tokens(".".join(name[n:])) in here for name in names):
+            prefix = ".".join(names[0][:n])
+            yield f"a wrapper called {prefix!r} is around the source: rename={{{prefix!r}: ''}}"
+            return
 
 
 def _tokens(name: str) -> tuple[str, ...]:
@@ -146,7 +163,7 @@ def _by_order(
     """Source → target, for layers of one kind: by their order, or by unique shapes."""
 
     def kind(ranks: Iterable[int], statistics: bool) -> tuple[int, bool]:
-        return max(ranks), statistics
+        return max(1, *ranks), statistics  # a slope may be a scalar here and [1] there
 
     here: dict[Any, list[str]] = {}
     there: dict[Any, list[str]] = {}
@@ -158,7 +175,7 @@ def _by_order(
         here.setdefault(kind((len(s.shape) for s in slots), statistics), []).append(name)
 
     def fits(source: str, target: str) -> bool:
-        trial = Match({}, [], [], [], {}, "", [])
+        trial = Match({}, [], [], [], {}, "", [], [])
         _place(sources[source], targets[target], trial)
         return not trial.problems
 
@@ -175,6 +192,15 @@ def _by_order(
                 pairs = {}
         if len(pairs) == max(len(left), len(right)) and all(fits(*pair) for pair in pairs.items()):
             layers |= pairs
+            alike: dict[Any, list[str]] = {}
+            for name in left if pairs else ():
+                key = tuple(sorted(t.array.shape for t in sources[name]))
+                alike.setdefault(key, []).append(name)
+            found.notes.extend(
+                f"equal shapes, matched by their order alone: {short(names)}"
+                for names in alike.values()
+                if len(names) > 1 and group[0] > 1
+            )
             continue
         found.problems.append("which of these is which, neither names nor order and shapes settle:")
         shapes = {s: [t.array.shape for t in sources[s]] for s in left}
@@ -194,6 +220,20 @@ RESNET = re.compile(
 )
 
 
+# Flax's ImageNet example: a stem, blocks numbered through, the projection after the others.
+FLAX_RESNET = re.compile(
+    r"(?:conv|bn)_init|\w*Block_(?P<block>\d+)/(?:(?:Conv|BatchNorm)_(?P<number>\d+)|(?:conv|norm)_proj)"
+    r"|(?P<dense>Dense_0)"
+)
+
+
+def _flax_place(part: Any) -> tuple[int, ...]:
+    """Where a layer of Flax's ImageNet example stands in the forward pass."""
+    if part["block"] is None:
+        return (10**6 if part["dense"] else -1,)
+    return int(part["block"]), int(part["number"] or 10**6)
+
+
 def _order(names: list[str]) -> list[str] | None:
     """The names sorted by their numbers; None if the names differ in more than numbers.
 
@@ -201,6 +241,8 @@ def _order(names: list[str]) -> list[str] | None:
     used: a state_dict, a file and a jitted `init` list layers in any order.
     """
     resnet = [RESNET.fullmatch(name) for name in names]
+    if all(flax := [FLAX_RESNET.fullmatch(name) for name in names]):
+        return sorted(names, key=lambda name: _flax_place(flax[names.index(name)]))
     if all(resnet):
 
         def place(name: str) -> tuple[int, ...]:  # in the forward pass
@@ -257,6 +299,12 @@ def _place(tensors: Iterable[Tensor], slots: Iterable[Slot], found: Match) -> No
     for slot in free.values():
         if slot.role.leaf == "num_batches_tracked":
             found.kept.append(slot.path)
+        elif slot.role.leaf == "count":
+            found.problems.append(
+                f"missing, in the target alone: {slot.path} {slot.shape}, the number of updates; "
+                f"write source[{slot.layer + '.num_batches_tracked'!r}] = n, or a large n to let "
+                f"later updates count little"
+            )
         else:
             found.problems.append(f"missing, in the target alone: {slot.path} {slot.shape}")
 
@@ -269,4 +317,4 @@ def _is_of_kind(dtype: Any, target: Any) -> bool:
 def report_of(found: Match, batch_norm: Mapping[str, Any], notes: Iterable[str]) -> Report:
     """The report of a match that has no problems."""
     parts = tuple(found.moves), found.by, tuple(found.dropped), tuple(found.kept)
-    return Report(*parts, batch_norm, tuple(notes))
+    return Report(*parts, batch_norm, (*notes, *found.notes))

@@ -1,5 +1,6 @@
 """Flax's variables, linen's or nnx's, as slots; and new variables of the same kind."""
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ def flatten(
     call: str,
     tree: Any,
     transposed: Mapping[str, bool] | None = None,
-    flattened: Mapping[str, tuple[int, ...]] | None = None,
+    flattened: Mapping[str, Any] | None = None,
 ) -> Variables:
     """The slots of linen's `params` and `batch_stats`, of an nnx module, or of an nnx state.
 
@@ -46,7 +47,8 @@ def flatten(
       call: the public call, for errors.
       tree: arrays or shapes (`jax.eval_shape`, `nnx.eval_shape`).
       transposed: layer → `transpose_kernel`, of transposed convolutions. nnx modules have it.
-      flattened: layer → (H, W, C), of dense layers after a flattened image.
+      flattened: layer → (H, W, C), of dense layers after a flattened image and of norms between
+        the two; layer → (inputs, outputs), two such sizes or None, of any dense layer.
     """
     transposed, flattened = dict(transposed or {}), dict(flattened or {})
     nnx = sys.modules.get("flax.nnx")  # if nnx was never imported, tree is none of its objects
@@ -76,17 +78,25 @@ def _slots(
     build: Callable[[Any], Any],
     depth: int,  # parts of a path before the layer's name: 1 in linen, the collection
     transposed: Mapping[str, bool],
-    flattened: Mapping[str, tuple[int, ...]],
+    flattened: Mapping[str, Any],
 ) -> Variables:
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
     slots, leaves = [], [leaf for _, leaf in paths]
-    for keys, leaf in paths:
-        # Attributes are no part of a name: they are boxes around an array (`.value`).
-        parts = [str(k.key) for k in keys if isinstance(k, jax.tree_util.DictKey)]
-        layer, name = "/".join(parts[depth:-1]), parts[-1]
-        role = Role(name)
-        if name == "kernel":
-            role = Role(name, transposed.get(layer), flattened.get(layer))
+    # Attributes are no part of a name: they are boxes around an array (`.value`).
+    names = [
+        [str(k.key) for k in keys if isinstance(k, jax.tree_util.DictKey)] for keys, _ in paths
+    ]
+    layers = ["/".join(parts[depth:-1]) for parts in names]
+    shapes = {
+        (layer, parts[-1]): tuple(leaf.shape)
+        for layer, parts, leaf in zip(layers, names, leaves, strict=True)
+    }
+    sizes, problems = _sizes(flattened, shapes)
+    for layer, parts, leaf in zip(layers, names, leaves, strict=True):
+        inputs, outputs = sizes.get(layer, (None, None))
+        role = Role(parts[-1], outputs=outputs, ndim=len(leaf.shape))
+        if role.leaf == "kernel":
+            role = role._replace(transpose_kernel=transposed.get(layer), flattened=inputs)
         slots.append(Slot("/".join(parts), layer, role, tuple(leaf.shape), leaf.dtype))
 
     def new(values: Mapping[str, np.ndarray]) -> Any:
@@ -94,16 +104,41 @@ def _slots(
         return build(jax.tree_util.tree_unflatten(structure, given))
 
     both = list(zip(slots, leaves, strict=True))
-    kernels = {slot.layer: slot.shape for slot in slots if slot.role.leaf == "kernel"}
-    problems = [
-        f"transposed: {k!r} is no convolution of Flax's" for k in transposed if k not in kernels
+    problems[:0] = [
+        f"transposed: {layer!r} is no convolution of Flax's"
+        for layer in transposed
+        if (layer, "kernel") not in shapes
     ]
-    for layer, size in flattened.items():
-        if len(shape := kernels.get(layer, ())) != 2 or int(np.prod(size)) != shape[0]:
-            problems.append(
-                f"flattened: {layer!r} with {size} is no dense layer of that many inputs"
-            )
     return Variables(slots, leaves, new, problems)
+
+
+def _sizes(
+    flattened: Mapping[str, Any], shapes: Mapping[tuple[str, str], tuple[int, ...]]
+) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
+    """Layer → (H, W, C) of inputs and of outputs, None where an axis is no image; and problems."""
+    sizes: dict[str, tuple[Any, Any]] = {}
+    problems = []
+    for layer, size in flattened.items():
+        norm = next((shapes[layer, k] for k in ("scale", "mean") if (layer, k) in shapes), None)
+        one = all(isinstance(n, (int, np.integer)) for n in size)
+        inputs, outputs = (size, None) if one else size
+        if norm is not None:  # it has the same features on both sides
+            inputs, outputs = None, inputs or outputs
+            wrong = [("norm", size, "features")] * (norm != (math.prod(outputs or ()),))
+        else:
+            shape = shapes.get((layer, "kernel"), ())
+            wrong = [
+                ("dense layer", part, word)
+                for axis, (part, word) in enumerate(((inputs, "inputs"), (outputs, "outputs")))
+                if part and (len(shape) != 2 or math.prod(part) != shape[axis])
+            ]
+        problems += [
+            f"flattened: {layer!r} with {part} is no {kind} of that many {word}"
+            for kind, part, word in wrong
+        ]
+        if not wrong:
+            sizes[layer] = inputs, outputs
+    return sizes, problems
 
 
 def _placed(value: np.ndarray, like: Any) -> jax.Array:

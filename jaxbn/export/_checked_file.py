@@ -1,7 +1,7 @@
 """A file is written beside its place, run, compared with the function, and then renamed."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,9 @@ import numpy as np
 from jaxbn._extras import need
 from jaxbn._files import replacing
 from jaxbn._folding.training_mode import batch_statistics
+
+# The largest error over the largest value, by the result's dtype: some rounding steps.
+TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
 
 
 class Exported(NamedTuple):
@@ -25,55 +28,102 @@ class Exported(NamedTuple):
     """
 
     path: Path
-    bytes: int
-    absolute: float  # largest error on the example batch
-    relative: float  # absolute over the function's largest value
+    bytes: int  # with the weights beside it, if there are any
+    absolute: float  # largest error on the examples
+    relative: float  # largest error of a result over the largest value of that result
+
+
+class Case(NamedTuple):
+    """The results of the file and of the function for one input."""
+
+    got: Sequence[Any]
+    expected: Sequence[Any]
 
 
 def inference_input(call: str, fn: Any, x: Any, *packages: str) -> jax.Array:
     """Returns x as a jax array. Raises if fn is in training mode or a package is missing."""
+    (x,) = inference_inputs(call, fn, (x,), (x,), *packages)
+    return x
+
+
+def inference_inputs(
+    call: str, fn: Any, args: tuple[Any, ...], leaves: Sequence[Any], *packages: str
+) -> list[jax.Array]:
+    """Returns the arrays in args. Raises if fn is in training mode or a package is missing."""
     for package in packages:
         need(call, package)
-    if not isinstance(x, jax.Array | np.ndarray) or not x.ndim:
-        what = f"a {type(x).__name__}" if not hasattr(x, "shape") else "a scalar"
-        raise TypeError(
-            f"{call}: x is {what}, expected an example batch, batch first; write jnp.asarray(x)."
-        )
-    x = jnp.asarray(x)
-    where = batch_statistics(fn, (x,))
+    for x in leaves:
+        if not isinstance(x, jax.Array | np.ndarray) or not x.ndim:
+            what = f"a {type(x).__name__}" if not hasattr(x, "shape") else "a scalar"
+            raise TypeError(
+                f"{call}: x is {what}, expected an example batch, batch first; write "
+                f"jnp.asarray(x)."
+            )
+    where = batch_statistics(fn, args)
     if where is not None:
         raise ValueError(
             f"{call}: {where} normalizes by statistics of the batch, expected a function in "
             f"inference mode: train=False, use_running_average=True, or model.eval()."
         )
-    return x
+    return [jnp.asarray(x) for x in leaves]
 
 
 def written(
     call: str,
     path: str | os.PathLike[str],
     write: Callable[[Path], Any],
-    run: Callable[[Path], Any],
-    fn: Callable[..., Any],
-    x: Any,
-    tolerance: float,
+    cases: Callable[[Path], Iterable[Case]],
+    tolerance: float | None,
+    tolerances: Mapping[str, float] = TOLERANCES,
 ) -> Exported:
-    """Writes a file beside `path`, compares it with fn on x, and renames it to `path`.
+    """Writes a file beside `path`, compares its results, and renames it to `path`.
 
-    `run` returns the file's result on x, or None if this machine cannot run the file.
+    Args:
+      call: the public call, for errors.
+      path: where the file goes.
+      write: writes the file.
+      cases: runs the written file; yields its results beside those of the function.
+      tolerance: the largest error over a result's largest value; None for `tolerances`.
+      tolerances: the tolerance for each dtype; 0 for others.
     """
     path = Path(path)
+    absolute = relative = 0.0
     with replacing(path) as file:
         write(file)
-        reference = np.asarray(fn(x)).astype(np.float64)
-        y = run(file)
-        error = 0.0 if y is None else np.abs(np.asarray(y).astype(np.float64) - reference).max()
-        relative = float(error / max(np.abs(reference).max(), np.finfo(np.float32).tiny))
-        if not relative <= tolerance:
+        for case in cases(file):
+            for got, expected in zip(case.got, case.expected, strict=True):
+                dtype = str(jnp.asarray(expected).dtype)
+                limit = tolerances.get(dtype, 0.0) if tolerance is None else tolerance
+                errors = difference(call, got, expected)
+                if not errors[1] <= limit:
+                    raise ValueError(
+                        f"{call}: the file's result differs from the function's by "
+                        f"{errors[1]:.1e} of its largest value, expected {limit:.1e} at most; "
+                        f"nothing was written. If that is enough, write "
+                        f"tolerance={errors[1] * 2:.0e}."
+                    )
+                absolute, relative = max(absolute, errors[0]), max(relative, errors[1])
+        size = sum(part.stat().st_size for part in file.parent.iterdir())
+    return Exported(path, size, absolute, relative)
+
+
+def difference(call: str, got: Any, expected: Any) -> tuple[float, float]:
+    """The largest error, and that error over the largest value. Raises if not all is finite."""
+    got, expected = np.asarray(got), np.asarray(expected)
+    if got.shape != expected.shape:
+        raise ValueError(
+            f"{call}: the file's result has shape {got.shape} but the function's has "
+            f"{expected.shape}; nothing was written."
+        )
+    wide = [v.astype(np.complex128 if np.iscomplexobj(v) else np.float64) for v in (got, expected)]
+    for whose, v in zip(("function", "file"), wide[::-1], strict=True):
+        if wrong := int((~np.isfinite(v)).sum()):
             raise ValueError(
-                f"{call}: the file's result differs from the function's by {relative:.1e} of its "
-                f"largest value, expected {tolerance:.1e} at most; nothing was written. If that "
-                f"is enough, write tolerance={relative * 2:.0e}."
+                f"{call}: {wrong} of {v.size} values of the {whose}'s result are not finite, "
+                f"expected numbers that can be compared; nothing was written. Look for NaN and inf "
+                f"in the weights and in x, or for values beyond what {expected.dtype} holds."
             )
-        size = file.stat().st_size
-    return Exported(path, size, float(error), relative)
+    if not expected.size:
+        return 0.0, 0.0
+    error = np.abs(wide[0] - wide[1]).max()
+    return float(error), float(error / max(np.abs(wide[1]).max(), np.finfo(np.float32).tiny))

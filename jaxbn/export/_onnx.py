@@ -1,7 +1,8 @@
-"""ONNX in float: `onnx` writes a file, `session` runs one."""
+"""ONNX in float: `onnx` writes a file for a function of any number of arrays."""
 
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,34 +10,62 @@ import jax
 import numpy as np
 
 from jaxbn._extras import need
-from jaxbn._folding.program import evaluate, trace
-from jaxbn.export._checked_file import Exported, inference_input, written
+from jaxbn._folding.program import run, trace
+from jaxbn._text import first_line
+from jaxbn.export._checked_file import TOLERANCES, Case, Exported, inference_inputs, written
+from jaxbn.export._float32 import without_bfloat16
+from jaxbn.export._nodes import register
+from jaxbn.export._operators import Operators, Value, plain
+from jaxbn.export._session import session
+from jaxbn.export._signature import examples_of, names_of, shapes_of
+
+OPSETS = range(17, 24)  # what the converter writes and onnxruntime reads
+LIMIT = 2**31 - 2**20  # of a protobuf file, in bytes, with room for the graph
 
 
 def onnx(
-    fn: Callable[..., jax.Array],
+    fn: Callable[..., Any],
     x: Any,
     path: str | os.PathLike[str],
     *,
+    inputs: Sequence[str] | None = None,
+    outputs: Sequence[str] | None = None,
+    sizes: str | Sequence[str] | None = None,
+    channels_first: bool = False,
     opset: int = 21,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
 ) -> Exported:
     """Writes `fn` as ONNX, for any batch size.
 
-    jax2onnx converts the function, and ONNX's own checker checks the file. Before the file takes
-    its place, onnxruntime runs it on x without optimizations, and the result is compared with fn.
-    Fold first (`jaxbn.fold`), so that a convolution and its norm become one node.
+    Convolutions, pools, means, activations and padding leave as the operators that runtimes have
+    kernels for, with channels first; jax2onnx converts the rest. ONNX's own checker checks the
+    file. Before the file takes its place, onnxruntime runs it without optimizations on x, on one
+    row and on another number of rows, and every result is compared with fn's. Fold first
+    (`jaxbn.fold`), so that a convolution and its norm become one node.
+
+    bfloat16 is float32 inside the file, because onnxruntime computes in no bfloat16 on CPUs; inputs
+    and results stay bfloat16. Weights of more than 2 GB go into `path` + ".data" beside the file.
 
     Args:
-      fn: an inference function of one array, batch first.
-      x: an example batch.
+      fn: an inference function, batch first.
+      x: an example batch: an array, a dict of arrays for `fn(x)`, or a tuple for `fn(*x)`. Any
+        dtype: uint8 images, int32 tokens.
       path: the file; an older file is replaced once the new one is complete.
+      inputs: names of the inputs, in the order of `jax.tree.leaves(x)`. None: the keys of a dict,
+        else "input", or "input_0" and so on.
+      outputs: names of the results, in the order of `jax.tree.leaves`. None: as for inputs, with
+        "output".
+      sizes: the sizes of x, as of `jax.export.symbolic_shape`, such as "B, 32*h, 32*w, 3": letters
+        are free. One string, or one for each input. None: the batch is free.
+      channels_first: inputs of rank 4 and 5 become [B, C, ...] in the file.
       opset: version of ONNX's operators.
-      tolerance: the largest error over fn's largest value.
+      tolerance: the largest error over fn's largest value. None: 1e-4 for results in float32, 4e-3
+        in float16, 3e-2 in bfloat16, 0 for integers.
 
     Raises:
       TypeError: x is no array.
-      ValueError: fn is in training mode, or the file differs from fn by more than tolerance.
+      ValueError: fn is in training mode or has an operation that ONNX lacks, names, sizes or opset
+        do not fit, a result is not finite, or the file differs from fn by more than tolerance.
         Nothing is written then.
       ModuleNotFoundError: jax2onnx, onnx or onnxruntime is missing.
 
@@ -46,108 +75,141 @@ def onnx(
         ...
     TypeError: onnx: x is a list, expected an example batch, batch first; write jnp.asarray(x).
     """
-    x = inference_input("onnx", fn, x, "onnx", "onnxruntime", "jax2onnx")
-    jax2onnx, library = need("onnx", "jax2onnx"), need("onnx", "onnx")
-    fn_ops = _as_operations(fn, x)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        model = jax2onnx.to_onnx(fn_ops, [("B", *x.shape[1:])], opset=opset, model_name="jaxbn")
-    _add_biases_in_gemm(model)
-    library.checker.check_model(model, full_check=True)
-    content = model.SerializeToString()
-    return written(
-        "onnx",
-        path,
-        lambda file: file.write_bytes(content),
-        lambda file: session(file, optimize=False)(np.asarray(x)),
-        fn,
-        x,
-        tolerance,
-    )
-
-
-def _add_biases_in_gemm(model: Any) -> None:
-    """Turns `Gemm(x, w, 0) + bias` into `Gemm(x, w, bias)`: quantizers need a bias a column."""
-    from onnx import numpy_helper
-
-    graph = model.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    outputs = {value.name for value in graph.output}
-    for gemm in [node for node in graph.node if node.op_type == "Gemm"]:
-        scalar, weights = constants.get(gemm.input[2]), constants.get(gemm.input[1])
-        if scalar is None or weights is None or list(scalar.dims) != []:
-            continue
-        (name,) = gemm.output
-        beta = next((a for a in gemm.attribute if a.name == "beta"), None)
-        value = numpy_helper.to_array(scalar)
-        if beta is not None:
-            value = value * value.dtype.type(beta.f)
-            gemm.attribute.remove(beta)
-        bias = np.full(weights.dims[1], value)
-        readers = [node for node in graph.node if name in node.input]
-        if len(readers) == 1 and readers[0].op_type == "Add" and name not in outputs:
-            (add,) = readers
-            other = constants.get(next(i for i in add.input if i != name))
-            if other is not None and list(other.dims)[-1:] == [bias.size] == [np.prod(other.dims)]:
-                bias = bias + numpy_helper.to_array(other).reshape(-1)
-                gemm.output[0] = add.output[0]
-                graph.node.remove(add)
-        graph.initializer.append(numpy_helper.from_array(bias, f"{name}_bias"))
-        gemm.input[2] = f"{name}_bias"
-    used = {name for node in graph.node for name in node.input}
-    for name in set(constants) - used - outputs:
-        graph.initializer.remove(constants[name])
-
-
-def _as_operations(fn: Callable[..., Any], x: jax.Array) -> Callable[..., Any]:
-    """Equals fn, by the operations of its trace: inside fn jax2onnx would patch jax's functions."""
-    size = jax.export.symbolic_shape("B")
-    shape = jax.ShapeDtypeStruct((*size, *x.shape[1:]), x.dtype)
-    program = trace(fn, [shape], lambda eqn: True)
-
-    def replay(x: Any) -> Any:
-        def renamed(v: Any) -> Any:
-            """The symbolic size v, in the scope of the batch that jax2onnx made."""
-            if not jax.export.is_symbolic_dim(v):
-                return v
-            return jax.export.symbolic_shape(str(v), scope=x.shape[0].scope)[0]
-
-        params = (jax.tree.map(renamed, op.eqn.params) for op in program.ops)
-        pairs = zip(program.ops, params, strict=True)
-        ops = tuple(op._replace(eqn=op.eqn.replace(params=new)) for op, new in pairs)
-        values = evaluate(program._replace(ops=ops), [x])
-        return program.tree.unflatten([values[i] for i in program.outputs])
-
-    return replay
-
-
-def session(path: str | os.PathLike[str], *, optimize: bool = True) -> Callable[..., np.ndarray]:
-    """Returns an ONNX file as a function of one NumPy batch; onnxruntime runs it on the CPU.
-
-    Raises:
-      FileNotFoundError: the file does not exist.
-      ValueError: onnxruntime cannot read the file.
-
-    >>> from jaxbn import export
-    >>> export.session("nothing.onnx")
-    Traceback (most recent call last):
-        ...
-    FileNotFoundError: session: no ONNX file at nothing.onnx
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"session: no ONNX file at {path}")
-    onnxruntime = need("session", "onnxruntime")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
-    try:
-        runner = onnxruntime.InferenceSession(
-            os.fspath(path), options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:
+    args = x if isinstance(x, tuple) and not hasattr(x, "_fields") else (x,)
+    leaves, structure = jax.tree.flatten(args, is_leaf=lambda v: isinstance(v, list))
+    leaves = inference_inputs("onnx", fn, args, leaves, "onnx", "onnxruntime", "jax2onnx")
+    if opset not in OPSETS:
         raise ValueError(
-            f"session: onnxruntime cannot read {path}: {str(error).splitlines()[0]}; expected a "
-            f"file of jaxbn.export.onnx or jaxbn.export.int8."
+            f"onnx: opset is {opset!r}, expected {OPSETS[0]} to {OPSETS[-1]}; write opset=21."
+        )
+
+    def flat(*leaves: Any) -> Any:
+        return fn(*jax.tree.unflatten(structure, leaves))
+
+    shapes = shapes_of(leaves, sizes)
+    try:
+        program = trace(flat, shapes, lambda eqn: True)
+    except Exception as error:
+        fixed = ", ".join(map(str, leaves[0].shape))
+        raise ValueError(
+            f"onnx: fn cannot be traced with sizes {', '.join(map(str, shapes[0].shape))}: "
+            f"{first_line(error)}; expected operations that work at any size; for this "
+            f"size alone, write sizes={fixed!r}."
         ) from error
-    name = runner.get_inputs()[0].name
-    return lambda x: runner.run(None, {name: x})[0]
+    names = (
+        names_of("inputs", inputs, args if len(args) > 1 else args[0]),
+        names_of("outputs", outputs, program.tree.unflatten(program.outputs)),
+    )
+    first = [k for k, v in enumerate(leaves) if channels_first and v.ndim in (4, 5)]
+    operators = Operators(program, opset)
+    model = _converted(operators, shapes, names, first)
+
+    def write(file: Path) -> None:
+        library = need("onnx", "onnx")
+        weights = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+        apart = {"save_as_external_data": True, "location": f"{file.name}.data"}
+        library.save_model(model, os.fspath(file), **(apart if weights > LIMIT else {}))
+        try:
+            library.checker.check_model(os.fspath(file), full_check=True)
+            session(file, optimize=False)
+        except Exception as error:
+            raise _refusal(operators, error) from error
+
+    def cases(file: Path) -> Iterator[Case]:
+        call = session(file, optimize=False)
+        expected = _results(flat, leaves)
+        for example, rows in examples_of(leaves, shapes):
+            fed = (np.moveaxis(v, -1, 1) if k in first else v for k, v in enumerate(example))
+            results = call(*fed)
+            got = list(results.values()) if isinstance(results, dict) else [results]
+            same = [y[rows] for y in expected] if _stacked(expected, rows, len(leaves[0])) else None
+            if same is None or not _alike(got, same, tolerance):
+                same = _results(flat, example)  # what fn makes of a row may depend on others
+            yield Case(got, same)
+
+    return written("onnx", path, write, cases, tolerance)
+
+
+def _results(flat: Callable[..., Any], leaves: Sequence[Any]) -> list[np.ndarray]:
+    return [np.asarray(y) for y in jax.tree.leaves(jax.jit(flat)(*leaves))]
+
+
+def _stacked(results: Sequence[np.ndarray], rows: np.ndarray | None, count: int) -> bool:
+    """Whether the results on these rows of the example are rows of its results."""
+    return rows is not None and all(y.ndim and len(y) == count for y in results)
+
+
+def _alike(got: Sequence[np.ndarray], rows: Sequence[np.ndarray], tolerance: float | None) -> bool:
+    """Whether arrays differ by tolerance at most."""
+    for a, b in zip(got, rows, strict=True):
+        limit = TOLERANCES.get(str(b.dtype), 0.0) if tolerance is None else tolerance
+        wide = a.astype(np.float64), b.astype(np.float64)
+        if a.shape != b.shape or not np.isfinite(wide).all():
+            return False
+        if np.abs(wide[0] - wide[1]).max(initial=0) > limit * np.abs(wide[1]).max(initial=0):
+            return False
+    return True
+
+
+def _converted(
+    operators: Operators, shapes: Sequence[Any], names: Sequence[list[str]], first: Sequence[int]
+) -> Any:
+    """The program as ONNX; the inputs numbered in `first` come with channels first."""
+    jax2onnx = need("onnx", "jax2onnx")
+    register()
+
+    def replay(*arrays: Any) -> list[Any]:
+        return operators(
+            [
+                Value(v, (0, v.ndim - 1, *range(1, v.ndim - 1))) if k in first else plain(v)
+                for k, v in enumerate(arrays)
+            ]
+        )
+
+    given = [
+        jax.ShapeDtypeStruct((s.shape[0], s.shape[-1], *s.shape[1:-1]), s.dtype)
+        if k in first
+        else s
+        for k, s in enumerate(shapes)
+    ]
+    try:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            model = jax2onnx.to_onnx(
+                replay,
+                given,
+                opset=operators.opset,
+                model_name="jaxbn",
+                input_names=names[0],
+                output_names=names[1],
+            )
+    except Exception as error:
+        raise _refusal(operators, error) from error
+    without_bfloat16(model)
+    seen: Counter[str] = Counter()
+    for node in model.graph.node:
+        seen[node.name] += 1
+        if seen[node.name] > 1:
+            node.name = f"{node.name}_{seen[node.name] - 1}"
+    return model
+
+
+def _refusal(operators: Operators, error: Exception) -> ValueError:
+    """What cannot be converted: the first operation that fails alone, and where it stands."""
+    jax2onnx, check, what = need("onnx", "jax2onnx"), need("onnx", "onnx").checker, "fn"
+    for op in operators.left:
+        avals: list[Any] = [v.aval for v in op.eqn.invars]
+        shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+        try:
+            with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+                model = jax2onnx.to_onnx(
+                    lambda *v, op=op: run(op, *v), shapes, opset=operators.opset
+                )
+            check.check_model(model, full_check=True)
+        except Exception as alone:
+            what, error = f"{op.name} in {op.path or 'fn'}", alone
+            break
+    return ValueError(
+        f"onnx: {what} cannot be converted: {first_line(error)}; expected operations that "
+        f"ONNX has. Compute it outside fn or by other operations, or write jaxbn.export.stablehlo, "
+        f"which takes all."
+    )

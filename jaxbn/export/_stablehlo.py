@@ -1,13 +1,13 @@
 """StableHLO: a file that any XLA runs, at any batch size."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxbn.export._checked_file import Exported, inference_input, written
+from jaxbn.export._checked_file import TOLERANCES, Case, Exported, inference_input, written
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -18,7 +18,7 @@ def stablehlo(
     path: str | os.PathLike[str],
     *,
     platforms: Sequence[str] = PLATFORMS,
-    tolerance: float = 1e-5,
+    tolerance: float | None = None,
 ) -> Exported:
     """Writes `fn` as StableHLO, for any batch size. `load_stablehlo` reads the file.
 
@@ -31,12 +31,13 @@ def stablehlo(
       x: an example batch.
       path: the file; an older file is replaced once the new one is complete.
       platforms: the platforms that can run the file. Only that of this machine is compared.
-      tolerance: the largest error over fn's largest value.
+      tolerance: the largest error over fn's largest value; None for 1e-5 of float32, 4e-3 of
+        float16, 3e-2 of bfloat16.
 
     Raises:
       TypeError: x is no array.
-      ValueError: fn is in training mode, or the file differs from fn by more than tolerance.
-        Nothing is written then.
+      ValueError: fn is in training mode, a result is not finite, or the file differs from fn by
+        more than tolerance. Nothing is written then.
       ModuleNotFoundError: flatbuffers is missing.
 
     >>> import tempfile, jax, jax.numpy as jnp
@@ -52,13 +53,18 @@ def stablehlo(
     program = jax.export.export(jax.jit(fn), platforms=platforms)(shape)
     content = bytes(program.serialize())
 
-    def reloaded(path: Path) -> Any:
+    def cases(path: Path) -> Iterator[Case]:
         here = jax.default_backend()
-        wanted = "cuda" if here == "gpu" else here
-        return load_stablehlo(path)(x) if wanted in platforms else None
+        if ("cuda" if here == "gpu" else here) in platforms:
+            yield Case(jax.tree.leaves(load_stablehlo(path)(x)), jax.tree.leaves(fn(x)))
 
     return written(
-        "stablehlo", path, lambda file: file.write_bytes(content), reloaded, fn, x, tolerance
+        "stablehlo",
+        path,
+        lambda file: file.write_bytes(content),
+        cases,
+        tolerance,
+        TOLERANCES | {"float32": 1e-5, "float64": 1e-5},
     )
 
 

@@ -131,6 +131,40 @@ def initial_share(running: Any, batch: Moments, epsilon: float = 1e-5) -> float:
     return float(1 - np.vdot(to_batch, gone).real / whole) if whole else 0.0
 
 
+def relative_error(y: Any, reference: Any, of: Any = None) -> float:
+    """The largest |y - reference| over the largest finite |reference|.
+
+    Equal infinities do not differ, nor do two NaNs. Of integers and booleans the share that
+    differs.
+
+    Args:
+      y: an array.
+      reference: an array. If the shapes differ, or if one value alone is NaN, the error is
+        infinite.
+      of: the array whose largest value counts, if reference is a part of an array.
+
+    >>> from jaxbn.health import _distances
+    >>> _distances.relative_error([1.0, 2.5], [1.0, 2.0]), _distances.relative_error([1, 2], [1, 3])
+    (0.25, 0.5)
+    """
+    y, reference = np.asarray(y), np.asarray(reference)
+    if y.shape != reference.shape:
+        return math.inf
+    if not reference.size:
+        return 0.0
+    if y.dtype.kind in "biu" and reference.dtype.kind in "biu":
+        return float((y != reference).mean())
+    y, reference = in_double(y), in_double(reference)
+    size = np.abs(reference if of is None else in_double(of))
+    with np.errstate(all="ignore"):
+        same = (y == reference) | (np.isnan(y) & np.isnan(reference))
+        error = float(np.where(same, 0, np.abs(y - reference)).max())
+    largest = float(size[np.isfinite(size)].max(initial=0))
+    if error == 0:
+        return 0.0
+    return error / largest if largest and not math.isnan(error) else math.inf
+
+
 def in_double(v: Any) -> np.ndarray:
     """Equals v as a NumPy array of float64 or complex128."""
     v = np.asarray(v)

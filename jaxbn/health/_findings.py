@@ -33,7 +33,7 @@ class Finding(NamedTuple):
 
 
 KINDS = {  # kind → what its figure is; the worst kinds first
-    "not_finite": "number of NaN and infinite values the layer holds",
+    "not_finite": "number of NaN and infinite values",
     "negative_variance": "smallest running variance",
     "no_statistics": "arrays mean and var that the layer holds",
     "never_updated": "updates that were learned",
@@ -51,6 +51,20 @@ KINDS = {  # kind → what its figure is; the worst kinds first
     "gap": "RMS of train output minus eval output, in sd of train's output",
     # From `jaxbn.health.drift`:
     "drift": "shift beyond the tolerance, in standard errors",
+    # From `jaxbn.health.serving`, over the largest value of the result:
+    "not_deterministic": "largest difference of two runs on one batch",
+    "batch_dependent": "largest change of a row's result as other rows change",
+    "row_order": "largest change of a row's result as the rows change places",
+    "batch_of_one": "largest change of a row's result as the row is alone",
+    # From `jaxbn.health.lint`:
+    "train_in_inference": "share of the batch in the statistics that x is normalized by",
+    "one_value": "values per channel that the batch's statistics are of",
+    "eval_in_training": "share of the batch in the statistics that x is normalized by",
+    "multiplied_by_zero": "number of channels that no result will ever depend on",
+    "dropout_before_norm": "variance in training over variance in eval, of an x with mean 0",
+    "late_cast": "operations on integers before the cast",
+    "lost_bias": "number of biases that the mean takes away",
+    "relu_before_norm": "share of an x with median 0 that relu makes 0",
 }
 
 

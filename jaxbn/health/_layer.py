@@ -168,7 +168,10 @@ def _batch(moments: Moments, setting: Setting, limits: Limits, found: Found) -> 
     n = values_of(moments)
     if not 0 < n < limits.values:
         return []
-    remedy = "a larger batch, axis_name= to pool over devices, or jaxbn.swap: GroupNorm needs none"
+    remedy = (
+        'a larger batch, or jaxbn.swap: to="batch" with axis_name= pools over devices, to="group" '
+        "needs no batch; jaxbn.health.advise(batch_per_device=...) tells which"
+    )
     return [found("few_values", WARNING, n, limits.values, remedy)]
 
 

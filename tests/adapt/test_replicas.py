@@ -324,6 +324,20 @@ def test_merged_updates_of_nnx_equal_ghost_batches_in_every_layer():
         oracle.assert_close(got, np.float64(want), 40 * oracle.tolerance("float32", 128))
 
 
+@pytest.mark.parametrize("momentum", [0.9, None])
+@pytest.mark.parametrize("at", [P("d"), P(None, "d")])
+def test_merged_updates_may_be_sharded_by_type(at, momentum):
+    """Along the stack or along the features."""
+    rng = np.random.default_rng(0)
+    states = jaxbn.State(*np.float32(rng.random((2, 4, 4))), np.full(4, 3, "int32"))
+    want = jaxbn.merge_updates(jax.tree.map(jnp.asarray, states), momentum)
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        sharded = (NamedSharding(mesh, P(*at[: v.ndim])) for v in states)
+        got = jaxbn.merge_updates(jaxbn.State(*map(jax.device_put, states, sharded)), momentum)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), got, want)
+
+
 def test_merge_updates_refuses_momentum_1_and_no_count():
     states = jax.tree.map(lambda v: jnp.stack([v] * 2), jaxbn.init(3)[1])
     with pytest.raises(ValueError) as error:

@@ -258,9 +258,9 @@ BAD = {
         'variables, "params" and "batch_stats"; write swap(net.apply, variables).',
     ),
     "no such norm": (
-        lambda: jaxbn.swap(lambda v: v, THREE, "batch"),
+        lambda: jaxbn.swap(lambda v: v, THREE, "power"),
         ValueError,
-        "swap: to='batch', expected one of ['group', 'layer', 'instance'].",
+        "swap: to='power', expected one of ['batch', 'flax', 'group', 'layer', 'instance'].",
     ),
     "groups that do not divide": (
         lambda: jaxbn.swap(lambda v: v, THREE, groups=16),
@@ -341,3 +341,69 @@ def test_the_example_runs(monkeypatch, capsys):
     assert columns[0] == ["4"]
     assert all(0 <= float(cells[0].rstrip("%")) <= 100 for cells in columns[1:])
     assert capsys.readouterr().out.count("GroupNorm of") == 2
+
+
+# Standardized kernels
+
+
+def standardized(kernel):
+    """In float64, over all axes but the last."""
+    v = np.asarray(kernel, np.float64)
+    axes = tuple(range(v.ndim - 1))
+    return (v - v.mean(axes)) / np.sqrt(v.var(axes) + 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_kernels_of_selected_convolutions_are_standardized(kind):
+    """As in a net whose kernels are standardized already. The gradient flows, and others stay."""
+    x = RNG.normal(size=(2, 6, 6, 3)).astype(np.float32)
+    if kind == "linen":
+        net = ResNet(linen.BatchNorm, stages=(1,))
+        old = jax.tree.map(lambda v: v + 0.5, net.init(jax.random.key(0), x))  # no scales of 0
+        apply, variables, _ = jaxbn.swap(net.apply, old, standardize="Block_*")
+        assert variables["params"] is old["params"]
+        plain = jaxbn.swap(net.apply, old).model
+        by_hand = jax.tree_util.tree_map_with_path(
+            lambda path, v: (
+                standardized(v).astype(np.float32) if "Block" in path[0].key and v.ndim == 4 else v
+            ),
+            old["params"],
+        )
+        expected = plain({"params": by_hand}, x)
+        got = apply(variables, x)
+    else:
+        net, other = (NnxNet(nnx.BatchNorm, rngs=nnx.Rngs(0)) for _ in range(2))
+        jaxbn.swap(net, to="group", standardize=lambda path: path == "conv2")
+        jaxbn.swap(other, to="group")
+        other.conv2.kernel[...] = jnp.asarray(standardized(other.conv2.kernel[...]), jnp.float32)
+        got, expected = net(x), other(x)
+        grad = nnx.grad(lambda net: (net(x) ** 2).sum())(net)["conv2"]["kernel"][...]
+        assert np.abs(grad).max() > 0
+        # A kernel that is moved or stretched is standardized to the same.
+        np.testing.assert_allclose(np.sum(grad, (0, 1, 2)), 0, atol=1e-5 * np.abs(grad).sum())
+        net.conv2.kernel[...] = 2 * net.conv2.kernel[...] + 1
+        np.testing.assert_allclose(net(x), got, rtol=1e-3, atol=1e-3)
+        assert nnx.graphdef(nnx.clone(net)) == nnx.graphdef(net)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+STANDARDIZE = {
+    "layer": (
+        lambda: jaxbn.swap(lambda v: v, THREE, "layer", standardize="*"),
+        "swap: standardize='*' with to='layer', expected to=\"group\"; standardized kernels make "
+        "GroupNorm as good as batch norm on small batches; leave standardize out.",
+    ),
+    "no such convolution": (
+        lambda: jaxbn.swap(NnxNet(nnx.BatchNorm, rngs=nnx.Rngs(0)), standardize="head"),
+        "swap: standardize='head' selects none of the convolutions ['conv1', 'conv2']; expected a "
+        'glob such as "*" for all, several of them, or a function of the path.',
+    ),
+}
+
+
+@pytest.mark.parametrize("what", STANDARDIZE)
+def test_standardize_asks_for_groups_and_convolutions(what):
+    call, message = STANDARDIZE[what]
+    with pytest.raises(ValueError) as error:
+        call()
+    assert str(error.value) == message

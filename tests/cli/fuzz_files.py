@@ -22,6 +22,7 @@ import tempfile
 import traceback
 import zipfile
 
+import jax
 import ml_dtypes
 import msgpack
 import numpy as np
@@ -29,6 +30,7 @@ import orbax.checkpoint as ocp
 from flax import serialization
 from safetensors.numpy import save_file
 
+from jaxbn import export
 from jaxbn._checkpoints import nesting, norm_layers
 from jaxbn._checkpoints.read import read
 from jaxbn._cli import commands
@@ -84,6 +86,12 @@ def linen():
     }
 
 
+def network():
+    """A model that takes any inputs, for the commands that run one."""
+    x = np.arange(6, dtype=np.float32).reshape(3, 2)
+    return lambda variables, x: jax.tree.map(lambda v: v * v.dtype.type(1), x), linen(), [x]
+
+
 def flat(tree):
     """Names with dots → arrays."""
     return {".".join(keys): np.asarray(v) for keys, v in nesting.leaves(tree)}
@@ -105,6 +113,9 @@ def make_sound(folder):
     (folder / "net.pkl").write_bytes(pickle.dumps(Trap()))
     (folder / "net.json").write_text(json.dumps({"params": {"bn": [1.0]}}))
     (folder / "empty").touch()
+    apply, _, (x,) = network()
+    fn = lambda x: apply(None, x)  # noqa: E731
+    export.manifest(export.stablehlo(fn, x, folder / "net.stablehlo", platforms=["cpu"]))
     for name, options in (
         ("ocdbt", {}),
         ("zarr", {"use_ocdbt": False}),
@@ -223,6 +234,27 @@ def forged_safetensors(some):
     return struct.pack("<Q", size) + text + data[: some.choice([len(data)] * 4 + [3])]
 
 
+def forged_inputs(some):
+    """Arrays by odd names, of odd dtypes, that lie on what they hold; an object that is a trap."""
+    file = io.BytesIO()
+    names = [n for n in NAMES if n not in ("\x00", "\ud800")]
+    names = some.sample(names, some.choice([1, 1, 1, 2, 3]))
+    with zipfile.ZipFile(
+        file, "w", some.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+    ) as zip_:
+        for name in names:
+            shape = some.choice([some.choice(SHAPES), (3, 2), (3, 2), (3,), (3,)])
+            v = array(some, shape) if some.random() < 0.9 else np.array([Trap()], object)
+            content = io.BytesIO()
+            np.save(content, v, allow_pickle=True)
+            raw = content.getvalue()
+            if some.random() < 0.2:
+                raw = raw.replace(b"(3,", some.choice([b"(9,", b"(-1", b"(1e", b"((,", b"(9**9,"]))
+            zip_.writestr(f"{name}.npy", damaged(some, raw) if some.random() < 0.1 else raw)
+    data = file.getvalue()
+    return damaged(some, data) if some.random() < 0.3 else data
+
+
 def forged_json(some, text):
     """Another value at a place of a JSON document."""
     try:
@@ -277,18 +309,34 @@ def damage_folder(some, folder, outside):
 def make(number, sound, folder):
     """Case `number`: the path in `folder`, and a word on its kind."""
     some = random.Random(number)
-    kind = some.choice(["damaged", "msgpack", "safetensors", "folder", "folder", "odd"])
+    kinds = ["damaged", "folder", "odd", "inputs", "manifest"]
+    kind = some.choice([*kinds, "folder", *["msgpack", "safetensors"] * 2])
     stem = some.choice([*(["net"] * 9), *(n for n in NAMES if "\0" not in n and "\ud800" not in n)])
     stem = stem.replace("/", "_")[:60].strip(".") or "net"
     if some.random() < 0.03:
         stem = os.fsdecode(b"net\xff")
     if kind == "damaged":
-        source = some.choice(sorted(path for path in sound.iterdir() if path.is_file()))
+        # A StableHLO file is a program for XLA, whose own reader may hang on a damaged one; the
+        # checksum in its manifest is what guards it.
+        files = (path for path in sound.iterdir() if path.is_file() and "hlo" not in path.name)
+        source = some.choice(sorted(files))
         path = (
             folder / f"{stem}{some.choice([source.suffix] * 6 + ['.safetensors', '.msgpack', ''])}"
         )
         path.write_bytes(damaged(some, source.read_bytes()))
         return path, f"damaged {source.name}"
+    if kind == "inputs":
+        path = folder / f"{stem}.npz"
+        path.write_bytes(forged_inputs(some))
+        return path, "inputs"
+    if kind == "manifest":
+        path = folder / f"{stem}.stablehlo"
+        shutil.copy(sound / "net.stablehlo", path)
+        text = forged_json(some, (sound / "net.stablehlo.manifest.json").read_text())
+        if some.random() < 0.3:
+            text = damaged(some, text.encode()).decode(errors="replace")
+        path.with_name(f"{path.name}.manifest.json").write_text(text)
+        return path, "manifest"
     if kind in ("msgpack", "safetensors"):
         path = folder / f"{stem}.{kind}"
         data = {"msgpack": forged_msgpack, "safetensors": forged_safetensors}[kind](some)
@@ -301,13 +349,16 @@ def make(number, sound, folder):
         damage_folder(some, path, sound.parent / "secret")
         return path, f"damaged {source.name}"
     path = folder / stem
-    what = some.choice(["nothing", "folder", "link", "loop", "noise", "files"])
+    what = some.choice(["nothing", "folder", "link", "loop", "noise", "files", "sick"])
     if what == "folder":
         path.mkdir()
     elif what == "link":
         path.symlink_to(sound.parent / "secret")
     elif what == "loop":
         path.symlink_to(path)
+    elif what == "sick":
+        sick = {"bn": layer() | {"var": -layer()["var"]}}
+        path.write_bytes(serialization.msgpack_serialize(sick))
     elif what == "noise":
         path.write_bytes(some.randbytes(some.choice([1, 10, 1000])))
     elif what == "files":
@@ -324,7 +375,13 @@ def command(number, path, sound):
     dest = path.parent / some.choice(["dest.msgpack", "dest.msgpack", "dest.safetensors", "dest"])
     good = str(sound / some.choice(["linen.msgpack", "torch.safetensors"]))
     name, dest_name = str(path), str(dest)
-    kind = some.choices(range(8), [6, 4, 0.1, 4, 3, 2, 2, 1])[0]
+    model = ["--model", "tests.cli.fuzz_files:network"]
+    linen = str(sound / "linen.msgpack")
+    if path.suffix == ".npz":
+        return ["serving", linen, *model, "--inputs", name, "--json"], None
+    if path.suffix == ".stablehlo":
+        return ["verify", name, "--against", linen, *model], None
+    kind = some.choices(range(10), [9, 6, 0.1, 4, 3, 2, 2, 1, 2, 2])[0]
     return [
         (["doctor", name], None),
         (["doctor", name, "--json", "--momentum", "0.99"], None),
@@ -334,6 +391,8 @@ def command(number, path, sound):
         (["convert", name, dest_name, "--like", good], dest),
         (["convert", good, dest_name, "--like", name], dest),
         (["convert", name, dest_name, "--part", some.choice(NAMES)], dest),
+        (["compare", name, good], None),
+        (["compare", good, name, "--json"], None),
     ][kind]
 
 
@@ -351,7 +410,7 @@ def run(words):
 LISTS = ("  ", "Layers of other names: ", "Here: --rename")  # what does not fit, each in its line
 
 
-def faults(words, dest, before, status, out, err):
+def faults(words, folder, dest, before, status, out, err):
     """What is wrong with how the command ended; nothing, if all is well."""
     if status not in (0, 1, 2):
         yield f"status {status}"
@@ -371,8 +430,6 @@ def faults(words, dest, before, status, out, err):
             yield "healthy without a layer"
         if "without a batch" not in out:
             yield "no word on what was not judged"
-    folder = pathlib.Path(words[1] if "dest" not in words[1] else words[2]).parent
-    folder = dest.parent if dest else folder
     new = set(os.listdir(folder)) - before
     if new != ({dest.name} if dest and status != 2 else set()):
         yield f"left behind: {sorted(map(ascii, new))}"
@@ -392,7 +449,7 @@ def case(number, top):
     before = set(os.listdir(folder))
     try:
         status, out, err = run(words)
-        found = list(faults(words, dest, before, status, out, err))
+        found = list(faults(words, folder, dest, before, status, out, err))
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -444,7 +501,7 @@ def main(argv=None):
     def child(first, count):
         words = ["--part", "--first", str(first), "--count", str(count)]
         command = [sys.executable, "-m", "tests.cli.fuzz_files", *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        return subprocess.run(command, capture_output=True, text=True, errors="replace")
 
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         while todo:

@@ -25,7 +25,8 @@ import jaxbn
 from jaxbn import _extras, export
 from jaxbn._checkpoints import contents, norm_layers, read
 from jaxbn._checkpoints import write as write_
-from jaxbn._cli import commands, terminal
+from jaxbn._cli import commands, terminal, users_model
+from jaxbn._cli import options as cli_options
 from jaxbn._cli import picture as picture_
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -604,9 +605,11 @@ def test_help_names_every_option(command, capsys):
     assert end.value.code == 0
     assert max(map(len, out.splitlines())) <= 100
     assert ("module:function" in out.lower()) == (command not in ("", "doctor"))
-    assert ("exit status: 0 healthy, 1 findings, 2 could not be read" in out) == (
-        command == "doctor"
-    )
+    status = {"doctor": "read", "lint": "traced"}.get(command)
+    assert ("exit status: 0 healthy, 1 findings" in out) == (status is not None)
+    assert f"2 could not be {status or 'read'}" in out or status is None
+    gates = ("compare", "verify", "serving")
+    assert ("0 within all bounds, 1 findings, 2 could not be run" in out) == (command in gates)
 
 
 def test_as_a_program(folder):
@@ -630,6 +633,13 @@ def test_no_command_is_a_call_for_help(capsys):
     assert ends[0] == ends[1]
     assert ends[0][0] == 0
     assert ends[0][1].startswith("usage: python -m jaxbn ")
+
+
+def test_the_examples_of_the_help_are_command_lines():
+    """One a command, in the order of the commands."""
+    words = [line.split()[3:] for line in cli_options.EXAMPLES.splitlines() if " -m jaxbn " in line]
+    parsed = [cli_options.parse(line).command for line in words]
+    assert parsed == ["doctor", "convert", "recalibrate", "fold", "export", "serving"]
 
 
 # Package → what needs it, and the rest of the line.
@@ -706,22 +716,6 @@ def test_help_imports_no_more_than_the_package_does():
 
 
 # The commands that write
-
-
-@pytest.fixture
-def net(tmp_path, monkeypatch):
-    """The module of docs/doctor.md, its untrained checkpoint `net.msgpack`, and x."""
-    page = (ROOT / "docs" / "doctor.md").read_text()
-    (text,) = re.findall(r"^```python\n(# net\.py.*?)^```", page, re.MULTILINE | re.DOTALL)
-    (tmp_path / "net.py").write_text(text)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "net", raising=False)
-    import net
-
-    variables = net.Net().init(jax.random.key(3), net.batches()[0])
-    write_.save("net.msgpack", {"step": 7, "model": variables})
-    return net
 
 
 def equal(a, b):
@@ -877,6 +871,72 @@ def test_recalibrate_gives_the_moments_of_all_batches(net, capsys):
     np.testing.assert_allclose(mean, y.mean((0, 1, 2)), rtol=1e-5, atol=1e-5)
 
 
+LINTED = """
+import functools
+import flax.linen as nn
+import jax
+import numpy as np
+from flax import nnx
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=True):
+        return nn.BatchNorm(not train, name="bn\\x1b")(nn.Dense(4)(x))
+
+
+def network(shapes=False):
+    make = functools.partial(jax.eval_shape, Net().init) if shapes else Net().init
+    x = np.ones((8, 3), np.float32)
+    variables = make(jax.random.key(0), x)
+    return functools.partial(Net().apply, mutable=["batch_stats"]), variables, [x]
+
+
+def shapes():
+    return network(True)
+
+
+def of_nnx():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(3, 4, use_bias=False, rngs=rngs), nnx.BatchNorm(4, rngs=rngs))
+    model.eval()
+    return lambda model, x: model(x), model, [np.ones((8, 3), np.float32)]
+
+
+def nothing():
+    return lambda model, x: x, {}, []
+"""
+
+
+def test_lint(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "linted.py").write_text(LINTED)
+    lost = (
+        "warning  lost_bias in bn\\x1b\n"
+        "         number of biases that the mean takes away: 4, threshold 0\n"
+        "         remedy: use_bias=False before the norm: the mean takes the bias away\n"
+    )
+    for function in ("network", "shapes"):
+        status, out, err = run(capsys, "lint", "--model", f"linted:{function}", "--train")
+        assert (status, out, err) == (1, f"linted:{function}: 1 warning\n\n{lost}", "")
+    assert run(capsys, "lint", "--model", "linted:of_nnx", "--eval") == (
+        0,
+        "linted:of_nnx: healthy\n",
+        "",
+    )
+    status, out, _ = run(capsys, "lint", "--model", "linted:of_nnx", "--train", "--json")
+    found = json.loads(out)
+    assert (status, found["model"], found["healthy"]) == (1, "linted:of_nnx", False)
+    (finding,) = found["findings"]
+    assert (finding["layer"], finding["kind"]) == ("layers/1", "eval_in_training")
+    assert run(capsys, "lint", "--model", "linted:nothing") == (
+        2,
+        "",
+        "lint: linted:nothing gives no batches, expected at least one as the example.\n",
+    )
+
+
 def test_fold_and_export(net, capsys):
     variables = read.read("net.msgpack")["model"]
     x = net.batches()[0]
@@ -952,6 +1012,14 @@ def test_fold_ends_with_1_where_nothing_is_folded_or_not_well_enough(net, capsys
     assert (status, err) == (1, "")
     assert out.splitlines()[1].startswith("0 conv 3x3, 3 -> 8 Net/conv  yes")
     assert out.splitlines()[-1].startswith("folding changes fn's result by ")
+
+
+def test_the_users_module_is_found_beside_where_the_command_was_started(tmp_path, monkeypatch):
+    """The console command `jaxbn` begins without this folder on the path; `python -m` has it."""
+    (tmp_path / "beside.py").write_text("def model():\n    return print, {}, []\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    assert users_model.network("beside:model") == (print, {}, [])
 
 
 def test_errors_of_the_commands_that_write(net, capsys, tmp_path):
@@ -1037,7 +1105,7 @@ def test_the_json_in_the_docs(tmp_path, capsys, monkeypatch):
     new = {"mean": np.zeros(8), "var": np.ones(8), "scale": np.ones(8), "bias": np.zeros(8)}
     write_.save("untrained.msgpack", {"bn": new})
     out = run(capsys, "doctor", "untrained.msgpack", "--json")[1]
-    assert f"```text\n{out}```\n" in (ROOT / "docs" / "doctor.md").read_text()
+    assert f"```json\n{out}```\n" in (ROOT / "docs" / "doctor.md").read_text()
 
 
 def test_the_version(capsys):

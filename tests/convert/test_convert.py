@@ -688,7 +688,9 @@ def test_a_cumulative_average_needs_a_count():
     with pytest.raises(ValueError) as error:
         convert.from_torch(state, like, momentum=None, eps=1e-3)
     assert str(error.value) == refused(
-        "from_torch", "missing, in the target alone: batch_stats/bn/count ()"
+        "from_torch",
+        "missing, in the target alone: batch_stats/bn/count (), the number of updates; write "
+        "source['bn.num_batches_tracked'] = n, or a large n to let later updates count little",
     )
 
 
@@ -754,7 +756,7 @@ BAD = {
         lambda: convert.from_torch(__file__, {"params": {}}),
         ValueError,
         f"from_torch: {__file__!r} is no file of weights by its name; expected .safetensors, or "
-        f"PyTorch's .pt, .pth, .bin; write "
+        f"PyTorch's .pt, .pth, .bin, .ckpt, .pth.tar; write "
         f"safetensors.torch.save_file(model.state_dict(), path).",
     ),
     "no file": (

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.reporting import gallery, pictures
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [
@@ -14,12 +16,19 @@ PAGES = [
     *sorted(DOCS.rglob("*.md")),
     *sorted(ROOT.glob("examples/*/README.md")),
 ]
+PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)]+)\)")
 DEVICE = re.compile(r"\b(CPUs?|cores?|GPUs?|TPUs?|H100)\b")
 RATIO = re.compile(r"\bhalf the\b|\d of Flax's|\d (MB|GB|%)")
 
 
 def paragraphs(text):
     return [part for part in re.split(r"\n\s*\n", text) if "```" not in part]
+
+
+def headings(page):
+    """What a link may write behind #, as Sphinx and code hosts make it of each heading."""
+    lines = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines}
 
 
 def test_the_index_links_every_page_in_the_order_of_its_tree():
@@ -34,8 +43,10 @@ def test_the_index_links_every_page_in_the_order_of_its_tree():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_commands_lead_somewhere(page):
     text = page.read_text()
-    for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text):
-        assert (page.parent / link).exists(), link
+    for path, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", text):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        assert not heading or heading in headings(target), f"{path}#{heading}"
     joined = text.replace("\\\n", " ")
     for script, rest in re.findall(r"python (examples/\S+?\.py)([^\n`|#]*)", joined):
         source = "".join(p.read_text() for p in (ROOT / script).parent.glob("*.py"))
@@ -71,3 +82,59 @@ def test_files_to_edit_are_there(page):
     paths = re.findall(r"`((?:jaxbn|tests|docs|benchmarks)/[\w/.]+)`", text)
     assert paths
     assert [path for path in paths if "NAME" not in path and not (ROOT / path).exists()] == []
+
+
+def test_every_picture_is_small_drawn_by_a_command_and_shown():
+    """With words for those who cannot see it."""
+    drawn = {DOCS / "pictures" / f"{name}.png" for name in pictures.PICTURES}
+    drawn |= {DOCS / "pictures" / "gallery" / f"{name}.png" for name in gallery.PICTURES}
+    assert set((DOCS / "pictures").rglob("*.png")) == drawn
+    shown = [(page, *match) for page in PAGES for match in PICTURE.findall(page.read_text())]
+    assert {(page.parent / path).resolve() for page, _, path in shown} >= drawn
+    assert [path for _, words, path in shown if not words] == []
+    assert [path.name for path in drawn if path.stat().st_size > 60_000] == []
+
+
+def test_every_example_has_a_picture():
+    """The scripts that can be run; those of failures/ share that of failures/all.py."""
+    scripts = {
+        str(path.relative_to(ROOT))
+        for path in ROOT.glob("examples/*/*.py")
+        if '__name__ == "__main__"' in path.read_text()
+        and (path.parent.name != "failures" or path.stem == "all")
+    }
+    sections = (DOCS / "gallery.md").read_text().split("\n## ")[1:]
+    assert [len(PICTURE.findall(section)) for section in sections] == [1] * len(sections)
+    commands = [re.findall(r"`python (examples/\S+?\.py)", section) for section in sections]
+    assert sorted(map(tuple, commands)) == sorted((script,) for script in scripts)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        *(pictures.behind, pictures.memory),
+        *(gallery.ship, gallery.speedrun, gallery.failures, gallery.alarms, gallery.false_alarms),
+        *(gallery.stale, gallery.recalibrate, gallery.finetune, gallery.swap),
+    ],
+    ids=lambda draw: draw.__name__,
+)
+def test_a_picture_names_its_subject_and_its_axes(draw):
+    """Those that take no run of a script: their tables are in the pages."""
+    figure = draw()
+    assert figure.get_suptitle() or figure.axes[0].get_title()
+    assert [axis for axis in figure.axes if not axis.get_xlabel()] == []
+
+
+def test_a_picture_of_a_table_that_is_not_there():
+    with pytest.raises(ValueError) as error:
+        gallery.table("docs/swap.md", "no such column")
+    assert str(error.value) == (
+        "docs/swap.md: no table whose first column is 'no such column', expected one to draw."
+    )
+
+
+def test_a_newcomer_finds_install_and_a_tutorial_by_their_names():
+    """The search of the site looks for these words in headings and in texts."""
+    assert "\n## Install\n" in (DOCS / "index.md").read_text()
+    starts = sorted((DOCS / "start").glob("*.md"))
+    assert [page.name for page in starts if "tutorial" not in page.read_text().lower()] == []

@@ -263,3 +263,59 @@ def test_what_is_replaced_is_found(form):
     assert error.value.args == (
         f"replace: no batch norm layer at ['nowhere']; there are ['{path}']",
     )
+
+
+# Hooks around hooks
+
+
+class Twice(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        norm = linen.BatchNorm(use_running_average=True)
+        return norm(x), norm(2 * x)
+
+
+def largest(call, run):
+    return run(call.train), jnp.abs(call.x).max()
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_each_of_two_hooks_has_its_own_records(kind):
+    """Each combines its own, for a layer that is called twice."""
+    if kind == "linen":
+        inner = {}
+
+        def apply(*args, **keywords):
+            out, seen = calls.hooked_apply(Twice().apply, largest, jnp.maximum)(*args, **keywords)
+            inner.update(seen)
+            return out
+
+        variables = Twice().init(jax.random.key(0), X)
+        path, (_, outer) = "BatchNorm_0", calls.hooked_apply(apply)(variables, X)
+    else:
+        path, model = "", nnx.BatchNorm(4, use_running_average=True, rngs=nnx.Rngs(0))
+        with (
+            calls.hooked_nnx(model) as outer,
+            calls.hooked_nnx(model, largest, jnp.maximum) as inner,
+        ):
+            model(X), model(2 * X)
+        assert not any(name.startswith("jaxbn") for name in vars(model))
+    np.testing.assert_allclose(inner[path], 2 * np.abs(X).max(), rtol=1e-6)
+    close(outer[path], np.concatenate([X, 2 * X]))
+
+
+@pytest.mark.parametrize("change", ["freeze", "swap"])
+def test_tools_look_into_a_linen_model_that_was_changed(change):
+    """Hooks of a change stand inside of those of the tools, and leave them their records."""
+    net = linen.Sequential([linen.BatchNorm(use_running_average=False) for _ in range(2)])
+    variables = net.init(jax.random.key(0), X)
+    if change == "freeze":
+        apply = jaxbn.freeze(net.apply, variables, "layers_0", allow_untrained=True)
+        second = X
+    else:
+        apply, variables, _ = jaxbn.swap(net.apply, variables, "layer", "layers_0")
+        second = (X - X.mean(1, keepdims=True)) / X.std(1, keepdims=True)
+    seen = calls.hooked_apply(apply)(variables, X)[1]
+    np.testing.assert_allclose(seen["layers_1"].mean, second.mean(0), rtol=1e-4, atol=1e-5)
+    stats = jaxbn.recalibrate(apply, variables, [X], where="layers_1")["batch_stats"]["layers_1"]
+    np.testing.assert_allclose(stats["var"], second.var(0), rtol=1e-4)

@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
+from benchmarks.subjects import network, peers
 from tests.support import hlo, networks
 
 PLATFORMS = ("tpu", "cuda")
@@ -224,3 +225,38 @@ def test_a_checkpoint_policy_lowers_to_barriers(platform):
     barriers = [re.findall(r"optimization_barrier (.*?) :", t) for t in (plain, text)]
     assert len(barriers[1]) > len(barriers[0])
     assert sums(text, 1) == sums(plain, 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": jax.nn.relu}, {"virtual_batch_size": 4}])
+def test_a_second_eager_gradient_compiles_nothing(options, caplog):
+    """Nor does the forward pass, nor the same call on other arrays of one shape."""
+    params, state = jaxbn.init(3)
+
+    def loss(x, params):
+        y, _ = jaxbn.batch_norm(x, params, state, train=True, **options)
+        return jnp.sum(y**2)
+
+    x = jax.random.normal(jax.random.key(0), (8, 3))
+    for again in (False, True):
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            jax.grad(loss, (0, 1))(x, params)
+        compiled = [r.getMessage() for r in caplog.records if "ompil" in r.getMessage()]
+        assert bool(compiled) != again, compiled
+        x = x + 1
+
+
+def test_a_network_takes_fewer_lines_than_with_flaxs_norm():
+    """A training step of ResNet-18: equal layers share functions, and no branch is for others."""
+
+    def lines(norm, platform):
+        model = task.model(norm, jnp.float32)
+        step = jax.jit(functools.partial(network.step, model))
+        lowered = step.trace(*task.shapes(model)).lower(lowering_platforms=(platform,))
+        return len(lowered.as_text().splitlines())
+
+    task = network.Task("ResNet-18", (2, 2, 2, 2), False, 16, 32, 32)
+    flax = lines(peers.linen, "cpu")
+    for platform in ("cpu", *PLATFORMS):
+        assert lines(peers.ours, platform) < 0.75 * flax
+        assert lines(peers.fused, platform) < 0.9 * flax

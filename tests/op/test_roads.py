@@ -29,6 +29,7 @@ FIRST = [
     Road("Explicit", "height", "jit", "linen", "replicated"),
     Road("Explicit", "features", "shard_map, one axis", "functional", "as features"),
     Road("Explicit", "features", "vmap", "mask", "as features"),
+    Road("Explicit", "several", "vmap", "functional", "as features"),
     Road("Explicit", "data", "vmap", "recalibrate", "replicated"),
     Road("Explicit", "several", "eager", "gap", "as features"),
 ]
@@ -75,6 +76,16 @@ def test_both_modes_return_one_type():
         y, new = step(flag, x, params, state)
         assert jax.typeof(y).sharding.spec == jax.typeof(x).sharding.spec
         assert jax.typeof(new.mean).sharding.spec == jax.typeof(new.var).sharding.spec == P("c")
+
+
+def test_a_road_that_fails_leaves_the_others(monkeypatch):
+    def value(road):
+        raise ValueError("closed\nmore")
+
+    monkeypatch.setattr(meshes, "value", value)
+    table = parity.over_meshes(FIRST[:1])
+    assert table.rows[0][1] == "ValueError"
+    assert table.notes[-1] == ("Failed: Explicit, features, jit, functional, replicated: closed")
 
 
 def test_the_table_has_a_row_a_road_and_a_column_a_caller():

@@ -1,0 +1,410 @@
+"""`python -m benchmarks.reporting.gallery [NAME …]`: draws a picture of each example script into
+`docs/pictures/gallery`.
+
+Scripts that take seconds are run: `train`, `served`, `torch_roundtrip`, `fold_report`, `watched`.
+The others take minutes, or CIFAR-10; their pictures are drawn from the tables of results in the
+pages, which name the command. A CPU and two minutes are enough.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import pathlib
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+
+import numpy as np
+
+from benchmarks.reporting import plots
+
+ROOT = pathlib.Path(__file__).parents[2]
+FOLDER = ROOT / "docs" / "pictures" / "gallery"
+BLUE, RED, GREY = "#1f77b4", "#d62728", plots.INK
+
+
+def table(page: str, first: str) -> list[list[str]]:
+    """The rows of a page's table by its first column's name; an empty cell as the cell above."""
+    text = (ROOT / page).read_text()
+    found = re.search(
+        rf"^\| {re.escape(first)} \|.*\n\|[-:| ]+\|\n((?:\|.*\n)+)", text, re.MULTILINE
+    )
+    if found is None:
+        raise ValueError(f"{page}: no table whose first column is {first!r}, expected one to draw.")
+    rows: list[list[str]] = []
+    for line in found[1].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        rows.append([cells[0] or rows[-1][0], *cells[1:]])
+    return rows
+
+
+def number(text: str) -> float:
+    """The first number of a cell."""
+    return float(re.search(r"-?[\d,]+\.?\d*(e-\d+)?", text)[0].replace(",", ""))
+
+
+def script(path: str):
+    """An example's module, imported as a run of it imports its neighbours, without its output."""
+    folder, name = os.path.split(path)
+    sys.path.insert(0, str(ROOT / "examples" / folder))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
+
+
+def quiet(f: Callable, *arguments):
+    """f(*arguments); what f prints is dropped."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return f(*arguments)
+
+
+def before_and_after(rows, title, x):
+    """A line from a ring to a dot for each (name, before, after)."""
+    names, before, after = zip(*rows, strict=True)
+    figure, axis = plots.axes(title, x, height=1.5 + 0.36 * len(rows))
+    places = range(len(rows))
+    axis.hlines(places, before, after, color=GREY, linewidth=1.5)
+    axis.scatter(before, places, facecolors="white", edgecolors=RED, s=60, zorder=3, label="before")
+    axis.scatter(after, places, color=BLUE, s=60, zorder=3, label="after")
+    axis.set_yticks(places, names)
+    axis.invert_yaxis()
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    return figure
+
+
+def train():
+    """Accuracy by epoch on the digits."""
+    import subprocess
+
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["examples/cifar10/train.py", "--data", "digits", "--epochs", "6"]
+        command += ["--name", "run", "--runs", folder]
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+        lines = (pathlib.Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    figure, axis = plots.axes("ResNet-9 on handwritten digits", "epoch", "accuracy, %")
+    epochs = [row["epoch"] for row in rows]
+    for name, color in (("train", GREY), ("test", BLUE)):
+        values = [100 * row[f"{name}_accuracy"] for row in rows]
+        axis.plot(epochs, values, color=color, marker="o", label=f"{name} images")
+    axis.legend(frameon=False)
+    return figure
+
+
+def ship():
+    """Accuracy and size of a network at each stage on its way to a file."""
+    rows = [row for row in table("docs/export.md", "stage") if row[0] != "folded"]
+    figure = plots.figure(7, 3.4)
+    left, right = figure.subplots(1, 2, sharey=True)
+    names = [row[0] for row in rows]
+    for axis, column, title, form in (
+        (left, 1, "accuracy on CIFAR-10, %", "%.2f"),
+        (right, 4, "size, kB", "%d"),
+    ):
+        bars = axis.barh(names, [number(row[column]) for row in rows], color=BLUE, height=0.6)
+        axis.bar_label(bars, fmt=form, padding=3, fontsize=9)
+        axis.set_xlabel(title)
+        axis.margins(x=0.25)
+    left.invert_yaxis()
+    figure.suptitle("A ResNet-9 from a checkpoint to an int8 file")
+    return figure
+
+
+def speedrun():
+    """Test accuracy of the speedrun beside the reference in PyTorch, a dot a seed."""
+    rows = table("examples/cifar10/README.md", "recipe")
+    figure, axis = plots.axes(
+        "Speedrun at a quarter of the width, 9.9 epochs",
+        "test accuracy, CIFAR-10 as JPEG, %",
+        height=2.6,
+    )
+    for i, (name, dtype, _, mean, each) in enumerate(rows):
+        values = [float(v) for v in re.findall(r"\d+\.\d+", each or mean)]
+        color = RED if "speedrun" in name else GREY
+        axis.scatter(values, [i] * len(values), color=color, s=60, zorder=3)
+        rows[i] = f"{name.strip('`')}\n{dtype}"
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set(xlim=(84, 85.2), ylim=(len(rows) - 0.5, -0.5))
+    return figure
+
+
+def torch_roundtrip():
+    """Where each array of a PyTorch file goes in the variables of Flax."""
+    import jax
+    from safetensors.numpy import save_file
+
+    from jaxbn import convert
+
+    network = script("convert/torchvision_resnet").ResNet(blocks=[1, 1, 1, 1], width=8, classes=10)
+    x = np.zeros((1, 64, 64, 3), np.float32)
+    variables = network.init(jax.random.key(0), x)
+    state, _ = convert.to_torch(variables)
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(state, path := f"{folder}/resnet.safetensors")
+        _, report = convert.from_torch(path, variables)
+    order = {move.target: i for i, move in enumerate(sorted(report.moves, key=lambda m: m.target))}
+    figure, axis = plots.axes(
+        "Where each array of a PyTorch ResNet goes in Flax",
+        "array in PyTorch's file, in alphabetical order",
+        "array in Flax's variables",
+    )
+    kinds: dict[str, list[tuple[int, int]]] = {}
+    for i, move in enumerate(sorted(report.moves, key=lambda m: m.source)):
+        kind = move.target.rsplit("/", 1)[-1]
+        kinds.setdefault(kind, []).append((i, order[move.target]))
+    for (kind, points), (color, marker) in zip(kinds.items(), plots.STYLES.values(), strict=False):
+        axis.scatter(*np.transpose(points), c=color, marker=marker, s=30, label=kind)
+    axis.legend(frameon=False, title="what the array is", ncols=2)
+    return figure
+
+
+def zoo():
+    """Errors of converted networks in linen, in nnx, and folded."""
+    rows = table("docs/convert.md", "network")
+    figure, axis = plots.axes(
+        "Five networks by torchvision's names, in float32",
+        "largest error over the largest result, from float64",
+        height=2.8,
+    )
+    stages = {"linen": 2, "nnx": 3, "folded": 5}
+    for (stage, column), (color, marker) in zip(
+        stages.items(), plots.STYLES.values(), strict=False
+    ):
+        errors = [number(row[column]) for row in rows]
+        axis.scatter(errors, range(len(rows)), c=color, marker=marker, s=40, label=stage)
+    axis.set_xscale("log")
+    axis.set_yticks(range(len(rows)), [row[0] for row in rows])
+    axis.set(xlim=(1e-7, 1e-5), ylim=(len(rows) - 0.5, -0.5))
+    axis.legend(frameon=False)
+    return figure
+
+
+def alarms():
+    """Accuracy falls, and alarms rise, with what is done to the images."""
+    rows = table("docs/drift.md", "images")
+    (clean,) = [row for row in rows if row[0] == "clean"]
+    panels: dict[str, list[list[str]]] = {}
+    for row in rows:
+        if row is not clean:
+            panels.setdefault(row[0], [clean]).append(row)
+    figure = plots.figure(9, 3.6)
+    series = (
+        ("accuracy", "black", "o"),
+        ("windows with an alarm: held against running statistics", BLUE, "s"),
+        ("windows with an alarm: held against a reference of clean data", "#ff7f0e", "^"),
+    )
+    for axis, (name, found) in zip(
+        figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True
+    ):
+        severity = [number(row[1] or "0") for row in found]
+        for column, (label, color, marker) in enumerate(series, start=2):
+            values = [number(row[column]) for row in found]
+            axis.plot(severity, values, color=color, marker=marker, markersize=5, label=label)
+        axis.set(xlabel=name, ylim=(-3, 103))
+        axis.grid(color=plots.GRID)
+    figure.axes[0].set_ylabel("%")
+    figure.suptitle("Corrupted CIFAR-10: accuracy, and alarms of health.drift without labels")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", frameon=False)
+    return figure
+
+
+def false_alarms():
+    """Alarms where nothing drifts, beside the rate that was asked for."""
+    rows = table("docs/drift.md", "rows of a window")
+    figure, axis = plots.axes(
+        "False alarms of health.drift, no tolerance, 1000 windows",
+        "rows of a window",
+        "share of windows with an alarm",
+    )
+    for name, (color, marker) in zip(
+        dict.fromkeys(row[1] for row in rows), plots.STYLES.values(), strict=False
+    ):
+        found = [row for row in rows if row[1] == name]
+        rates = [number(row[2]) for row in found]
+        axis.plot([row[0] for row in found], rates, color=color, marker=marker, label=name)
+    axis.axhline(0.1, color="black", linestyle="--", linewidth=1, label="asked for: 0.1")
+    axis.legend(frameon=False, title="values of a row")
+    return figure
+
+
+def served():
+    """A served model under fading light: accuracy, and the figure that raises the alarm."""
+    decisions = quiet(script("drift/served").main)
+    figure, axis = plots.axes(
+        "Served digits: the light fades from window 6 on", "window of 128 images", "accuracy, %"
+    )
+    windows = np.arange(1, len(decisions) + 1)
+    accuracy = [100 * hits for _, hits, _ in decisions]
+    axis.plot(windows, accuracy, color="black", marker="o", label="accuracy (not known in service)")
+    for window, (_, _, verdict) in zip(windows, decisions, strict=True):
+        if verdict.alarm:
+            axis.axvspan(window - 0.5, window + 0.5, color=RED, alpha=0.2, linewidth=0)
+    axis.fill_between([], [], color=RED, alpha=0.2, label="alarm of health.drift, without labels")
+    axis.set(ylim=(0, 100), xticks=windows)
+    axis.legend(frameon=False, loc="lower left")
+    return figure
+
+
+def stale():
+    """How often right statistics are called stale, by rows of the batch."""
+    rows = table("docs/health.md", "rows")
+    figure, axis = plots.axes(
+        "Right statistics called stale by health.check",
+        "batches of 100,000",
+        height=1.5 + 0.5 * len(rows),
+    )
+    names = [f"{size} rows, {name}" for size, name, *_ in rows]
+    for i, (channels, color) in enumerate((("1", BLUE), ("8", "#17becf"), ("64", GREY))):
+        values = [number(row[2 + i]) for row in rows]
+        places = np.arange(len(rows)) + 0.25 * (i - 1)
+        bars = axis.barh(places, values, height=0.25, color=color, label=f"channels: {channels}")
+        axis.bar_label(bars, fmt="%d", padding=3, fontsize=8)
+    axis.set_yticks(range(len(rows)), names)
+    axis.invert_yaxis()
+    axis.margins(x=0.1)
+    axis.legend(frameon=False)
+    return figure
+
+
+def failures():
+    """Nine failures: test accuracy with the failure, and after its cure."""
+    rows = [
+        (re.search(r"\[(.*?)\]", row[0])[1], 100 * number(row[3]), 100 * number(row[5]))
+        for row in table("docs/troubleshooting.md", "failure")
+    ]
+    return before_and_after(
+        rows, "Nine failures and their cures", "test accuracy, %, mean of 10 seeds"
+    )
+
+
+def finetune():
+    """Accuracy after fine-tuning by what the norms did."""
+    rows = table("docs/freeze.md", "batch norm")
+    figure, axis = plots.axes(
+        "Four new classes from 20 images each",
+        "test accuracy, %: mean and range of 3 draws",
+        height=3,
+    )
+    for i, (_, *cells) in enumerate(rows):
+        mean, least, most = map(number, cells)
+        axis.hlines(i, least, most, color=GREY, linewidth=2)
+        axis.scatter(mean, i, color=BLUE, s=60, zorder=3)
+    axis.set_yticks(range(len(rows)), [row[0] for row in rows])
+    axis.invert_yaxis()
+    return figure
+
+
+def recalibrate():
+    """Accuracy before and after recalibration."""
+    rows = [
+        (f"{images}", number(before), number(after))
+        for _, images, before, after in table("docs/recalibrate.md", "weights")
+        if after
+    ]
+    rows[0] = ("all, weights averaged", *rows[0][1:])
+    title = "jaxbn.recalibrate: a ResNet-9, CIFAR-10"
+    return before_and_after(rows, title, "accuracy on these test images, %")
+
+
+def swap():
+    """Test accuracy by rows in a batch: batch norm, and group norm in its place."""
+    rows = table("docs/swap.md", "rows in a batch")
+    figure, axis = plots.axes(
+        "ResNet-9 on digits, batch norm swapped", "rows in a batch", "test accuracy, % (s.e. 0.5)"
+    )
+    for column, (name, color) in enumerate((("BatchNorm", BLUE), ("GroupNorm", RED)), start=1):
+        values = [number(row[column]) for row in rows]
+        axis.plot([row[0] for row in rows], values, color=color, marker="o", label=name)
+    axis.set_ylim(90, 100)
+    axis.legend(frameon=False)
+    return figure
+
+
+def renorm():
+    """Accuracy with batch norm and with renormalization, for three kinds of batches."""
+    rows = table("docs/renorm.md", "a batch of")
+    figure, axis = plots.axes(
+        "Small batches, and batches of few classes",
+        "test accuracy, %: mean and range of 3 seeds",
+        height=3,
+    )
+    for i, (_, *cells) in enumerate(rows):
+        for cell, shift, color in zip(cells, (-0.1, 0.1), (GREY, BLUE), strict=True):
+            mean, least, most = map(float, re.findall(r"[\d.]+", cell))
+            axis.hlines(i + shift, least, most, color=color, linewidth=2)
+            axis.scatter(mean, i + shift, color=color, s=60, zorder=3)
+    axis.scatter([], [], color=GREY, label="BatchNorm")
+    axis.scatter([], [], color=BLUE, label="with renorm")
+    axis.legend(loc="lower left", frameon=False)
+    axis.set_yticks(range(len(rows)), [row[0] for row in rows])
+    axis.invert_yaxis()
+    return figure
+
+
+def fold_report():
+    """Operations of norms in a network, as written and folded."""
+    import jax
+
+    import jaxbn
+
+    x = jax.random.normal(jax.random.key(2), (4, 16, 16, 3))
+    count = script("fold/fold_report").norm_operations
+    names, before, after = [], [], []
+    for name, fn in script("fold/resnets").networks(x).items():
+        names.append(name)
+        before.append(count(fn, x))
+        after.append(count(jaxbn.fold(fn, x)[0], x))
+    figure, axis = plots.axes(
+        "jaxbn.fold: one ResNet as each library writes it", "", "operations of norms in the program"
+    )
+    places = np.arange(len(names))
+    for offset, values, color, label in (
+        (-0.2, before, GREY, "as written"),
+        (0.2, after, BLUE, "folded"),
+    ):
+        bars = axis.bar(places + offset, values, 0.38, color=color, label=label)
+        axis.bar_label(bars, padding=2)
+    axis.set_xticks(places, names)
+    axis.margins(y=0.25)
+    axis.legend(frameon=False, ncols=2)
+    return figure
+
+
+def watched():
+    """How far running statistics are from those of the batch, by step."""
+    with tempfile.TemporaryDirectory() as folder:
+        quiet(script("watch/watched").main, folder, 500, 0)
+        lines = (pathlib.Path(folder) / "watch.jsonl").read_text().splitlines()
+    figure, axis = plots.axes(
+        "A watched training run, a line a layer",
+        "training step",
+        "running statistics off by, nats (worst channel)",
+    )
+    layers: dict[str, list[tuple[int, float]]] = {}
+    for row in map(json.loads, lines):
+        for layer, figures in row["layers"].items():
+            layers.setdefault(layer, []).append((row["step"], figures["symmetric_kl_max"]))
+    for (layer, points), (color, marker) in zip(
+        layers.items(), plots.STYLES.values(), strict=False
+    ):
+        axis.semilogy(*np.transpose(points), color=color, marker=marker, label=layer)
+    axis.legend(frameon=False)
+    return figure
+
+
+PICTURES: dict[str, Callable] = {
+    drawn.__name__: drawn
+    for drawn in (
+        *(train, ship, speedrun, failures, alarms, served, false_alarms, stale),
+        *(recalibrate, finetune, renorm, swap, fold_report, torch_roundtrip, zoo, watched),
+    )
+}
+
+
+if __name__ == "__main__":
+    sys.exit(plots.command("gallery", PICTURES, FOLDER, sys.argv[1:]))

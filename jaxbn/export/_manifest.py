@@ -1,0 +1,174 @@
+"""What an exported file was made of, as JSON beside the file, with the checksums of both."""
+
+import hashlib
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxbn._files import replacing
+from jaxbn._folding.fold import FoldReport
+from jaxbn._text import first_line, printable
+from jaxbn.export._checked_file import Exported
+from jaxbn.export._int8 import Quantized
+
+SUFFIX = ".manifest.json"
+FORMAT = 1
+LONGEST = 2**24  # bytes of a manifest; a network of 1000 sites needs a hundredth
+
+
+def manifest(
+    done: Exported | Quantized,
+    *,
+    folded: FoldReport | None = None,
+    source: Exported | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Writes `NAME.manifest.json` beside an exported file, and returns the manifest's path.
+
+    Use it after an export whose file leaves this machine. `read_manifest` and
+    `python -m jaxbn verify` refuse a file that is not the one of its manifest.
+
+    Args:
+      done: what `stablehlo`, `onnx` or `int8` returned.
+      folded: the report of `jaxbn.fold`.
+      source: what `onnx` returned, for a file of `int8`.
+      checkpoint: the file or folder that the weights came from. Its checksum is written, and its
+        name, without the folders before the name.
+
+    Raises:
+      OSError: a file cannot be read or written.
+
+    >>> import tempfile, jax.numpy as jnp
+    >>> from jaxbn import export
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     done = export.stablehlo(jnp.sin, jnp.zeros((1, 2)), f"{folder}/sin.stablehlo")
+    ...     path = export.manifest(done)
+    ...     path.name, export.read_manifest(done.path)["checkpoint"]
+    ('sin.stablehlo.manifest.json', None)
+    """
+    sites = () if folded is None else folded.sites
+    stages = {"fold": folded, "source": source, "artifact": done}
+    content = {
+        "format": FORMAT,
+        "jaxbn": sys.modules["jaxbn"].__version__,  # an import of the package would be a circle
+        "jax": jax.__version__,
+        "artifact": _entry(done.path),
+        "weights": _entry(weights) if (weights := _weights(done.path)).is_file() else None,
+        "checkpoint": None if checkpoint is None else _entry(Path(checkpoint)),
+        "folded": [[site.name, site.note] for site in sites if site.folded],
+        "not_folded": [[site.name, site.note] for site in sites if site.folded is False],
+        "errors": {
+            name: {"absolute": _finite(stage.absolute), "relative": _finite(stage.relative)}
+            for name, stage in stages.items()
+            if stage is not None
+        },
+    }
+    path = done.path.with_name(done.path.name + SUFFIX)
+    with replacing(path) as file:
+        file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest of an exported file, once the file's checksum is that of the manifest.
+
+    Args:
+      path: the exported file.
+
+    Returns:
+      A dict with `artifact`, `weights` (beside an ONNX file above 2 GB) and `checkpoint`, each with
+      `file`, `bytes` and `sha256`, or None; `folded`, `not_folded`, `errors`, and the versions.
+
+    Raises:
+      FileNotFoundError: there is no such file, or no manifest beside the file.
+      ValueError: the manifest is damaged, or is that of another file.
+
+    >>> from jaxbn import export
+    >>> export.read_manifest("nothing.onnx")
+    Traceback (most recent call last):
+        ...
+    FileNotFoundError: read_manifest: no file nothing.onnx
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"read_manifest: no file {printable(path)}")
+    place = path.with_name(path.name + SUFFIX)
+    if not place.is_file():
+        raise FileNotFoundError(
+            f"read_manifest: no manifest {printable(place)}; write jaxbn.export.manifest(done) "
+            f"after an export"
+        )
+    try:
+        if place.stat().st_size > LONGEST:
+            raise ValueError(f"it is longer than {LONGEST} bytes")
+        content = json.loads(place.read_text(encoding="utf-8"))
+        _check(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"read_manifest: {printable(place)} is no manifest of jaxbn.export.manifest: "
+            f"{first_line(error)}"
+        ) from error
+    for part, name in ((path, "artifact"), (_weights(path), "weights")):
+        declared = (content[name] or {"sha256": "no such file"})["sha256"]
+        found = checksum(part) if part.is_file() else "no such file"
+        if found != declared:
+            raise ValueError(
+                f"read_manifest: {printable(part)} has the SHA-256 {found[:12]}…, but its manifest "
+                f"says {printable(declared[:12])}…: the file has changed; export it again"
+            )
+    return content
+
+
+def checksum(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file; of a folder, of the names and checksums of the files in it.
+
+    >>> import pathlib, tempfile
+    >>> from jaxbn.export import _manifest
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = pathlib.Path(folder, "a").write_bytes(b"")
+    ...     _manifest.checksum(f"{folder}/a")[:8]
+    'e3b0c442'
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        lines = [f"{checksum(file)} {file.relative_to(path).as_posix()}\n" for file in files]
+        return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _weights(path: Path) -> Path:
+    """Where the weights of an ONNX file are that are too large for the file."""
+    return path.with_name(f"{path.name}.data")
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files)
+    return {"file": path.name, "bytes": size, "sha256": checksum(path)}
+
+
+def _check(content: Any) -> None:
+    """Raises unless the content of a manifest has its form."""
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"expected an object of format {FORMAT}")
+    for name in ("artifact", "weights", "checkpoint"):
+        entry = content.get(name)
+        if entry is None and name != "artifact":
+            content[name] = None
+            continue
+        if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
+            raise ValueError(f"expected the SHA-256 of the {name}")
+    for name, kind in (("folded", list), ("not_folded", list), ("errors", dict)):
+        if not isinstance(content.get(name), kind):
+            raise ValueError(f"expected {name}, a {kind.__name__}")
+
+
+def _finite(v: float) -> float | None:
+    return v if math.isfinite(v) else None

@@ -1,0 +1,88 @@
+"""The inputs and results of an exported function: names, free sizes, examples."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxbn._text import first_line
+
+
+def shapes_of(leaves: Sequence[Any], sizes: str | Sequence[str] | None) -> list[Any]:
+    """The inputs with symbols for the sizes that are free."""
+    if sizes is None:
+        batch = leaves[0].shape[0]
+        specs = [", ".join(("B" if v.shape[0] == batch else "_", "...")) for v in leaves]
+    else:
+        specs = [sizes] if isinstance(sizes, str) else list(sizes)
+    if len(specs) != len(leaves):
+        raise ValueError(
+            f"onnx: sizes are {len(specs)} but x has {len(leaves)} arrays, expected one string for "
+            f"each; write sizes=({', '.join([repr('B, ...')] * len(leaves))})."
+        )
+    scope, shapes = jax.export.SymbolicScope(), []
+    for spec, v in zip(specs, leaves, strict=True):
+        fits, why = False, "they are others"
+        try:
+            shape = jax.export.symbolic_shape(spec, like=v.shape, scope=scope)
+            fits = len(shape) == v.ndim and all(
+                not isinstance(n, int) or n == m for n, m in zip(shape, v.shape, strict=True)
+            )
+        except Exception as error:
+            why = first_line(error)
+        if not fits:
+            raise ValueError(
+                f"onnx: sizes {spec!r} do not fit x of shape {v.shape}: {why}; expected its sizes, "
+                f"with letters where they are free; write 'B, ...'."
+            )
+        shapes.append(jax.ShapeDtypeStruct(shape, v.dtype))
+    return shapes
+
+
+def names_of(what: str, given: Sequence[str] | None, tree: Any) -> list[str]:
+    """A name for each leaf: as given, or the keys that lead to the leaf, or a number."""
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    word = what.removesuffix("s")
+    if given is None:
+        keyed = (jax.tree_util.DictKey, jax.tree_util.GetAttrKey)
+        names = [
+            jax.tree_util.keystr(path, simple=True, separator=".")
+            if any(isinstance(key, keyed) for key in path)
+            else (word if len(paths) == 1 else f"{word}_{k}")
+            for k, path in enumerate(paths)
+        ]
+    else:
+        names = [given] if isinstance(given, str) else list(given)
+    if len(names) != len(paths) or len({*names}) != len(names) or "" in names:
+        example = ", ".join(repr(f"{word}_{k}") for k in range(len(paths)))
+        raise ValueError(
+            f"onnx: {what} are {names}, expected {len(paths)} different names, one for each "
+            f"array; write {what}=({example},)."
+        )
+    return names
+
+
+def examples_of(leaves: Sequence[Any], shapes: Sequence[Any]) -> Iterator[tuple[list[Any], Any]]:
+    """Inputs to compare a file on: the example, one row of it, another size.
+
+    Each comes with the rows of the example that it consists of, or None if it is larger than the
+    example on another axis than the batch.
+    """
+    arrays, batch = [np.asarray(v) for v in leaves], shapes[0].shape[0]
+    rows = len(arrays[0])
+    yield arrays, np.arange(rows)
+    free = [
+        {k for k, n in enumerate(s.shape) if not isinstance(n, int) and n != batch} for s in shapes
+    ]
+    larger = any(free)
+    counts = [1, 3 if rows == 2 else 2]
+    if isinstance(batch, int):
+        counts = [rows] if larger else []
+    for count in counts:
+        taken, times = np.arange(count) % rows, 2 if count == counts[-1] else 1
+        example = []
+        for v, s, axes in zip(arrays, shapes, free, strict=True):
+            v = v[taken] if s.shape[0] == batch else v
+            example.append(np.tile(v, [times if k in axes else 1 for k in range(v.ndim)]))
+        yield example, None if larger and times > 1 else taken

@@ -1,0 +1,344 @@
+"""The commands that a pipeline runs, compare, verify and serving: status and words."""
+
+import json
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from jaxbn import convert, export
+from jaxbn._checkpoints import read, write
+from jaxbn._cli import commands, options
+from tests.support.conversion import assert_same
+
+MODEL = "--model=net:network"
+
+
+def run(capsys, *argv):
+    """Status, stdout, stderr."""
+    status = commands.main([str(word) for word in argv])
+    return status, *capsys.readouterr()
+
+
+@pytest.fixture
+def variables(net):
+    return read.read("net.msgpack")["model"]
+
+
+def changed(variables, path, change):
+    """The variables with one array changed; the others are shared."""
+    *folders, last = path.split("/")
+    new = node = dict(variables)
+    for folder in folders:
+        node[folder] = dict(node[folder])
+        node = node[folder]
+    node[last] = change(node[last])
+    return new
+
+
+# compare
+
+CHANGES = {  # array → a change within the bounds, one beyond them, what is said of the second
+    "batch_stats/bn/mean": (1e-3, 0.5, "statistics of bn: 2.5e-01, bound 1.0e-04"),
+    "batch_stats/bn/var": (1e-3, 0.5, "statistics of bn: 8.3e-02, bound 1.0e-04"),
+    "params/conv/kernel": (1e-6, 0.5, "weights of conv/kernel: "),
+    "params/bn/scale": (1e-5, 0.5, "weights of bn/scale: 3.3e-01, bound 1.0e-04"),
+}
+
+
+@pytest.mark.parametrize("path", CHANGES)
+def test_compare_says_which_layer_differs_and_by_how_much(path, variables, capsys):
+    within, beyond, said = CHANGES[path]
+    for by, status in ((0.0, 0), (within, 0), (beyond, 1)):
+        # One channel alone, so that an average over channels would hide the change.
+        new = changed(variables, path, lambda v, by=by: v + by * np.eye(v.shape[-1])[0].astype("f"))
+        write.save("new.msgpack", new)
+        got, out, err = run(capsys, "compare", "new.msgpack", "net.msgpack", "--json")
+        told = json.loads(out)
+        assert (got, err, told["passed"], len(told["findings"])) == (status, "", not status, status)
+    out = run(capsys, "compare", "new.msgpack", "net.msgpack")[1].splitlines()
+    assert out[0] == "new.msgpack and net.msgpack: 1 finding"
+    assert out[2].split()[0] == path.split("/")[1]  # the worst layer is first
+    assert out[-1].startswith(f"beyond: {said}")
+    loose = ["--divergence", "1", "--weights", "9"]
+    assert run(capsys, "compare", "new.msgpack", "net.msgpack", *loose)[0] == 0
+
+
+def test_compare_across_libraries_goes_through_the_model(variables, capsys):
+    write.save("torch.safetensors", convert.to_torch(variables)[0])
+    assert run(capsys, "compare", "torch.safetensors", "net.msgpack") == (
+        2,
+        "",
+        "compare: A has the names of torch and B those of linen, expected one kind; write --model "
+        "MODULE:FUNCTION, into which both are read\n",
+    )
+    assert run(capsys, "compare", "torch.safetensors", "torch.safetensors")[0] == 0
+    status, out, err = run(capsys, "compare", "torch.safetensors", "net.msgpack", MODEL)
+    assert (status, err) == (0, "")
+    assert out.splitlines()[-1] == (
+        "result, 16 rows: error 0.0e+00 of the largest value, top-1 agreement 100 %"
+    )
+
+
+def test_compare_judges_the_results_of_models(net, variables, capsys):
+    other = changed(
+        variables, "params/fc/bias", lambda v: v + np.float32(100) * (np.arange(5) == 2)
+    )
+    write.save("other.msgpack", other)
+    np.savez("x.npz", net.batches()[1][:4])
+    words = ["compare", "other.msgpack", "net.msgpack", MODEL, "--inputs", "x.npz"]
+    loose = ["--weights", "1000"]
+    status, out, _ = run(capsys, *words, *loose, "--bound", "1e9")
+    assert status == 0
+    assert "top-1 agreement " in out
+    status, out, _ = run(capsys, *words, *loose, "--bound", "1e9", "--agree", "0.99")
+    assert status == 1
+    assert out.splitlines()[-1].startswith(
+        "beyond: result: top-1 agreement: 0.0e+00, bound 9.9e-01"
+    )
+    assert run(capsys, *words, *loose, "--agree", "0")[0] == 1  # the error is beyond its bound
+
+
+def test_layers_of_one_alone_are_findings(variables, capsys):
+    write.save("a.msgpack", changed(variables, "params", lambda v: {**v, "new": {"bias": v["fc"]}}))
+    status, out, _ = run(capsys, "compare", "a.msgpack", "net.msgpack")
+    assert status == 1
+    assert out.splitlines()[-2:] == [
+        "beyond: array new/bias/bias is in A alone",
+        "beyond: array new/bias/kernel is in A alone",
+    ]
+
+
+def test_not_a_number_is_no_agreement(variables, capsys):
+    for path in ("batch_stats/bn/var", "params/conv/kernel"):
+        write.save("nan.msgpack", changed(variables, path, lambda v: v * np.float32(np.nan)))
+        assert run(capsys, "compare", "nan.msgpack", "net.msgpack")[0] == 1
+    same = run(capsys, "compare", "nan.msgpack", "nan.msgpack", MODEL)
+    assert same[0] == 1
+    assert "values of the reference are NaN" in same[1].splitlines()[-1]
+
+
+# Exported files
+
+
+@pytest.fixture
+def artifact(net, variables):
+    """`net.stablehlo`, not folded, and its manifest."""
+    x = net.batches()[0]
+    fn = jax.tree_util.Partial(net.Net().apply, variables)
+    done = export.stablehlo(fn, x, "net.stablehlo", platforms=["cpu"])
+    export.manifest(done, checkpoint="net.msgpack")
+    np.savez("x.npz", x[:3])
+    return pathlib.Path("net.stablehlo")
+
+
+def test_verify_and_the_manifest(artifact, variables, capsys):
+    words = ["verify", "net.stablehlo", "--against", "net.msgpack", MODEL, "--inputs", "x.npz"]
+    status, out, err = run(capsys, *words)
+    assert (status, err, out.splitlines()[0]) == (
+        0,
+        "",
+        "net.stablehlo against net.msgpack: passed",
+    )
+    told = json.loads(run(capsys, *words, "--json")[1])
+    assert told["manifest"] == export.read_manifest(artifact)
+    assert [(o["result"], o["rows"]) for o in told["outputs"]] == [
+        ("result", 3),
+        ("a row alone", 1),
+    ]
+
+    bias = changed(variables, "params/fc/bias", lambda v: v + np.float32(1e-7))
+    write.save("copy.msgpack", bias)
+    words[3] = "copy.msgpack"  # equal results, from another file
+    status, out, _ = run(capsys, *words)
+    assert (status, out.splitlines()[-1]) == (1, "beyond: the manifest names another checkpoint")
+    pathlib.Path("net.stablehlo.manifest.json").unlink()
+    status, out, _ = run(capsys, *words)
+    assert (status, out.splitlines()[-1]) == (
+        0,
+        "no manifest beside the file: what it was made of is not checked",
+    )
+    write.save("copy.msgpack", changed(variables, "params/fc/bias", lambda v: v + np.float32(1)))
+    assert run(capsys, *words)[0] == 1
+    assert run(capsys, *words, "--bound", "100")[0] == 0
+
+
+def test_a_manifest_that_is_not_of_its_file_is_refused(artifact, capsys):
+    manifest = pathlib.Path("net.stablehlo.manifest.json")
+    before = manifest.read_text()
+    words = ["verify", "net.stablehlo", "--against", "net.msgpack", MODEL]
+    name = "net.stablehlo.manifest.json is no manifest of jaxbn.export.manifest: "
+    content = json.loads(before)
+    for text, said in (
+        ("[]", f"{name}expected an object of format 1"),
+        ("{", f"{name}Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        (json.dumps(content | {"folded": 3}), f"{name}expected folded, a list"),
+        (json.dumps(content | {"artifact": {}}), f"{name}expected the SHA-256 of the artifact"),
+        ("[" * 100_000, None),
+    ):
+        manifest.write_text(text)
+        status, out, err = run(capsys, *words)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert said is None or err == f"verify: {said}\n"
+    manifest.write_text(before)
+    sha = json.loads(before)["artifact"]["sha256"]
+    content = artifact.read_bytes()
+    artifact.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    status, out, err = run(capsys, *words)
+    assert (status, out) == (2, "")
+    assert err.endswith(f"its manifest says {sha[:12]}…: the file has changed; export it again\n")
+
+
+def test_the_weights_beside_a_large_file_are_part_of_it(artifact):
+    beside = pathlib.Path("net.stablehlo.data")
+    beside.write_bytes(b"weights")
+    with pytest.raises(ValueError, match=r"net\.stablehlo\.data has the SHA-256 "):
+        export.read_manifest(artifact)
+    export.manifest(export.Exported(artifact, 0, 0.0, 0.0))
+    assert export.read_manifest(artifact)["weights"]["bytes"] == 7
+    beside.unlink()
+    with pytest.raises(ValueError, match="has the SHA-256 no such file…"):
+        export.read_manifest(artifact)
+
+
+def test_compare_two_exported_files(artifact, capsys):
+    words = ["compare", "net.stablehlo", "net.stablehlo"]
+    assert run(capsys, *words, "--inputs", "x.npz")[0] == 0
+    assert run(capsys, *words) == (
+        2,
+        "",
+        "compare: no inputs for two exported files to run on; write --inputs FILE.npz\n",
+    )
+    assert run(capsys, "compare", "net.stablehlo", "net.msgpack") == (
+        2,
+        "",
+        "compare: one of the two is an exported file and the other a checkpoint, expected two of a "
+        "kind; write python -m jaxbn verify ARTIFACT --against CHECKPOINT\n",
+    )
+    assert run(capsys, "verify", "net.msgpack", "--against", "net.msgpack", MODEL) == (
+        2,
+        "",
+        "verify: net.msgpack is no exported file by its name, expected .onnx or .stablehlo\n",
+    )
+
+
+def test_export_writes_a_manifest(net, capsys):
+    assert run(capsys, "export", "net.msgpack", "a.stablehlo", MODEL)[0] == 0
+    told = export.read_manifest("a.stablehlo")
+    assert told["folded"] == [["0 conv 3x3, 3 -> 8 Net/conv", "sub, mul, add of Net/bn"]]
+    assert set(told["errors"]) == {"fold", "artifact"}
+    assert told["checkpoint"]["file"] == "net.msgpack"
+    assert sorted(p.name for p in pathlib.Path().glob("*.stablehlo*")) == [
+        "a.stablehlo",
+        "a.stablehlo.manifest.json",
+    ]
+
+
+# serving
+
+
+def test_serving_as_a_command(net, capsys, tmp_path):
+    (tmp_path / "modes.py").write_text(
+        "from net import *\nN = network\n"
+        "def network():\n"
+        "    apply = partial(Net().apply, train=True, mutable=['batch_stats'])\n"
+        "    return lambda v, x: apply(v, x)[0], *N()[1:]\n"
+    )
+    passed = (0, "net.msgpack: passed\n", "")
+    assert run(capsys, "serving", "net.msgpack", MODEL) == passed
+    np.savez("x.npz", net.batches()[0][:3])
+    assert run(capsys, "serving", "net.msgpack", MODEL, "--inputs", "x.npz") == passed
+    status, out, err = run(capsys, "serving", "net.msgpack", "--model=modes:network")
+    assert (status, err) == (1, "")
+    assert out == (
+        "net.msgpack: 1 finding\n"
+        "error train_in_inference in Net/bn\n"
+        "  share of the batch in the statistics that x is normalized by: 1, threshold 0\n"
+        "  remedy: run the norms in eval mode: train=False, use_running_average=True, "
+        "model.eval()\n"
+    )
+    told = json.loads(run(capsys, "serving", "net.msgpack", "--model=modes:network", "--json")[1])
+    assert (told["passed"], [f["kind"] for f in told["findings"]]) == (
+        False,
+        ["train_in_inference"],
+    )
+
+
+# Inputs
+
+
+class Trap:
+    def __reduce__(self):
+        return pathlib.Path("executed").touch, ()
+
+
+def declared(shape):
+    """The bytes of an array that declares more values than follow."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}"
+    header = header.ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(8)
+
+
+def savez(**members):
+    import zipfile
+
+    with zipfile.ZipFile("x.npz", "w") as file:
+        for name, content in members.items():
+            file.writestr(f"{name}.npy", content)
+
+
+HOW = "write np.savez(path, x)"
+BAD_INPUTS = {
+    "objects": (
+        lambda: np.savez("x.npz", np.array([Trap()], object)),
+        "x.npz cannot be read as arrays of np.savez: it holds Python objects, which are pickles "
+        f"and can run code; {HOW}",
+    ),
+    "a text file": (
+        lambda: pathlib.Path("x.npz").write_text("x"),
+        f"x.npz cannot be read as arrays of np.savez: File is not a zip file; {HOW}",
+    ),
+    "more than there is": (
+        lambda: savez(x=declared("(10000000000, 8)")),
+        "x.npz cannot be read as arrays of np.savez: it declares an array of shape (10000000000, "
+        f"8), which its bytes cannot hold; {HOW}",
+    ),
+    "nothing": (lambda: np.savez("x.npz"), f"x.npz holds no array; {HOW}"),
+    "words": (
+        lambda: np.savez("x.npz", a=np.array(["x"]), b=np.ones(())),
+        "['a', 'b'] of x.npz: expected arrays of numbers with rows on axis 0",
+    ),
+    "no file": (lambda: None, f"no file x.npz; {HOW}"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_INPUTS)
+def test_bad_inputs_are_refused_and_nothing_in_them_runs(kind, net, capsys):
+    make, said = BAD_INPUTS[kind]
+    make()
+    status = run(capsys, "serving", "net.msgpack", MODEL, "--inputs", "x.npz")
+    assert status == (2, "", f"serving: {said}\n")
+    assert not pathlib.Path("executed").exists()
+
+
+def test_several_inputs_come_as_a_dict(net, capsys):
+    from jaxbn._checkpoints.inputs import read_inputs
+
+    np.savez("x.npz", images=np.ones((2, 3)), lengths=np.arange(2))
+    expected = {"images": np.ones((2, 3)), "lengths": np.arange(2)}
+    assert_same(read_inputs("x.npz"), expected)
+
+
+def test_the_recipe_in_the_docs_is_of_commands_that_are_there():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "gates.md").read_text()
+    (recipe,) = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert recipe.count("\n") == 20
+    model = re.search("MODEL: (.*)", recipe)[1]
+    one_line = re.sub(r"\n {10,}(--)", r" \1", recipe.replace("$MODEL", model))
+    commands_ = re.findall(r"python -m jaxbn (.*)", one_line)
+    parsed = [options.parse(words.split()) for words in commands_]
+    names = ["doctor", "serving", "compare", "export", "verify"]
+    assert [args.command for args in parsed] == names
+    assert parsed[2].agree == 0.98
