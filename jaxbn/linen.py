@@ -10,7 +10,7 @@ from flax import errors
 from flax.linen import dtypes
 
 from jaxbn import _elsewhere
-from jaxbn._op.arguments import array
+from jaxbn._op.arguments import array, check_update_stats
 from jaxbn._op.axes import resolve, wide
 from jaxbn._op.one_value import train_anyway
 from jaxbn._op.state import Params, State
@@ -45,6 +45,8 @@ class BatchNorm(nn.BatchNorm):
       unbiased: new here: the running var takes n / (n - 1) times the batch's, as PyTorch's does.
       activation: new here: applied to y last. `flax.linen.relu` costs least, see
         `jaxbn.batch_norm`.
+      renorm: new here: `(r_max, d_max)`, batch renormalization: y in training is nearly that of
+        eval, for batches of 4 to 16; see `jaxbn.batch_norm`.
 
     Raises:
       TypeError, ValueError: as `jaxbn.batch_norm`, with one exception. In training on one value per
@@ -62,6 +64,7 @@ class BatchNorm(nn.BatchNorm):
     virtual_batch_size: int | None = None
     unbiased: bool = False
     activation: Callable[[jax.Array], jax.Array] | None = None
+    renorm: tuple[float, float] | None = None
 
     @nn.compact
     def __call__(
@@ -71,6 +74,9 @@ class BatchNorm(nn.BatchNorm):
         *,
         mask: jax.Array | None = None,
         residual: jax.Array | None = None,
+        update_stats: bool = True,
+        renorm: tuple[float | jax.Array, float | jax.Array] | None = None,
+        weights: jax.Array | None = None,
     ) -> jax.Array:
         """Equals `batch_norm(x, …, train=not use_running_average)`; batch_stats is updated.
 
@@ -79,10 +85,16 @@ class BatchNorm(nn.BatchNorm):
           use_running_average: normalize by batch_stats and leave them; here or in the constructor.
           mask: broadcastable to x; False cells take no part in the statistics.
           residual: of x's shape; added to y before the activation.
+          update_stats: False leaves batch_stats as they are in training too, so they need not be
+            mutable; y is the same. For a second pass over a batch, an adversarial step, a probe.
+            A Python bool.
+          renorm: in place of the constructor's, for a schedule; may hold traced numbers.
+          weights: broadcastable to x, at least 0: the share of each cell in the statistics.
         """
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
+        check_update_stats("BatchNorm", update_stats)
         x = array("BatchNorm", "x", x)
         axes = resolve("BatchNorm", x, self.axis).features
         features = tuple(x.shape[a] for a in axes)
@@ -107,7 +119,8 @@ class BatchNorm(nn.BatchNorm):
                     f"for variables of this x, or pass the feature axis as axis=."
                 )
         initializing = self.is_initializing()
-        if not (use_running_average or initializing or self.is_mutable_collection("batch_stats")):
+        updates = update_stats and not (use_running_average or initializing)
+        if updates and not self.is_mutable_collection("batch_stats"):
             raise _immutable("/" + "/".join(self.path))
         options: dict[str, Any] = {}
         if not initializing:
@@ -132,9 +145,11 @@ class BatchNorm(nn.BatchNorm):
             dtype=dtype,
             activation=self.activation,
             residual=residual,
+            renorm=self.renorm if renorm is None else renorm,
+            weights=weights,
             **options,
         )
-        if not use_running_average and not initializing:
+        if updates:
             mean.value, var.value = state.mean, state.var
             if state.count is not None:
                 counter.value = state.count
@@ -152,6 +167,7 @@ def _immutable(path: str) -> errors.ModifyScopeVariableError:
         f'BatchNorm: layer "{path}" normalizes by the batch and updates batch_stats, which is '
         f'immutable here; expected mutable=["batch_stats"]; write y, updates = model.apply('
         f'variables, x, mutable=["batch_stats"]) and keep updates["batch_stats"], or '
-        f"use_running_average=True for eval.",
+        f"use_running_average=True for eval, or update_stats=False to normalize by the batch and "
+        f"learn nothing.",
     )
     return error

@@ -12,7 +12,7 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
 from jaxbn import _elsewhere
 from jaxbn._inspection.hooks import PATH
-from jaxbn._op.arguments import array
+from jaxbn._op.arguments import array, check_update_stats
 from jaxbn._op.axes import resolve
 from jaxbn._op.one_value import train_anyway
 from jaxbn._op.state import Params, State
@@ -51,6 +51,8 @@ class BatchNorm(nnx.BatchNorm):
       unbiased: new here: the running var takes n / (n - 1) times the batch's, as PyTorch's does.
       activation: new here: applied to y last. `flax.nnx.relu` costs least, see
         `jaxbn.batch_norm`.
+      renorm: new here: `(r_max, d_max)`, batch renormalization: y in training is nearly that of
+        eval, for batches of 4 to 16; see `jaxbn.batch_norm`.
 
     Raises:
       TypeError, ValueError: as `jaxbn.batch_norm`, with one exception. In training on one value per
@@ -89,6 +91,7 @@ class BatchNorm(nnx.BatchNorm):
         virtual_batch_size: int | None = None,
         unbiased: bool = False,
         activation: Callable[[jax.Array], jax.Array] | None = None,
+        renorm: tuple[float, float] | None = None,
     ):
         super().__init__(
             num_features,
@@ -113,6 +116,7 @@ class BatchNorm(nnx.BatchNorm):
         self.virtual_batch_size = virtual_batch_size
         self.unbiased = unbiased
         self.activation = activation
+        self.renorm = renorm
         if momentum is None:
             self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
@@ -123,6 +127,9 @@ class BatchNorm(nnx.BatchNorm):
         *,
         mask: jax.Array | None = None,
         residual: jax.Array | None = None,
+        update_stats: bool = True,
+        renorm: tuple[float | jax.Array, float | jax.Array] | None = None,
+        weights: jax.Array | None = None,
     ) -> jax.Array:
         """Equals `batch_norm(x, …, train=not use_running_average)`; mean and var are updated.
 
@@ -132,6 +139,10 @@ class BatchNorm(nnx.BatchNorm):
             the constructor, or by `model.eval()`.
           mask: broadcastable to x; False cells take no part in the statistics.
           residual: of x's shape; added to y before the activation.
+          update_stats: False leaves mean and var as they are in training too; y is the same. For
+            a second pass over a batch, an adversarial step, a probe. A Python bool.
+          renorm: in place of the constructor's, for a schedule; may hold traced numbers.
+          weights: broadcastable to x, at least 0: the share of each cell in the statistics.
         """
         use_running_average = nnx.module.first_from(
             use_running_average,
@@ -140,6 +151,7 @@ class BatchNorm(nnx.BatchNorm):
             "constructor; expected True or False: model.train(), model.eval(), or "
             "bn(x, use_running_average=False).",
         )
+        check_update_stats("BatchNorm", update_stats)
         x = array("BatchNorm", "x", x)
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
@@ -177,8 +189,10 @@ class BatchNorm(nnx.BatchNorm):
             dtype=dtype,
             activation=self.activation,
             residual=residual,
+            renorm=self.renorm if renorm is None else renorm,
+            weights=weights,
         )
-        if not use_running_average:
+        if update_stats and not use_running_average:
             # By set_value, since `mean[...] = ` would cast to the dtype that mean had.
             self.mean.set_value(state.mean)
             self.var.set_value(state.var)

@@ -64,8 +64,8 @@ BUGS = (
     Bug(
         "a mask that is not sharded as x",
         "jaxbn/_op/arguments.py",
-        "return sharded_as(mask, x, range(x.ndim))",
-        "return mask",
+        "    return sharded_as(v, x, range(x.ndim))",
+        "    return v",
         f"{ROAD}[Explicit-features-jit-mask-as features]",
     ),
     Bug(
@@ -220,7 +220,7 @@ BUGS = (
     Bug(
         "sample weights taken for a mask",
         "jaxbn/_op/arguments.py",
-        "if seen := _other_than_0_and_1(given):",
+        "if seen := _first(given, lambda v: (v != 0) & (v != 1)):",
         "if seen := []:",
         "op/test_errors.py::test_the_message_says_all[mask of 0.5 in batch_norm]",
     ),
@@ -348,8 +348,8 @@ BUGS = (
     Bug(
         "dscale times the number of devices",
         "jaxbn/_op/training.py",
-        "by_d = by_d + r * t.params.scale.astype(kind)",
-        "by_d = by_d + r * t.params.scale.astype(kind) * (pool.devices if pool else 1)",
+        "by_d = by_d + r * tparams.scale.astype(kind)",
+        "by_d = by_d + r * tparams.scale.astype(kind) * (pool.devices if pool else 1)",
         "op/test_devices.py::test_devices_equal_one_device_on_the_pooled_batch[pmap-even]",
     ),
     Bug(
@@ -376,8 +376,8 @@ BUGS = (
     Bug(
         "statistics no longer functions of x in second order",
         "jaxbn/_op/training.py",
-        "y, m, r = _forward(spec, v)",
-        "y, m, r = _forward(spec, v); m, r = jax.lax.stop_gradient((m, r))",
+        "y, m, r, change = _forward(spec, v)",
+        "y, m, r, change = _forward(spec, v); m, r = jax.lax.stop_gradient((m, r))",
         "op/test_derivative.py::test_derivatives_of_first_and_second_order[masked]",
     ),
     Bug(
@@ -440,6 +440,90 @@ BUGS = (
         "test_first_day.py::test_names_of_other_libraries[BatchNorm]",
     ),
     Bug(
+        "weights count as a mask",
+        "jaxbn/_op/moments.py",
+        "    w = weights.astype(jnp.finfo(kind).dtype)",
+        "    w = mask.astype(jnp.finfo(kind).dtype)",
+        "op/test_weights.py::test_moments_equal_the_oracle[conv2d]",
+    ),
+    Bug(
+        "no derivative by a weight of 0",
+        "jaxbn/_op/moments.py",
+        "    x = jnp.where(mask | jnp.isfinite(x), x.astype(kind), 0)",
+        "    x = jnp.where(mask, x.astype(kind), 0)",
+        "op/test_weights.py::test_y_state_and_gradients_equal_the_oracle[conv2d]",
+    ),
+    Bug(
+        "weights of this device alone",
+        "jaxbn/_op/moments.py",
+        "    count = devices_.total(_count(w, x, axes, w.dtype), pool)",
+        "    count = _count(w, x, axes, w.dtype)",
+        "op/test_weights.py::test_devices_equal_one_device[vmap]",
+    ),
+    Bug(
+        "a weighted variance without its pivot",
+        "jaxbn/_op/moments.py",
+        "    pivot = lax.stop_gradient(mean_of(x))",
+        "    pivot = 0 * lax.stop_gradient(mean_of(x))",
+        "op/test_weights.py::test_the_variance_does_not_cancel_at_large_means[1000.0]",
+    ),
+    Bug(
+        "a mask that weights forget",
+        "jaxbn/_op/arguments.py",
+        "weights = weights if mask is None else jnp.where(mask, weights, 0)",
+        "weights = weights + 0",
+        "op/test_weights.py::test_mask_and_weights_multiply",
+    ),
+    Bug(
+        "negative weights pass",
+        "jaxbn/_op/arguments.py",
+        "lambda v: ~((v >= 0) & (v < np.inf))",
+        "lambda v: ~(v < np.inf)",
+        "op/test_errors.py::test_the_message_says_all[weights of -0.5 in moments]",
+    ),
+    Bug(
+        "hooks forget the weights of a call",
+        "jaxbn/_inspection/hooks.py",
+        "layer.axis_name, groups, call.weights)",
+        "layer.axis_name, groups)",
+        "op/test_weights.py::test_the_modules_and_recalibration_take_them_from_the_call",
+    ),
+    Bug(
+        "r and d are differentiated",
+        "jaxbn/_op/renorm.py",
+        "lambda v: lax.stop_gradient(v.astype(kind)), (m",
+        "lambda v: v.astype(kind), (m",
+        "op/test_derivative.py::test_derivatives_of_first_and_second_order[renorm, masked]",
+    ),
+    Bug(
+        "r is clipped from above alone",
+        "jaxbn/_op/renorm.py",
+        "near / r, 1), 1 / r_max, r_max)",
+        "near / r, 1), 0, r_max)",
+        "op/test_renorm.py::test_y_state_and_gradients_equal_the_oracle[conv2d]",
+    ),
+    Bug(
+        "d is added after scale",
+        "jaxbn/_op/renorm.py",
+        "by_r, by_d = (v * params.scale.astype(both) for v in (by_r, by_d))",
+        "by_r = by_r * params.scale.astype(both)",
+        "op/test_renorm.py::test_y_state_and_gradients_equal_the_oracle[conv2d]",
+    ),
+    Bug(
+        "d where no value is valid",
+        "jaxbn/_op/renorm.py",
+        "d = jnp.where(m.count > 0, d, 0)",
+        "d = jnp.where(m.count >= 0, d, 0)",
+        "op/test_renorm.py::test_where_nothing_can_be_told",
+    ),
+    Bug(
+        "recalibration is drawn to the old statistics",
+        "jaxbn/_inspection/observer.py",
+        'plain = {"renorm": (1.0, 0.0)} if drawn else {}',
+        "plain = {}",
+        "op/test_renorm.py::test_recalibration_does_not_lean_on_the_old_statistics[nnx-call]",
+    ),
+    Bug(
         "another library's name, imported, is Python's ImportError",
         "jaxbn/_elsewhere.py",
         '"_handle_fromlist"',
@@ -498,9 +582,23 @@ BUGS = (
     Bug(
         "a forgotten mutable in Flax's words",
         "jaxbn/linen.py",
-        'initializing or self.is_mutable_collection("batch_stats")):',
-        "True):",
+        'if updates and not self.is_mutable_collection("batch_stats"):',
+        "if False:",
         "test_first_day.py::test_forgotten_mutable",
+    ),
+    Bug(
+        "linen learns what it was told to leave",
+        "jaxbn/linen.py",
+        "updates = update_stats and not (",
+        "updates = not (",
+        "flax/test_update_stats.py::test_linens_batch_stats_need_not_be_mutable",
+    ),
+    Bug(
+        "nnx learns what it was told to leave",
+        "jaxbn/nnx.py",
+        "        if update_stats and not use_running_average:",
+        "        if not use_running_average:",
+        "flax/test_update_stats.py::test_y_and_dx_are_those_of_training_and_the_statistics_stay[nnx-plain]",
     ),
     Bug(
         "an nnx layer of another size speaks of params.scale",
@@ -666,8 +764,8 @@ BUGS = (
     Bug(
         "a mask has the axes of x",
         "jaxbn/health/_rows.py",
-        '    mask = check_mask("drift", mask, x)\n',
-        "",
+        '    mask, weights = check_cells("drift", call.mask, call.weights, x)\n',
+        "    mask, weights = call.mask, call.weights\n",
         "health/test_drift.py::test_a_mask_without_an_axis_of_rows_is_one_for_all_rows",
     ),
     Bug(
@@ -688,9 +786,16 @@ BUGS = (
     Bug(
         "recalibration in eval mode",
         "jaxbn/_inspection/observer.py",
-        "batch_moments(call, lambda _: run(True))",
-        "batch_moments(call, lambda _: run(call.train))",
+        "batch_moments(call, lambda _: run(True, **plain))",
+        "batch_moments(call, lambda _: run(call.train, **plain))",
         "adapt/test_recalibrate.py::test_statistics_are_those_of_one_batch_of_all[linen]",
+    ),
+    Bug(
+        "recalibration takes what the layers leave",
+        "jaxbn/_inspection/observer.py",
+        "        if not call.update_stats:",
+        "        if False:",
+        "flax/test_update_stats.py::test_recalibration_takes_what_the_layer_learns_from[nnx]",
     ),
     Bug(
         "a frozen layer trains",
@@ -965,7 +1070,7 @@ BUGS = (
         "jaxbn/nnx.py",
         "use_fast_variance: bool = True,",
         "use_fast_variance: bool = False,",
-        "flax/test_nnx.py::test_the_signature_is_flaxs_and_three_arguments_more",
+        "flax/test_nnx.py::test_the_signature_is_flaxs_and_four_arguments_more",
     ),
     Bug(
         "any name passes type checkers",

@@ -190,7 +190,8 @@ def test_forgotten_mutable(models):
         'BatchNorm: layer "/norm" normalizes by the batch and updates batch_stats, which is '
         'immutable here; expected mutable=["batch_stats"]; write y, updates = model.apply('
         'variables, x, mutable=["batch_stats"]) and keep updates["batch_stats"], or '
-        "use_running_average=True for eval."
+        "use_running_average=True for eval, or update_stats=False to normalize by the batch and "
+        "learn nothing."
     )
 
 

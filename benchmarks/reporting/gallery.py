@@ -352,6 +352,27 @@ def swap():
     return figure
 
 
+def renorm():
+    """Accuracy with batch norm and with renormalization, for three kinds of batches."""
+    rows = table("docs/renorm.md", "a batch of")
+    figure, axis = plots.axes(
+        "Small batches, and batches of few classes",
+        "test accuracy, %: mean and range of 3 seeds",
+        height=3,
+    )
+    for i, (_, *cells) in enumerate(rows):
+        for cell, shift, color in zip(cells, (-0.1, 0.1), (GREY, BLUE), strict=True):
+            mean, least, most = map(float, re.findall(r"[\d.]+", cell))
+            axis.hlines(i + shift, least, most, color=color, linewidth=2)
+            axis.scatter(mean, i + shift, color=color, s=60, zorder=3)
+    axis.scatter([], [], color=GREY, label="BatchNorm")
+    axis.scatter([], [], color=BLUE, label="with renorm")
+    axis.legend(loc="lower left", frameon=False)
+    axis.set_yticks(range(len(rows)), [row[0] for row in rows])
+    axis.invert_yaxis()
+    return figure
+
+
 def fold_report():
     """Operations of norms in a network, as written and folded."""
     import jax
@@ -408,7 +429,7 @@ PICTURES: dict[str, Callable] = {
     for drawn in (
         *(first_steps, devices),
         *(train, ship, speedrun, failures, alarms, served, false_alarms, stale),
-        *(recalibrate, finetune, swap, fold_report, torch_roundtrip, zoo, watched),
+        *(recalibrate, finetune, renorm, swap, fold_report, torch_roundtrip, zoo, watched),
     )
 }
 

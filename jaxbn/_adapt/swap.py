@@ -328,13 +328,13 @@ def _exchange_nnx(layer: Any, to: str, options: Mapping[str, Any]) -> None:
     import jaxbn.nnx
 
     ours = isinstance(layer, jaxbn.nnx.BatchNorm)
-    new = {"virtual_batch_size": None, "unbiased": False, "activation": None}
+    new = {"virtual_batch_size": None, "unbiased": False, "activation": None, "renorm": None}
     if to == "batch":
         nnx_classes.exchange(layer, jaxbn.nnx.BatchNorm)
         options = {**{name: v for name, v in new.items() if not hasattr(layer, name)}, **options}
     elif ours:
         nnx_classes.exchange(layer, nnx_classes.subclass(nnx.BatchNorm, "BatchNorm", _flax_call))
-        del layer.virtual_batch_size, layer.unbiased
+        del layer.virtual_batch_size, layer.unbiased, layer.renorm
     for name, value in _options_of(layer, options).items():
         setattr(layer, name, value)
     if layer.momentum is None and not hasattr(layer, "count"):
@@ -446,7 +446,7 @@ def _apply_swapped(
             force_float32_reductions=call.layer.force_float32_reductions,
             parent=call.layer.scope,
         )
-        y = norm(call.x, mask=_full_mask(call.mask, call.x))
+        y = norm(call.x, mask=_full_mask(call.mask, call.weights, call.x))
         return finish(y, getattr(call.layer, "activation", None), call.residual), None
 
     with nn.intercept_methods(functools.partial(_standardized_call, convolutions)):
@@ -479,9 +479,13 @@ def _swapped_call(cls: Any, to: str) -> Callable[..., jax.Array]:
         *,
         mask: Any = None,
         residual: Any = None,
+        update_stats: bool = True,
+        renorm: Any = None,
+        weights: Any = None,
     ) -> jax.Array:
         _check_last(to, {}, x)
-        return finish(cls.__call__(self, x, mask=_full_mask(mask, x)), self.activation, residual)
+        y = cls.__call__(self, x, mask=_full_mask(mask, weights, x))
+        return finish(y, self.activation, residual)
 
     return __call__
 
@@ -502,9 +506,12 @@ def _check_last(to: str, axes: Mapping[str, Any], x: jax.Array | None = None) ->
         )
 
 
-def _full_mask(mask: Any, x: jax.Array) -> Any:
-    """The mask with x's shape: Flax's GroupNorm reshapes the mask as it reshapes x."""
-    return None if mask is None else jnp.broadcast_to(jnp.asarray(mask, bool), x.shape)
+def _full_mask(mask: Any, weights: Any, x: jax.Array) -> Any:
+    """The cells that count with x's shape: Flax's GroupNorm reshapes its mask as it reshapes x."""
+    cells = [
+        jnp.broadcast_to(jnp.asarray(v, bool), x.shape) for v in (mask, weights) if v is not None
+    ]
+    return functools.reduce(jnp.logical_and, cells) if cells else None
 
 
 def _without_layers(stats: Any, paths: Mapping[str, Any], at: str = "") -> Any:

@@ -28,7 +28,7 @@ class Call(NamedTuple):
 
     >>> from jaxbn import calls
     >>> calls.Call._fields
-    ('layer', 'x', 'mask', 'train', 'path', 'residual')
+    ('layer', 'x', 'mask', 'train', 'path', 'residual', 'update_stats', 'renorm', 'weights')
     """
 
     layer: Any  # the Flax module, with axis, momentum, epsilon, axis_name
@@ -37,9 +37,12 @@ class Call(NamedTuple):
     train: bool  # whether the model asked the layer to normalize by the batch
     path: str = ""  # as in `layers.find`
     residual: jax.Array | None = None  # of the call; added to y before the layer's activation
+    update_stats: bool = True  # of the call; False: the layer learns nothing
+    renorm: Any = None  # of the call; None: the layer's own
+    weights: jax.Array | None = None  # of the call: the share of each cell in the statistics
 
 
-Hook = Callable[[Call, Callable[[bool], jax.Array]], tuple[jax.Array, Any]]
+Hook = Callable[[Call, Callable[..., jax.Array]], tuple[jax.Array, Any]]
 
 _hooks_around: ContextVar[int] = ContextVar("jaxbn_hooks_around", default=0)
 
@@ -67,7 +70,7 @@ def batch_moments(call: Call, run: Callable[[bool], jax.Array]) -> tuple[jax.Arr
 
 
 def pooled(call: Call, mask: jax.Array | None) -> Moments:
-    """The moments of those cells of x where the mask is True.
+    """The moments of those cells of x where the mask is True, under the weights of the call.
 
     The moments are pooled over devices exactly where the layer pools its own. Use it in a hook that
     needs another mask than the call's.
@@ -87,7 +90,7 @@ def pooled(call: Call, mask: jax.Array | None) -> Moments:
     """
     layer = call.layer
     groups = layer.axis_index_groups
-    return moments(call.x, layer.axis, mask, axis_name=layer.axis_name, axis_index_groups=groups)
+    return moments(call.x, layer.axis, mask, layer.axis_name, groups, call.weights)
 
 
 def check_apply(call: str, apply: Any, write: str) -> None:
@@ -123,8 +126,9 @@ def hooked_apply(
     Args:
       apply: `net.apply`, or a function that passes its keywords on to it.
       hook: `hook(call, run)` returns `(y, record)`. `run(train)` is the layer itself, in the mode
-        that you pass. Train mode updates the statistics, so a hook that wants both modes runs eval
-        mode first. A record is a pytree of arrays, or None to record nothing.
+        that you pass; keywords replace those of the call. Train mode updates the statistics, so a
+        hook that wants both modes runs eval mode first. A record is a pytree of arrays, or None to
+        record nothing.
       combine: `combine(record, record)` gives the record of a layer that is called twice.
 
     Returns:
@@ -151,20 +155,18 @@ def hooked_apply(
         constructed = layer.use_running_average
         mode = nn.merge_param("use_running_average", constructed, given)
 
-        def run(train: bool) -> jax.Array:
+        def run(train: bool, **changed: Any) -> jax.Array:
             # A layer with a mode in its constructor refuses a mode in its call.
             object.__setattr__(layer, "use_running_average", None)
             try:
-                return layer_call(x, not train, mask=mask, **more)
+                return layer_call(x, not train, mask=mask, **more | changed)
             finally:
                 object.__setattr__(layer, "use_running_average", constructed)
                 # Flax rewinds the scope after a call, so that a second call finds the variables
                 # of the first. This does the same between two runs in one call.
                 object.__setattr__(layer, "scope", layer.scope.rewound())
 
-        y, record = hook(
-            Call(layer, x, mask, not mode, join("", *layer.path), more.get("residual")), run
-        )
+        y, record = hook(Call(layer, x, mask, not mode, join("", *layer.path), **_kept(more)), run)
         if record is not None:
             # The record is stored in batch_stats, because nn.scan, nn.vmap and nn.remat carry that
             # collection already. They would drop a collection of our own.
@@ -270,8 +272,12 @@ def _hooked_call(
         mode = nnx.module.first_from(
             given, self.use_running_average, error_msg="BatchNorm: use_running_average is not set"
         )
-        call = Call(self, x, mask, not mode, getattr(self, PATH), more.get("residual"))
-        y, record = hook(call, lambda train: cls.__call__(self, x, not train, mask=mask, **more))
+        call = Call(self, x, mask, not mode, getattr(self, PATH), **_kept(more))
+
+        def run(train: bool, **changed: Any) -> jax.Array:
+            return cls.__call__(self, x, not train, mask=mask, **more | changed)
+
+        y, record = hook(call, run)
         if record is not None:
             if hasattr(self, name):
                 record = combine(getattr(self, name).get_value(), record)
@@ -285,6 +291,11 @@ def _arguments(
     x: Any, use_running_average: Any = None, *, mask: Any = None, **more: Any
 ) -> tuple[Any, ...]:
     return x, use_running_average, mask, more
+
+
+def _kept(more: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of a layer's call that a `Call` has."""
+    return {name: v for name, v in more.items() if name in Call._fields}
 
 
 def _without_records(stats: Any, name: str, path: str = "") -> tuple[Any, dict[str, Any]]:

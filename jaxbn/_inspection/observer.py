@@ -123,10 +123,15 @@ def _observe_functional(call: str, apply: Callable[..., Any], paths: tuple[str, 
 
 
 def _hook(paths: tuple[str, ...]) -> Callable[..., tuple[jax.Array, Any]]:
-    def hook(call: Call, run: Callable[[bool], jax.Array]) -> tuple[jax.Array, Any]:
+    def hook(call: Call, run: Callable[..., jax.Array]) -> tuple[jax.Array, Any]:
         if call.path not in paths:
             return run(call.train), None
-        y, moments = batch_moments(call, lambda _: run(True))
+        # By the batch alone: renormalization would draw y to the old statistics.
+        drawn = call.renorm is not None or getattr(call.layer, "renorm", None) is not None
+        plain = {"renorm": (1.0, 0.0)} if drawn else {}
+        if not call.update_stats:  # the layer learns nothing from this call, and so do we
+            return run(True, **plain), None
+        y, moments = batch_moments(call, lambda _: run(True, **plain))
         return y, Observed(moments, jnp.asarray(getattr(call.layer, "unbiased", False)))
 
     return hook

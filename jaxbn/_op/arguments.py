@@ -18,6 +18,7 @@ from jax import lax
 from jaxbn._op import axes as axes_
 from jaxbn._op.axes import Axes, check_dtype, is_integer, promote, wide
 from jaxbn._op.devices import Pool, sharded_as
+from jaxbn._op.renorm import Renorm
 from jaxbn._op.state import Moments, Params, State
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -41,9 +42,11 @@ class Checked(NamedTuple):
     axes: Axes
     momentum: Any
     epsilon: Any  # a float, or traced
-    mask: jax.Array | None  # booleans of x's rank
+    mask: jax.Array | None  # booleans of x's rank: the cells that count, by mask and by weights
+    weights: jax.Array | None  # of x's rank; 0 where the mask is False
     dtype: Any  # of y
     residual: jax.Array | None  # in dtype
+    renorm: Renorm | None  # None in eval mode
     pool: Pool | None  # the devices whose statistics are one; None in eval mode
     batch_axis: int  # the axis that ghost batches divide, where there are any
     ghosts: int  # number of ghost batches; 0 where there are none
@@ -66,6 +69,8 @@ def check(
     dtype: Any,
     activation: Any,
     residual: Any,
+    renorm: Any,
+    weights: Any,
 ) -> Checked:
     """The arguments of `batch_norm`, or an error that says what to write."""
     x = array(call, "x", x)
@@ -83,7 +88,8 @@ def check(
     check_dtype(call, "values of y", dtype, "leave dtype out for that of x")
     check_activation(call, activation)
     residual = None if residual is None else check_residual(call, residual, x, dtype)
-    mask = None if mask is None else check_mask(call, mask, x)
+    mask, weights = check_cells(call, mask, weights, x)
+    limits = None if renorm is None else check_renorm(call, renorm, state, x)
     pool, batch_axis, ghosts = None, 0, 0
     if not train:
         check_eval(call, state)
@@ -103,8 +109,10 @@ def check(
         momentum=momentum,
         epsilon=epsilon,
         mask=mask,
+        weights=weights,
         dtype=dtype,
         residual=residual,
+        renorm=Renorm(state.mean, state.var, *limits) if limits and train else None,
         pool=pool,
         batch_axis=batch_axis,
         ghosts=ghosts,
@@ -200,6 +208,16 @@ def check_train(call: str, train: Any) -> None:
         )
 
 
+def check_update_stats(call: str, update_stats: Any) -> None:
+    """Refuses an `update_stats` that is not a bool, or is traced."""
+    if not isinstance(update_stats, bool | np.bool_):
+        raise TypeError(
+            f"{call}: update_stats={update_stats!r}, expected True or False, known when tracing. A "
+            f"traced flag can choose afterwards: jax.tree.map(lambda old, new: jnp.where(flag, "
+            f"new, old), old_stats, new_stats)."
+        )
+
+
 def check_eval(call: str, state: Any) -> None:
     """Eval normalizes by the running statistics of a State."""
     if state is None:
@@ -241,6 +259,45 @@ def check_residual(call: str, residual: Any, x: jax.Array, dtype: Any) -> jax.Ar
     return residual.astype(dtype)
 
 
+def check_renorm(
+    call: str, renorm: Any, state: Any, x: jax.Array
+) -> tuple[jax.Array, jax.Array] | None:
+    """r_max and d_max as arrays; None where moments are gathered, which no state is to draw to."""
+    pair = renorm if isinstance(renorm, tuple | list) else ()
+    least = zip(pair, (1.0, 0.0), strict=False)
+    if len(pair) != 2 or not all(np.shape(v) == () and _is_number(v, w.__le__) for v, w in least):
+        raise (ValueError if pair else TypeError)(
+            f"{call}: renorm={renorm!r}, expected (r_max, d_max), numbers of at least 1 and 0, or "
+            f"traced ones; write renorm=(3.0, 5.0), or renorm=(1.0, 0.0) for plain batch norm."
+        )
+    if jnp.iscomplexobj(x):
+        raise TypeError(
+            f"{call}: renorm={renorm!r} with x of dtype {x.dtype}, but d is clipped, and complex "
+            f"numbers have no order; leave renorm out."
+        )
+    if state is None:
+        raise ValueError(
+            f"{call}: renorm={renorm!r} with state=None, but y is drawn to the running statistics; "
+            f"start from params, state = jaxbn.init(features)."
+        )
+    if isinstance(state, Moments):
+        return None
+    r_max, d_max = (jnp.asarray(limit, state.var.dtype) for limit in pair)
+    return r_max, d_max
+
+
+def check_cells(
+    call: str, mask: Any, weights: Any, x: jax.Array
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """The cells that count, and how much: mask and weights multiply. None for what is not given."""
+    mask = None if mask is None else check_mask(call, mask, x)
+    if weights is None:
+        return mask, None
+    weights = check_weights(call, weights, x)
+    weights = weights if mask is None else jnp.where(mask, weights, 0)
+    return weights > 0, weights
+
+
 def check_mask(call: str, mask: Any, x: jax.Array) -> jax.Array:
     """`mask` as booleans with x's rank; broadcastable to x, or an error with the line to write.
 
@@ -248,32 +305,61 @@ def check_mask(call: str, mask: Any, x: jax.Array) -> jax.Array:
     """
     given, mask = mask, array(call, "mask", mask)
     if mask.dtype != bool:
-        if seen := _other_than_0_and_1(given):
+        if seen := _first(given, lambda v: (v != 0) & (v != 1)):
             raise ValueError(
                 f"{call}: mask holds {seen[0]}, expected True and False, or 1 and 0: a cell takes "
-                f"part in the statistics or it does not, and no weight is read; write mask > 0."
+                f"part in the statistics or it does not; write mask > 0, or weights=mask for a "
+                f"share."
             )
         mask = mask != 0
-    tail = x.shape[x.ndim - mask.ndim :] if mask.ndim <= x.ndim else None
-    if tail is None or any(m not in (1, n) for m, n in zip(mask.shape, tail, strict=True)):
-        remedy = "A mask broadcasts as in NumPy, from the last axis backwards."
-        if mask.shape == x.shape[: mask.ndim]:
-            nones = ", ".join(["None"] * (x.ndim - mask.ndim))
-            remedy = f"A mask over the leading axes: mask[..., {nones}]."
+    return _of_xs_rank(call, "mask has", mask, x)
+
+
+def check_weights(call: str, weights: Any, x: jax.Array) -> jax.Array:
+    """`weights` in float32 or wider with x's rank; broadcastable to x, finite, not negative.
+
+    Where shardings are types, their axes are sharded as those of x are.
+    """
+    given, weights = weights, array(call, "weights", weights)
+    if jnp.iscomplexobj(weights):
+        raise TypeError(
+            f"{call}: weights have dtype {weights.dtype}, expected real numbers of at least 0; "
+            f"write weights=jnp.abs(weights)."
+        )
+    if seen := _first(given, lambda v: ~((v >= 0) & (v < np.inf))):
         raise ValueError(
-            f"{call}: mask has shape {mask.shape} but x has shape {x.shape}; expected a shape "
+            f"{call}: weights hold {seen[0]}, expected finite numbers of at least 0, the share "
+            f"that a cell has in the statistics; write weights=jnp.clip(weights, 0, 1), or mask= "
+            f"for cells that take no part."
+        )
+    kind = promote(weights.dtype, jnp.finfo(wide(x.dtype)).dtype)
+    return _of_xs_rank(call, "weights have", weights.astype(kind), x)
+
+
+def _of_xs_rank(call: str, what_has: str, v: jax.Array, x: jax.Array) -> jax.Array:
+    """Equals v with ones before its axes up to the rank of x, sharded as x is; v must fit x."""
+    tail = x.shape[x.ndim - v.ndim :] if v.ndim <= x.ndim else None
+    if tail is None or any(m not in (1, n) for m, n in zip(v.shape, tail, strict=True)):
+        what, _ = what_has.split()
+        name, verb = ("A mask", "broadcasts") if what == "mask" else ("Weights", "broadcast")
+        remedy = f"{name} {verb} as in NumPy, from the last axis backwards."
+        if v.shape == x.shape[: v.ndim]:
+            nones = ", ".join(["None"] * (x.ndim - v.ndim))
+            remedy = f"{name} over the leading axes: {what}[..., {nones}]."
+        raise ValueError(
+            f"{call}: {what_has} shape {v.shape} but x has shape {x.shape}; expected a shape "
             f"that broadcasts to x. {remedy}"
         )
-    mask = jnp.expand_dims(mask, tuple(range(x.ndim - mask.ndim)))
-    return sharded_as(mask, x, range(x.ndim))
+    v = jnp.expand_dims(v, tuple(range(x.ndim - v.ndim)))
+    return sharded_as(v, x, range(x.ndim))
 
 
-def _other_than_0_and_1(mask: Any) -> list[Any]:
-    """The first value of a mask that is neither, where its values can be seen from here."""
-    if isinstance(mask, jax.core.Tracer) or not getattr(mask, "is_fully_addressable", True):
+def _first(v: Any, wrong: Callable[[np.ndarray], np.ndarray]) -> list[Any]:
+    """The first value of v that is wrong, where the values can be seen from here."""
+    if isinstance(v, jax.core.Tracer) or not getattr(v, "is_fully_addressable", True):
         return []
-    values = np.asarray(mask)
-    return values[(values != 0) & (values != 1)][:1].tolist()
+    values = np.asarray(v)
+    return values[wrong(values)][:1].tolist()
 
 
 def check_numbers(call: str, momentum: Any, epsilon: Any) -> tuple[Any, Any]:

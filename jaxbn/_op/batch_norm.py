@@ -39,6 +39,8 @@ def batch_norm(
     dtype: Any = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
     residual: jax.Array | None = None,
+    renorm: tuple[float | jax.Array, float | jax.Array] | None = None,
+    weights: jax.Array | None = None,
 ) -> tuple[jax.Array, S]:
     """Equals `(x - mean) / sqrt(var + epsilon) * scale + bias` per channel.
 
@@ -75,6 +77,17 @@ def batch_norm(
         relu, the backward pass decides the sign again, from x, or from y with a residual: a GPU
         then reads and writes less than for a relu apart. Any other function is called as it is.
       residual: of x's shape, added to y before the activation, in y's dtype.
+      renorm: `(r_max, d_max)`, batch renormalization (Ioffe 2017): in training y is
+        `(xhat * r + d) * scale + bias`, with xhat by the batch and r and d such that y is nearly
+        that of eval: `r = clip(sqrt(var + epsilon) / sqrt(state.var + epsilon), 1/r_max, r_max)`
+        and `d = clip((mean - state.mean) / sqrt(state.var + epsilon), -d_max, d_max)`, of the
+        state before this batch, constants to every derivative. `(1.0, 0.0)` is batch norm. Both
+        may be traced, so that a schedule runs inside jit. For batches of 4 to 16. Ignored in eval
+        mode, and where state is a `Moments`.
+      weights: broadcastable to x, at least 0: the share that each cell has in the statistics. The
+        count is Σw, mean Σwx / Σw and var Σw|x - mean|² / Σw, over all devices; mask and weights
+        multiply, and a cell of weight 0 is as one outside the mask. y and the state have
+        derivatives of x, and y of the weights too. `unbiased` takes n = Σw.
 
     Returns:
       `(y, state)`: y with x's shape; the state in both modes with mean and var in float32 or
@@ -112,6 +125,8 @@ def batch_norm(
         dtype=dtype,
         activation=activation,
         residual=residual,
+        renorm=renorm,
+        weights=weights,
     )
     new: Any = c.state
     if not train:
@@ -119,6 +134,7 @@ def batch_norm(
         y = normalize_lean(c.x, c.state.mean, r, c.params, c.axes, c.dtype, c.mask)
         return finish(y, activation, c.residual), new
     relu = activation is jax.nn.relu and not jnp.issubdtype(c.dtype, jnp.complexfloating)
+    relu &= c.weights is None
     y, moments = _by_batch(c, relu)
     if isinstance(new, Moments):
         new = _gathered(new, moments)
@@ -140,7 +156,9 @@ def _by_batch(c: Checked, relu: bool) -> tuple[jax.Array, Moments]:
     """
     known, traced = (c.epsilon, None) if isinstance(c.epsilon, float) else (0.0, c.epsilon)
     near = None if c.state is None else c.state.mean
-    v = Operands(c.x, c.params, c.mask, traced, c.residual if relu else None, near)
+    v = Operands(
+        c.x, c.params, c.mask, traced, c.residual if relu else None, near, c.renorm, c.weights
+    )
     if not c.ghosts:
         return normalize_by_batch(Spec(c.axes, known, c.pool, c.dtype, relu), v)
     y, moments = _by_ghosts(Spec(c.axes, known, None, c.dtype, relu), v, c.batch_axis, c.ghosts)
@@ -162,10 +180,9 @@ def _by_ghosts(spec: Spec, v: Operands, batch_axis: int, ghosts: int) -> tuple[j
         return v.reshape(*before, ghosts, v.shape[batch_axis] // ghosts, *after)
 
     large = {"x": v.x}
-    if v.mask is not None:
-        large["mask"] = jnp.broadcast_to(v.mask, v.x.shape)
-    if v.residual is not None:
-        large["residual"] = v.residual
+    for name in ("mask", "weights", "residual"):
+        if (leaf := getattr(v, name)) is not None:
+            large[name] = jnp.broadcast_to(leaf, v.x.shape)
     each = jax.vmap(
         lambda large: normalize_by_batch(spec, v._replace(**large)),
         in_axes=batch_axis,

@@ -10,7 +10,7 @@ from jaxbn._op.state import Moments
 # The checkpoint name of the statistics, which policies refer to.
 MOMENTS = "batch_norm_moments"
 
-_named = jax.checkpoint_policies.save_only_these_names(MOMENTS)
+only_moments = jax.checkpoint_policies.save_only_these_names(MOMENTS)
 
 
 def named(m: Moments) -> Moments:
@@ -48,4 +48,4 @@ def checkpoint_policy(prim: Any, *avals: Any, **params: Any) -> bool:
     1
     """
     dots = jax.checkpoint_policies.dots_saveable(prim, *avals, **params)
-    return dots or _named(prim, *avals, **params)
+    return dots or only_moments(prim, *avals, **params)

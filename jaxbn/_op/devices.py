@@ -23,8 +23,10 @@ class Pool(NamedTuple):
     devices: int  # in one pool; each part of a vmap counts as one
 
 
-def total(v: jax.Array, pool: Pool) -> jax.Array:
+def total(v: jax.Array, pool: Pool | None) -> jax.Array:
     """Sum of v over the pool. Linear: JAX transposes it."""
+    if pool is None:
+        return v
     for name in pool.mapped:
         v = parts(v, name, pool.groups).sum(0)
     if not pool.axis_name:

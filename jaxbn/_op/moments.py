@@ -13,7 +13,8 @@ from jaxbn._op import arguments
 from jaxbn._op import axes as axes_
 from jaxbn._op import devices as devices_
 from jaxbn._op.axes import Axes, wide
-from jaxbn._op.pooling import across
+from jaxbn._op.devices import Pool
+from jaxbn._op.pooling import across, not_negative
 from jaxbn._op.primitives import Operation
 from jaxbn._op.state import Moments
 from jaxbn._op.sums import divisible, parts, real_product, total, totals
@@ -35,6 +36,7 @@ def moments(
     mask: jax.Array | None = None,
     axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
+    weights: jax.Array | None = None,
 ) -> Moments:
     """Equals count, mean and biased variance of x over all axes but `axis`, pooled over devices.
 
@@ -45,6 +47,8 @@ def moments(
         other values it may hold.
       axis_name: mapped axis or axes to pool over, each device weighted by its count.
       axis_index_groups: pool within subgroups of that axis.
+      weights: broadcastable to x, at least 0: the share that each cell has in the statistics.
+        count is then Σw, mean Σwx / Σw and var Σw|x - mean|² / Σw. Mask and weights multiply.
 
     Returns:
       `Moments(count, mean, var)`: mean and var [C] in float32 or wider, exact to a few
@@ -52,8 +56,8 @@ def moments(
       differentiable, to any order. An empty set has count 0, mean 0 and var 0.
 
     Raises:
-      TypeError: x is not floating or complex.
-      ValueError: an axis, the mask, or an axis name does not fit.
+      TypeError: x is not floating or complex, or weights are complex.
+      ValueError: an axis, the mask, weights, or an axis name does not fit.
       NotImplementedError: under `jax.experimental.jet`, which cannot; `jax.jvp` nests.
 
     >>> import jax.numpy as jnp, jaxbn
@@ -65,9 +69,51 @@ def moments(
     """
     x = arguments.array("moments", "x", x)
     where = axes_.resolve("moments", x, axis)
-    if mask is not None:
-        mask = arguments.check_mask("moments", mask, x)
-    return across(of(x, where, mask), arguments.resolve("moments", axis_name, axis_index_groups))
+    mask, weights = arguments.check_cells("moments", mask, weights, x)
+    pool = arguments.resolve("moments", axis_name, axis_index_groups)
+    return over_devices(x, where, mask, None, weights, pool)
+
+
+def over_devices(
+    x: jax.Array,
+    axes: Axes,
+    mask: jax.Array | None,
+    near: jax.Array | None,
+    weights: jax.Array | None,
+    pool: Pool | None,
+) -> Moments:
+    """The moments of x on all devices of the pool; near and mask as in `of`."""
+    if weights is None:
+        return across(of(x, axes, mask, near), pool)
+    assert mask is not None  # the cells whose weight is not 0
+    return under_weights(x, axes, mask, weights, pool)
+
+
+def under_weights(
+    x: jax.Array, axes: Axes, mask: jax.Array, weights: jax.Array, pool: Pool | None
+) -> Moments:
+    """Equals the moments of x under weights, over all devices; mask says where these are not 0.
+
+    Differentiable in the weights too, by sums about the pooled mean. `across` would not do: of a
+    device whose weights are all 0 it has no mean, and so no derivative.
+    """
+    kind = wide(x.dtype)
+    w = weights.astype(jnp.finfo(kind).dtype)
+    count = devices_.total(_count(w, x, axes, w.dtype), pool)
+    n = divisor(count)
+    w = jnp.broadcast_to(w, x.shape)
+    # Behind a weight of 0, NaN is not there. Anything else is: more weight would let it in.
+    x = jnp.where(mask | jnp.isfinite(x), x.astype(kind), 0)
+
+    def mean_of(v: jax.Array) -> jax.Array:
+        total = devices_.total((w.astype(v.dtype) * v).sum(axes.reduced), pool)
+        return total / n.astype(v.dtype)
+
+    pivot = lax.stop_gradient(mean_of(x))
+    d = x - axes.expand(pivot)
+    shift = mean_of(d)
+    var = mean_of(real_product(d, d)) - real_product(shift, shift)
+    return Moments(count, pivot + shift, not_negative(var))
 
 
 # A jit, so that equal layers are traced once.

@@ -23,9 +23,13 @@ Three places compute x - mean: y, the sums, and dx. Barriers keep XLA's CPU back
 them equal, since XLA would then keep that array alive between them. The compiled temporary memory
 of a small ResNet step is 0.67 of Flax's; if dx and the sums shared x - mean, the memory would be
 0.99 (`python -m benchmarks memory`).
+
+Renormalization changes scale and bias by numbers that count as constants (see `renorm`): above,
+scale and bias are what they are changed to.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -33,11 +37,11 @@ import jax.numpy as jnp
 
 from jaxbn._op import devices
 from jaxbn._op.axes import Axes, wide
-from jaxbn._op.checkpoint_policy import named
+from jaxbn._op.checkpoint_policy import named, only_moments
 from jaxbn._op.devices import Pool
-from jaxbn._op.moments import divisor, of, sums_about
+from jaxbn._op.moments import divisor, over_devices, sums_about
 from jaxbn._op.normalize import normalize, rstd
-from jaxbn._op.pooling import across
+from jaxbn._op.renorm import Renorm, renormalized
 from jaxbn._op.state import Moments, Params
 from jaxbn._op.tangent import affine
 
@@ -61,6 +65,8 @@ class Operands(NamedTuple):
     epsilon: jax.Array | None = None
     residual: jax.Array | None = None  # given only where relu follows; of y's dtype
     near: jax.Array | None = None  # the running mean: often near the batch's mean
+    renorm: Renorm | None = None
+    weights: jax.Array | None = None  # 0 where mask is False; without relu
 
 
 # Not inlined, so that equal layers share one function and a second eager call compiles nothing.
@@ -71,22 +77,34 @@ def normalize_by_batch(spec: Spec, v: Operands) -> tuple[jax.Array, Moments]:
     Relu and residual take part only where the call asks for them. Where no device has a valid
     cell, rstd is 0, so y is bias and gradients are finite.
     """
-    return _normalize_by_batch(spec, v)
+    return (_normalize_by_batch if v.weights is None else _normalize_by_weights)(spec, v)
+
+
+@functools.partial(jax.checkpoint, static_argnums=(0,), policy=only_moments)
+def _normalize_by_weights(spec: Spec, v: Operands) -> tuple[jax.Array, Moments]:
+    """As JAX differentiates it, in the weights too; kept for backward are x, weights and [C]."""
+    y, m, *_ = _forward(spec, v)
+    return y, m
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _normalize_by_batch(spec: Spec, v: Operands) -> tuple[jax.Array, Moments]:
-    y, m, _ = _forward(spec, v)
+    y, m, *_ = _forward(spec, v)
     return y, m
 
 
-def _forward(spec: Spec, v: Operands) -> tuple[jax.Array, Moments, jax.Array]:
-    m = named(across(of(v.x, spec.axes, v.mask, v.near), spec.pool))
-    r = rstd(m.var, spec.epsilon if v.epsilon is None else v.epsilon)
+def _forward(
+    spec: Spec, v: Operands
+) -> tuple[jax.Array, Moments, jax.Array, Callable[[Params], Params]]:
+    """Returns y, the moments, rstd, and what scale and bias are changed by."""
+    m = named(over_devices(v.x, spec.axes, v.mask, v.near, v.weights, spec.pool))
+    epsilon = spec.epsilon if v.epsilon is None else v.epsilon
+    r = rstd(m.var, epsilon)
     r = jnp.where(m.count > 0, r, 0)
+    change = renormalized(v.renorm, m, r, epsilon)
     last = spec.relu and v.residual is None
-    y = normalize(v.x, m.mean, r, v.params, spec.axes, spec.dtype, v.mask, last)
-    return y if v.residual is None else jnp.maximum(y + v.residual, 0), m, r
+    y = normalize(v.x, m.mean, r, change(v.params), spec.axes, spec.dtype, v.mask, last)
+    return y if v.residual is None else jnp.maximum(y + v.residual, 0), m, r, change
 
 
 @_normalize_by_batch.defjvp
@@ -94,10 +112,11 @@ def _jvp(spec: Spec, primals: Any, tangents: Any) -> Any:
     """The map of this file's docstring, linear in the tangents t. Arrays are [C] or as noted."""
     (v,), (t,) = primals, tangents
     axes, pool, kind = spec.axes, spec.pool, wide(v.x.dtype)
-    y, m, r = _forward(spec, v)
+    y, m, r, change = _forward(spec, v)
+    params, tparams = jax.jvp(change, (v.params,), (t.params,))
     n = divisor(m.count).astype(kind)
     r = r.astype(kind)
-    a = r if v.params.scale is None else r * v.params.scale.astype(kind)
+    a = r if params.scale is None else r * params.scale.astype(kind)
 
     tx = t.x.astype(kind)  # [..., C]
     s1, s2 = sums_about(tx, v.x, m.mean, v.mask, axes, spec.relu)
@@ -111,16 +130,16 @@ def _jvp(spec: Spec, primals: Any, tangents: Any) -> Any:
         half = half + t.epsilon.astype(kind) / 2
     by_d = -a * r * r * half
     by_1 = -a * s1
-    if t.params.scale is not None:
-        by_d = by_d + r * t.params.scale.astype(kind)
-    if t.params.bias is not None:
-        by_1 = by_1 + t.params.bias.astype(kind)
+    if tparams.scale is not None:
+        by_d = by_d + r * tparams.scale.astype(kind)
+    if tparams.bias is not None:
+        by_1 = by_1 + tparams.bias.astype(kind)
     if pool is not None and pool.axis_name:
         # One array, typed like x, so that the sums of backward are one collective.
         by_d, by_1 = devices.alike(jnp.stack([by_d, by_1]), v.x)[0]
     bias = None
     if spec.relu:
-        bias = jnp.zeros_like(a) if v.params.bias is None else v.params.bias.astype(kind)
+        bias = jnp.zeros_like(a) if params.bias is None else params.bias.astype(kind)
     others = a, v.x, m.mean, v.mask, bias, None if v.residual is None else y
     static = {"dtype": spec.dtype, "valid": False, "relu": spec.relu, "held": spec.relu}
     (ty,) = affine(tx, by_1, by_d, t.residual, *others, axes=axes, **static)

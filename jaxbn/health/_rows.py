@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._inspection import hooks, layers
-from jaxbn._op.arguments import check_mask
+from jaxbn._op.arguments import check_cells
 from jaxbn._op.axes import resolve
 from jaxbn._op.devices import sharded_as
 from jaxbn._op.moments import moments
@@ -50,7 +50,7 @@ def row_moments(call: hooks.Call, run: Callable[[bool], jax.Array]) -> tuple[jax
     >>> rows.mean.shape, float(rows.mean[0, 0]), float(rows.var[0, 0])
     ((1, 1), 2.0, 1.0)
     """
-    x, mask = call.x, call.mask
+    x = call.x
     features = resolve("drift", x, call.layer.axis).features
     if 0 in features or x.shape[0] == 0:
         raise ValueError(
@@ -58,12 +58,17 @@ def row_moments(call: hooks.Call, run: Callable[[bool], jax.Array]) -> tuple[jax
             f"{call.layer.axis}, expected rows (images) on axis 0, and at least one."
         )
     axis = tuple(a - 1 for a in features)
-    if mask is None:
-        return run(False), jax.vmap(lambda x: moments(x, axis), out_axes=-1)(x)
-    mask = check_mask("drift", mask, x)
-    mask = jnp.broadcast_to(mask, (x.shape[0], *mask.shape[1:]))
-    mask = sharded_as(mask, x, range(x.ndim))
-    return run(False), jax.vmap(lambda x, mask: moments(x, axis, mask), out_axes=-1)(x, mask)
+    mask, weights = check_cells("drift", call.mask, call.weights, x)
+
+    def by_row(v: jax.Array | None) -> jax.Array | None:
+        if v is None:
+            return None
+        return sharded_as(jnp.broadcast_to(v, (x.shape[0], *v.shape[1:])), x, range(x.ndim))
+
+    of_a_row = jax.vmap(
+        lambda x, mask, weights: moments(x, axis, mask, weights=weights), out_axes=-1
+    )
+    return run(False), of_a_row(x, by_row(mask), by_row(weights))
 
 
 def incoming(model: Any) -> Callable[..., tuple[Any, dict[str, Moments]]]:

@@ -107,7 +107,60 @@ def epsilon_of(params):
     return jnp.exp(params.scale[0])
 
 
+def old_state(dtype="float64"):
+    """Running statistics of 3 channels, in some of which renormalization clips r or d."""
+    mean, var = np.array([2.5, -2.0, 3.4], dtype), np.array([3.0, 4.0, 0.5], dtype)
+    return jaxbn.State(jnp.asarray(mean), jnp.asarray(var), None)
+
+
+RENORM = (1.5, 0.5)
+
+
+def renormalized(x, params, mask=None):
+    """The formula of batch renormalization, of what `plain` makes of x."""
+    ones = jaxbn.Params(jnp.ones(x.shape[-1]), jnp.zeros(x.shape[-1]))
+    xhat = plain(x, ones, mask)
+    axes, weight = (0, 1), None if mask is None else jnp.broadcast_to(mask, x.shape)
+    still = jax.lax.stop_gradient(x)
+    mean, sd = still.mean(axes, where=weight), jnp.sqrt(still.var(axes, where=weight) + 1e-5)
+    old = old_state()
+    old_sd = jnp.sqrt(old.var + 1e-5)
+    r = jnp.clip(sd / old_sd, 1 / RENORM[0], RENORM[0])
+    d = jnp.clip((mean - old.mean) / old_sd, -RENORM[1], RENORM[1])
+    expand = functools.partial(jnp.expand_dims, axis=axes)
+    return (xhat * expand(r) + expand(d)) * expand(params.scale) + expand(params.bias)
+
+
+def renorm(x, params, **options):
+    return train(x, params, old_state(), renorm=RENORM, **options)[0]
+
+
+def weights_of(x, params):
+    """Weights that are differentiated with x and with the parameters."""
+    return jnp.exp(jnp.sin(x[..., :1]) + params.scale[0])
+
+
+def pooled_weights(x, params, mask):
+    def part(x, m):
+        return train(x, params, mask=m, weights=weights_of(x, params), axis_name="d")[0]
+
+    return jax.vmap(part, axis_name="d")(x, mask)
+
+
 ROADS = {
+    "weights": lambda x, params, mask: train(x, params, weights=weights_of(x, params))[0],
+    "weights, pooled": pooled_weights,
+    "weights, ghost": lambda x, params, mask: train(
+        x, params, weights=weights_of(x, params), virtual_batch_size=2
+    )[0],
+    "renorm, masked": lambda x, params, mask: renorm(x, params, mask=mask),
+    "renorm, ghost": lambda x, params, mask: renorm(x, params, virtual_batch_size=2),
+    "renorm, pooled": lambda x, params, mask: jax.vmap(
+        lambda x, m: renorm(x, params, mask=m, axis_name="d"), axis_name="d"
+    )(x, mask),
+    "renorm, relu, residual": lambda x, params, mask: renorm(
+        x, params, activation=jax.nn.relu, residual=jnp.cos(x)
+    ),
     "traced epsilon": lambda x, params, mask: train(x, params, epsilon=epsilon_of(params))[0],
     "eval": lambda x, params, mask: eval_functional(x, params, state_of(params)),
     "masked": lambda x, params, mask: train(x, params, mask=mask)[0],
@@ -117,6 +170,21 @@ ROADS = {
     )(x, mask),
 }
 FORMULAS = {
+    "weights": lambda x, params, mask: plain(x, params, weights_of(x, params)),
+    "weights, pooled": lambda x, params, mask: plain(
+        x, params, jnp.where(mask, weights_of(x, params), 0)
+    ),
+    "weights, ghost": lambda x, params, mask: jnp.concatenate(
+        [plain(part, params, weights_of(part, params)) for part in (x[:2], x[2:])]
+    ),
+    "renorm, masked": renormalized,
+    "renorm, ghost": lambda x, params, mask: jnp.concatenate(
+        [renormalized(x[:2], params), renormalized(x[2:], params)]
+    ),
+    "renorm, pooled": renormalized,
+    "renorm, relu, residual": lambda x, params, mask: jax.nn.relu(
+        renormalized(x, params) + jnp.cos(x)
+    ),
     "traced epsilon": lambda x, params, mask: plain(x, params, epsilon=epsilon_of(params)),
     "masked": plain,
     "ghost": lambda x, params, mask: jnp.concatenate([plain(x[:2], params), plain(x[2:], params)]),

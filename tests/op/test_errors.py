@@ -55,6 +55,10 @@ WEIGHTED = {
     "batch_norm in eval": lambda mask: call(mask=mask, train=False),
     "moments": lambda mask: jaxbn.moments(X, mask=mask),
 }
+WEIGHTS = {
+    "batch_norm": lambda weights: call(weights=weights),
+    "moments": lambda weights: jaxbn.moments(X, weights=weights),
+}
 CASES = {
     "a residual of another shape": (
         lambda: call(residual=X[0]),
@@ -76,6 +80,46 @@ CASES = {
         TypeError(
             "batch_norm: activation='relu', expected None or a function of y; write "
             "activation=jax.nn.relu."
+        ),
+    ),
+    **{
+        f"renorm of {name}": (
+            lambda limits=limits: call(renorm=limits),
+            error(
+                f"batch_norm: renorm={limits!r}, expected (r_max, d_max), numbers of at least 1 "
+                f"and 0, or traced ones; write renorm=(3.0, 5.0), or renorm=(1.0, 0.0) for plain "
+                f"batch norm."
+            ),
+        )
+        for name, limits, error in (
+            ("r_max below 1", (0.5, 0.0), ValueError),
+            ("NaN", (float("nan"), 0.0), ValueError),
+            ("d_max below 0", (1.0, -1.0), ValueError),
+            ("three", (1.0, 0.0, 0.0), ValueError),
+            ("one number", 3.0, TypeError),
+            ("words", ("3", 0.0), ValueError),
+            ("r_max per channel", (np.ones(3), 0.0), ValueError),
+        )
+    },
+    "renorm in eval mode too": (
+        lambda: call(renorm=(0.0, 0.0), train=False),
+        ValueError(
+            "batch_norm: renorm=(0.0, 0.0), expected (r_max, d_max), numbers of at least 1 and 0, "
+            "or traced ones; write renorm=(3.0, 5.0), or renorm=(1.0, 0.0) for plain batch norm."
+        ),
+    ),
+    "renorm of complex x": (
+        lambda: call(X.astype(jnp.complex64), renorm=(1.0, 0.0)),
+        TypeError(
+            "batch_norm: renorm=(1.0, 0.0) with x of dtype complex64, but d is clipped, and "
+            "complex numbers have no order; leave renorm out."
+        ),
+    ),
+    "renorm without a state": (
+        lambda: call(state=None, renorm=(1.0, 0.0)),
+        ValueError(
+            "batch_norm: renorm=(1.0, 0.0) with state=None, but y is drawn to the running "
+            "statistics; start from params, state = jaxbn.init(features)."
         ),
     ),
     "train is not given": (
@@ -356,12 +400,45 @@ CASES = {
             lambda held=held, of=of: WEIGHTED[of](jnp.full((8, 1, 1), held)),
             ValueError(
                 f"{of.split()[0]}: mask holds {held}, expected True and False, or 1 and 0: a cell "
-                "takes part in the statistics or it does not, and no weight is read; write "
-                "mask > 0."
+                "takes part in the statistics or it does not; write mask > 0, or weights=mask for "
+                "a share."
             ),
         )
         for held, of in ((0.5, "batch_norm"), (-1, "moments"), (2, "batch_norm in eval"))
     },
+    **{
+        f"weights of {held} in {of}": (
+            lambda held=held, of=of: WEIGHTS[of](jnp.full((8, 1, 1), held)),
+            ValueError(
+                f"{of}: weights hold {held}, expected finite numbers of at least 0, the share that "
+                "a cell has in the statistics; write weights=jnp.clip(weights, 0, 1), or mask= for "
+                "cells that take no part."
+            ),
+        )
+        for held in (-0.5, float("nan"), float("inf"))
+        for of in WEIGHTS
+    },
+    "complex weights": (
+        lambda: call(weights=jnp.ones((8, 1, 1), jnp.complex64)),
+        TypeError(
+            "batch_norm: weights have dtype complex64, expected real numbers of at least 0; write "
+            "weights=jnp.abs(weights)."
+        ),
+    ),
+    "weights per sample": (
+        lambda: call(weights=jnp.ones(8)),
+        ValueError(
+            f"batch_norm: weights have shape (8,) {MASK} Weights over the leading axes: "
+            "weights[..., None, None]."
+        ),
+    ),
+    "weights of higher rank": (
+        lambda: call(weights=jnp.ones((1, 8, 5, 3)), train=False),
+        ValueError(
+            f"batch_norm: weights have shape (1, 8, 5, 3) {MASK} Weights broadcast as in NumPy, "
+            "from the last axis backwards."
+        ),
+    ),
     "mask of higher rank": (
         lambda: call(mask=jnp.ones((1, 8, 5, 3))),
         ValueError(

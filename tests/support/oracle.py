@@ -1,6 +1,7 @@
 """Batch norm in NumPy float64: what everything else is compared with. No jax here.
 
-Arrays are put with their feature axes last, as rows [n, C]; a mask is a weight of 0 or 1.
+Arrays are put with their feature axes last, as rows [n, C]; a mask is a weight of 0 or 1, and
+weights stand in its place.
 """
 
 import math
@@ -21,11 +22,11 @@ def rows(v, axis, shape=None):
 
 def moments(x, axis=-1, mask=None):
     """Count, mean and biased variance, each [C]; 0, 0, 0 where no cell is valid."""
-    w = rows(True if mask is None else mask, axis, np.shape(x)) != 0
-    v = np.where(w, rows(x, axis), 0)  # a NaN outside the mask is not there
+    w = rows(True if mask is None else mask, axis, np.shape(x)).real
+    v = np.where(w != 0, rows(x, axis), 0)  # a NaN outside the mask is not there
     count = w.sum(0)
-    n = np.maximum(count, 1)
-    mean = v.sum(0) / n
+    n = np.where(count > 0, count, 1)
+    mean = (v * w).sum(0) / n
     var = (np.abs(v - mean) ** 2 * w).sum(0) / n
     return count, mean, var
 
@@ -37,15 +38,31 @@ def normalize(x, mean, var, scale, bias, axis=-1, epsilon=1e-5):
 
 def gradients(x, dy, scale, axis=-1, mask=None, epsilon=1e-5):
     """Equals dx as rows [n, C], dscale [C], dbias [C] of sum(y * dy), for real x."""
-    w = rows(True if mask is None else mask, axis, np.shape(x)) != 0
+    w = rows(True if mask is None else mask, axis, np.shape(x))
     count, mean, var = moments(x, axis, mask)
-    v, dy, n = rows(x, axis), rows(dy, axis), np.maximum(count, 1)
+    v, dy, n = rows(x, axis), rows(dy, axis), np.where(count > 0, count, 1)
     rstd = np.where(count > 0, 1 / np.sqrt(var + epsilon), 0)
-    xhat = np.where(w | np.isfinite(v), (v - mean) * rstd, 0)
+    xhat = np.where((w != 0) | np.isfinite(v), (v - mean) * rstd, 0)
     dbias, dscale = dy.sum(0), (dy * xhat).sum(0)
     # Cells outside the mask are normalized too, so their dy reaches the statistics.
-    dx = scale * rstd * (dy - w * (dbias + np.where(w, xhat, 0) * dscale) / n)
+    dx = scale * rstd * (dy - w * (dbias + np.where(w != 0, xhat, 0) * dscale) / n)
     return dx, dscale, dbias
+
+
+def gradient_of_weights(x, dy, scale, weights, axis=-1, epsilon=1e-5):
+    """Equals the derivative of sum(y * dy) by each cell's own weight, as rows [n, C]."""
+    _, dscale, dbias = gradients(x, dy, scale, axis, weights, epsilon)
+    count, mean, var = moments(x, axis, weights)
+    rstd = 1 / np.sqrt(var + epsilon)
+    xhat = (rows(x, axis) - mean) * rstd
+    return -scale / count * (xhat * dbias + (xhat**2 - var * rstd**2) * dscale / 2)
+
+
+def corrections(mean, var, old_mean, old_var, r_max, d_max, epsilon=1e-5):
+    """Equals r and d of batch renormalization, each [C]."""
+    sd = np.sqrt(old_var + epsilon)
+    r = np.clip(np.sqrt(var + epsilon) / sd, 1 / r_max, r_max)
+    return r, np.clip((mean - old_mean) / sd, -d_max, d_max)
 
 
 def running(old, new, momentum):
