@@ -23,11 +23,9 @@ class Advice(NamedTuple):
 
     norm: str  # "batch", "synchronized", "ghost", "renorm", "group", "layer" or "frozen"
     reason: str
-    figure: (
-        float  # noise of the statistics: sd of the batch's sd, over the true sd; 0 without a batch
-    )
+    figure: float  # noise: sd of the batch's sd, over the true sd; 0 where no batch is used
     source: str
-    write: str  # the line to write; "" where this library has none
+    write: str  # the line to write
 
 
 def advise(
@@ -130,7 +128,7 @@ def advise(
                     + folds,
                     sd_of_sd(total),
                     "Ioffe 2017",
-                    "",
+                    "norm(x, renorm=(r_max, d_max))",
                 )
             )
         if positions == 1 and not recurrent:
