@@ -84,7 +84,7 @@ def steps(run: Run, dtype: Any, batch: int, seconds: float) -> None:
     """Milliseconds, images a second and peak memory of a training step."""
     task = network.Task("ResNet-50", step.R50, True, 64, batch, 224)
     if run.tiny:
-        task = network.Task("ResNet-8", (1, 1), False, 8, 4, 16)
+        task = network.Task("ResNet", (1,), False, 4, 4, 8)
     with concurrent.futures.ThreadPoolExecutor(len(NORMS)) as pool:  # compiled side by side
         compiling = {n: pool.submit(step.compile_step, task, f, dtype) for n, f in NORMS.items()}
     functions = {}
