@@ -34,12 +34,13 @@ from benchmarks import timing
 from benchmarks.measures import step
 from benchmarks.reporting import report, results
 from benchmarks.subjects import network, peers
-from jaxbn._op import sums, tangent
+from jaxbn import Params
 from jaxbn._op.axes import Axes
 from jaxbn._op.moments import mean_and_var
+from jaxbn._op.normalize import normalize
+from jaxbn._op.tangent import affine, summed
 
-NORMS = {"Flax linen": peers.linen, "jaxbn": peers.ours}
-NORMS |= {"jaxbn, activation and residual": peers.fused, "no norm": None}
+NORMS = {"Flax linen": peers.linen, "jaxbn": peers.ours, peers.FUSED: peers.fused, step.NONE: None}
 SHAPES = ((64, 56, 56, 64), (64, 56, 56, 256), (64, 7, 7, 2048))
 # GB/s of the memory, by the maker's data sheets; of a GPU that is not here no share is given.
 PEAKS = {"H100 PCIe": 2039, "H100 NVL": 3938, "H100": 3352, "H200": 4800}
@@ -115,13 +116,11 @@ def told(run: Run, times: Any, of: Any = None, images: int = 0, **named: Any) ->
 
 
 def parts_of_the_op(run: Run, dtype: Any, shape: tuple[int, ...], seconds: float) -> None:
-    """The four passes over x alone, as the op makes them on this device."""
-    device = "gpu" if timing.accelerated() else "cpu"
+    """The four passes over x alone, each by the op's own code; and plain sums beside them."""
     axes = Axes((len(shape) - 1,), tuple(range(len(shape) - 1)))
     rng = np.random.default_rng(0)
     x, dy = (jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for _ in range(2))
     c = jnp.asarray(rng.uniform(0.5, 1.5, shape[-1]).astype(np.float32))
-    row = axes.expand(c)
     n = jnp.float32(x.size // shape[-1])
 
     def plain_sums(x):
@@ -132,21 +131,18 @@ def parts_of_the_op(run: Run, dtype: Any, shape: tuple[int, ...], seconds: float
         return mean_and_var(x, n, None, None, axes=axes)
 
     def apply(x):
-        return (x.astype(jnp.float32) * row + row).astype(dtype)
+        return normalize(x, c, c, Params(c, c), axes, x.dtype)
+
+    def static(relu):
+        return {"axes": axes, "dtype": x.dtype, "valid": False, "relu": relu, "held": relu}
 
     def backward_sums(dy, x, relu):
-        d = x.astype(jnp.float32) - row
-        g = dy.astype(jnp.float32)
-        if relu:
-            g = jnp.where(x.astype(jnp.float32) > row, g, 0)
-        return sums.totals(g, d, axes, device)
+        bias = c if relu else None
+        return summed(dy, c, x, c, None, bias, None, **static(relu))[1:]
 
     def backward_apply(dy, x, relu):
-        static = {"axes": axes, "dtype": x.dtype, "valid": False, "relu": relu, "held": relu}
         bias = c if relu else None
-        return tangent.affine(
-            dy.astype(jnp.float32), c, c, None, c, x, c, None, bias, None, **static
-        )
+        return affine(dy.astype(jnp.float32), c, c, None, c, x, c, None, bias, None, **static(relu))
 
     one = functools.partial
     passes = {  # and how many arrays of x's size each must read and write

@@ -18,7 +18,7 @@ DTYPES = (jnp.float32, jnp.bfloat16)
 SHAPES = ((64, 28, 28, 128), (8192, 1024))
 SMALL = network.Task("small ResNet", (2, 2, 2), False, 32, 64, 32)
 EVAL = {"jaxbn": peers.ours, "Flax linen": peers.linen}
-STEP = EVAL | {"jaxbn, activation and residual": peers.fused}
+STEP = EVAL | {peers.FUSED: peers.fused}
 
 
 def compiled(f, *arguments):

@@ -36,7 +36,7 @@ RESNET = {
     "tiny": network.Task("ResNet-8", (1, 1, 1), False, 8, 8, 16),
     "usual": network.Task("ResNet-50", R50, True, 64, 64, 224),
 }
-OURS, FUSED, FLAX, NONE = "jaxbn", "jaxbn, relu inside", "Flax linen", "no norm"
+OURS, FUSED, FLAX, NONE = "jaxbn", peers.FUSED, "Flax linen", "no norm"
 COMPILERS = ("jax-cuda12-plugin", "libtpu")
 
 

@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from benchmarks.subjects.network import finished
+
 Array = jax.Array
 
 
@@ -45,9 +47,12 @@ class Layers(NamedTuple):
         )
         if self.variant.inside:
             return layer(activation=act)(x, residual=residual)
-        y = layer()(x)
-        y = y if residual is None else y + residual
-        return y if act is None else act(y)
+        return finished(layer()(x), act, residual)
+
+    def stem(self, x: Array) -> Array:
+        """A 7x7 convolution, norm and pool, to a quarter of the pixels a side."""
+        x = self.norm(self.conv(x, self.of(64), 7, 2), self.act)
+        return nn.max_pool(x, (3, 3), (2, 2), "SAME")
 
     def of(self, channels: int) -> int:
         """The channels of the published network, at this width."""
@@ -133,9 +138,7 @@ class ResNet50(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         layers = self.layers
-        x = layers.norm(layers.conv(x, layers.of(64), 7, 2), layers.act)
-        x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
-        block = recomputed(Bottleneck, layers)
+        x, block = layers.stem(x), recomputed(Bottleneck, layers)
         for i, blocks in enumerate((3, 4, 6, 3)):
             for j in range(blocks):
                 x = block(layers, 64 * 2**i, 2 if i > 0 and j == 0 else 1)(x)
@@ -148,8 +151,7 @@ class DenseNet121(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         layers = self.layers
-        x = layers.norm(layers.conv(x, layers.of(64), 7, 2), layers.act)
-        x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+        x = layers.stem(x)
         layer, transition = (recomputed(part, layers) for part in (DenseLayer, Transition))
         for i, count in enumerate((6, 12, 24, 16)):
             for _ in range(count):

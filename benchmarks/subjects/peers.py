@@ -46,6 +46,9 @@ def ours(x, params, state, *, train, momentum=0.99, mask=None, axis_name=None, *
     return y, (state.mean, state.var)
 
 
+FUSED = "jaxbn, activation and residual"  # the name of `fused` in tables
+
+
 def fused(x, params, state, **options):
     """Ours, with what follows inside: `activation` and `residual`."""
     return ours(x, params, state, **options)
