@@ -163,9 +163,7 @@ def lint(args: Namespace) -> int:
 
     _on_the_cpu()
     apply, model, batches = users_model.network(args.model)
-    x = next(iter(batches), None)
-    if x is None:
-        raise ValueError(f"{args.model} gives no batches, expected at least one as the example.")
+    x = _first(batches, args)
     if not is_nnx(model):
         # Shapes will do. Ones and not zeros: a factor that is 0 is a finding.
         shapes = jax.tree.map(
