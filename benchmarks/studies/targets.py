@@ -88,7 +88,12 @@ class Instruction(NamedTuple):
 
 
 def device(name: str) -> Any:
-    """A description of one device of that kind, to compile for.
+    """A description of one device of that kind, to compile for. Raises as `devices`."""
+    return devices(name, 1)[0]
+
+
+def devices(name: str, number: int) -> Any:
+    """So many devices of that kind on one host; of TPUs at most four.
 
     Raises:
       ValueError: no such name.
@@ -109,8 +114,8 @@ def device(name: str) -> Any:
     # There is no driver of it to be asked.
     jax.config.update("jax_platforms", "cpu")
     if name == "h100":
-        one = {"target_config": H100, "topology": "1x1x1"}
-        return topologies.get_topology_desc("", "cuda", **one).devices[0]
+        those = {"target_config": H100, "topology": f"1x1x{number}"}
+        return topologies.get_topology_desc("", "cuda", **those).devices
     # This machine is no host of TPUs: it is not to be asked which it has, nor need one process wait
     # for another's.
     for key, value in {
@@ -120,17 +125,26 @@ def device(name: str) -> Any:
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     }.items():
         os.environ.setdefault(key, value)
-    return topologies.get_topology_desc(TPUS[name], "tpu").devices[0]
+    return topologies.get_topology_desc(TPUS[name], "tpu").devices[:number]
 
 
 def compiled(f: Any, arguments: Any, device: Any) -> Any:
     """`jax.jit(f)` for that device and arguments of these shapes and dtypes."""
+    traced = jax.jit(f).trace(*placed(arguments, device))
+    return traced.lower(lowering_platforms=(platform(device),)).compile()
+
+
+def placed(arguments: Any, device: Any) -> Any:
+    """Shapes and dtypes of arrays on that device."""
     sharding = jax.sharding.SingleDeviceSharding(device)
-    arguments = jax.tree.map(
+    return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arguments
     )
-    platform = "cuda" if device.platform == "gpu" else device.platform
-    return jax.jit(f).trace(*arguments).lower(lowering_platforms=(platform,)).compile()
+
+
+def platform(device: Any) -> str:
+    """The platform as JAX's lowering names it."""
+    return "cuda" if device.platform == "gpu" else device.platform
 
 
 def size(result: str) -> int:

@@ -6,12 +6,12 @@ back ends of a plain JAX, so they are installed apart, and `make test` leaves th
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -140,9 +140,7 @@ def test_a_layer_takes_no_more_memory_than_flaxs(dtype, device):
 @pytest.mark.parametrize("road", ["jit", "shard_map", "ghost batches"])
 def test_four_tpus_wait_for_two_collectives(road):
     """One forward, one backward, and no branch with more of them: x is bfloat16."""
-    targets.device("v5e")  # the surroundings of its compiler
-    devices = topologies.get_topology_desc(targets.TPUS["v5e"], "tpu").devices
-    mesh = Mesh(np.array(devices), ("d",), axis_types=(AxisType.Auto,))
+    mesh = Mesh(np.array(targets.devices("v5e", 4)), ("d",), axis_types=(AxisType.Auto,))
     rows, whole = (NamedSharding(mesh, spec) for spec in (P("d"), P()))
     x = jax.ShapeDtypeStruct((64, 8, 8, 128), jnp.bfloat16, sharding=rows)
     params, state = jax.tree.map(
@@ -230,3 +228,29 @@ def test_an_unknown_target_is_refused():
     with pytest.raises(ValueError) as error:
         targets.device("h300")
     assert str(error.value) == "targets: 'h300', expected one of: h100, v5e, v6e, v5p."
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_under_jit_on_eight_gpus_a_layer_has_three_collectives(dtype):
+    """One for the pivot, one for the sums, one backward: of [C] and no larger than 8 [C] each."""
+    mesh = Mesh(np.asarray(targets.devices("h100", 8)), "data")
+    rows, everywhere = (NamedSharding(mesh, spec) for spec in (P("data"), P()))
+    shape, c = (64, 16, 16, 32), 32
+
+    def norm(x, dy):
+        def y(x):
+            return jaxbn.batch_norm(x, None, jaxbn.init(c)[1], train=True)
+
+        y, vjp, state = jax.vjp(y, x, has_aux=True)
+        return y, state, *vjp(dy)
+
+    x = jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+    traced = jax.jit(norm, out_shardings=(rows, everywhere, rows)).trace(x, x)
+    text = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
+    found = re.findall(r"= (.*) (?:all-reduce|all-gather)(?:-start)?\(", text)
+    assert len(found) == 3
+    numbers = [
+        math.prod(map(int, n.split(","))) for n in re.findall(r"f32\[([\d,]+)\]", str(found))
+    ]
+    assert max(numbers) <= 8 * c
+    assert not re.search("all-to-all|collective-permute|reduce-scatter", text)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.studies import compiled, networks, targets
-from benchmarks.subjects import families
+from benchmarks.studies import compiled, compiling, networks, targets
+from benchmarks.subjects import families, peers
 
 PROGRAM = """
 HloModule jit_step, is_scheduled=true
@@ -147,6 +147,20 @@ def test_a_network_is_the_same_with_its_activation_in_the_norm(family):
     assert leaves[0] == leaves[1] == leaves[2]
     size = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     assert size / 1e6 == pytest.approx(published[family], rel=0.01)
+
+
+def test_the_table_of_compile_times_has_three_stages_a_norm(monkeypatch, capsys):
+    """Over Flax's own time, each is 1."""
+    arguments = ["compiling", "--tiny", "--dtype", "float32", "--turns", "1"]
+    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr(compiling, "NORMS", {"Flax linen": peers.linen})
+    tables = []
+    monkeypatch.setattr(compiling.report, "show", tables.append)
+    compiling.main()
+    ((name, *stages),) = tables[0].rows
+    assert name == "Flax linen"
+    assert stages[1::3] == [1, 1, 1]
+    assert min(stages[::3]) > 0
 
 
 def test_the_table_of_networks_has_a_row_a_variant(monkeypatch, capsys, tmp_path):
