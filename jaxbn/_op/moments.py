@@ -82,9 +82,9 @@ def over_devices(
     weights: jax.Array | None,
     pool: Pool | None,
 ) -> Moments:
-    """The moments of x on all devices of the pool; near and mask as in `of`."""
+    """The moments of x on all devices of the pool; near and mask as in `moments_of`."""
     if weights is None:
-        return across(of(x, axes, mask, near), pool)
+        return across(moments_of(x, axes, mask, near), pool)
     assert mask is not None  # the cells whose weight is not 0
     return under_weights(x, axes, mask, weights, pool)
 
@@ -118,7 +118,7 @@ def under_weights(
 
 # A jit, so that equal layers are traced once.
 @functools.partial(jax.jit, static_argnames="axes", inline=True)
-def of(
+def moments_of(
     x: jax.Array, axes: Axes, mask: jax.Array | None = None, near: jax.Array | None = None
 ) -> Moments:
     """Equals the moments of x over `axes.reduced`, in float32 or wider.
