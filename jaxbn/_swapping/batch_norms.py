@@ -126,12 +126,14 @@ def _exchange_nnx(layer: Any, to: str, options: Mapping[str, Any]) -> None:
 
     ours = isinstance(layer, jaxbn.nnx.BatchNorm)
     new = {"virtual_batch_size": None, "unbiased": False, "activation": None, "renorm": None}
+    new |= {"domains": None, "affine_per_domain": False, "classes": None}
     if to == "batch":
         nnx_classes.exchange(layer, jaxbn.nnx.BatchNorm)
         options = {**{name: v for name, v in new.items() if not hasattr(layer, name)}, **options}
     elif ours:
         nnx_classes.exchange(layer, nnx_classes.subclass(nnx.BatchNorm, "BatchNorm", _flax_call))
-        del layer.virtual_batch_size, layer.unbiased, layer.renorm
+        for name in new.keys() - {"activation"}:
+            delattr(layer, name)
     for name, value in _options_of(layer, options).items():
         setattr(layer, name, value)
     if layer.momentum is None and not hasattr(layer, "count"):
