@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from options import Parser, between
+from command import Parser, between, progress
 
 import jaxbn
 from jaxbn import health
@@ -37,7 +37,15 @@ def window(key, draw, n):
 
 
 def main(argv=None):
-    parser = Parser(prog="false_alarms.py")
+    parser = Parser(
+        prog="false_alarms.py",
+        description="How often health.drift raises an alarm where nothing drifted.",
+        examples=[
+            "python examples/drift/false_alarms.py",
+            "python examples/drift/false_alarms.py --windows 100",
+            "python examples/drift/false_alarms.py --images 16 64 256",
+        ],
+    )
     add, default = parser.add_argument, [32, 128, 512]
     add("--windows", type=between(int, 10), default=1000, help="decisions of each kind (1000)")
     add("--images", type=between(int, 2), nargs="+", default=default, help="a window")
@@ -48,7 +56,8 @@ def main(argv=None):
         for n in args.images:
             some = jax.jit(jax.vmap(lambda key, draw=draw, n=n: window(key, draw, n)))
             alarms = np.zeros(4)
-            for key in jax.random.split(jax.random.key(0), args.windows // 10):
+            keys = jax.random.split(jax.random.key(0), args.windows // 10)
+            for key in progress(keys, name):
                 ten = jax.device_get(some(jax.random.split(key, 10)))
                 for i in range(10):
                     seen = jax.tree.map(lambda v, i=i: v[i], ten)
