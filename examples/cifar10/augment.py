@@ -30,7 +30,7 @@ def random_crop(key, images):
     rows, columns = h // SHARE, w // SHARE
     pad = ((0, 0), (rows, rows), (columns, columns), (0, 0))
     padded = jnp.pad(images, pad, mode="reflect")  # [B, 40, 40, 3] of [B, 32, 32, 3]
-    ends = jnp.array([2 * rows + 1, 2 * columns + 1])
+    ends = jnp.broadcast_to(jnp.array([[2 * rows + 1, 2 * columns + 1]]), (b, 2))
     corners = jax.random.randint(key, (b, 2), 0, ends)  # [B, 2]
 
     def cut(image, corner):  # [40, 40, 3], [2] → [32, 32, 3]

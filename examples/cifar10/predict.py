@@ -47,34 +47,34 @@ def predictions(run: Path, paths: list[Path]):
     return images, np.concatenate([jax.nn.softmax(row) for row in scores]), about.classes
 
 
-def draw(path: Path, images, probabilities, classes, top: int) -> None:
-    """Up to eight images, each beside the bars of its top classes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+def drawn(images, probabilities, classes, top: int):
+    """A figure of up to eight images, each beside the bars of its top classes."""
+    from matplotlib.figure import Figure
 
     rows = min(len(images), 8)
-    figure, axes = plt.subplots(rows, 2, figsize=(6, 1 + 1.6 * rows), squeeze=False)
-    figure.set_layout_engine("constrained")
+    figure = Figure((6, 0.8 + 1.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2, squeeze=False, width_ratios=[1, 3])
     for (left, right), image, p in zip(axes, images, probabilities, strict=False):
         left.imshow(image)
         left.axis("off")
         best = np.argsort(-p)[:top]
-        names = [classes[i].replace("$", r"\$") for i in best]
         bars = right.barh(range(len(best)), 100 * p[best], color="#1f77b4")
         right.bar_label(bars, fmt="%.1f", padding=3)
-        right.set_yticks(range(len(best)), names)
+        right.set_yticks(range(len(best)), [classes[i].replace("$", r"\$") for i in best])
         right.set(xlim=(0, 115), ylim=(len(best) - 0.5, -0.5))
     axes[-1, 1].set_xlabel("probability, %")
-    figure.suptitle("Top classes", fontsize=10)
+    figure.suptitle("Top classes")
+    return figure
+
+
+def save(figure, path: Path) -> None:
+    """All of it or nothing."""
     part = path.with_name(f"{path.name}.part")
     try:
-        figure.savefig(part, format="png", dpi=150)
+        figure.savefig(part, format="png", dpi=110)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-        plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
             table.add_section()
         console.print(table)
         if args.picture:
-            draw(args.picture, images, probabilities, classes, args.top)
+            save(drawn(images, probabilities, classes, args.top), args.picture)
             console.print(f"Picture: {args.picture}")
     except (DataError, ValueError, OSError) as error:
         p.error(told(error))

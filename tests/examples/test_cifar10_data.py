@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "cifar10"))
 import augment
 import data
 import download
+import model
+import train
 from download import DataError
 
 N = 6  # records a file, in place of 10,000
@@ -156,17 +158,32 @@ def test_digits_are_not_mirrored_and_half_of_the_others_are():
 # --- the download -----------------------------------------------------------------------------
 
 
-def archive() -> bytes:
-    """The six files, and what a hostile archive would bring along."""
+def bodies() -> dict[str, bytes]:
+    """CIFAR-10's six files."""
+    rng = np.random.default_rng(1)
+    return {name: rng.integers(0, 10, N * 3073, np.uint8).tobytes() for name in SIX}
+
+
+def bodies_of_100() -> dict[str, bytes]:
+    """CIFAR-100's three: record r has the coarse label 255 and the fine label 20 r % 100."""
+    rng, files = np.random.default_rng(2), {}
+    for name, count in (("train.bin", 5 * N), ("test.bin", N)):
+        labels = np.stack([np.full(count, 255), 20 * np.arange(count) % 100], axis=1)
+        planes = rng.integers(0, 256, (count, 3072))
+        files[name] = np.concatenate([labels, planes], axis=1).astype(np.uint8).tobytes()
+    return files | {"fine_label_names.txt": "\n".join(f"class_{c}" for c in range(100)).encode()}
+
+
+def packed(folder: str, files: dict[str, bytes]) -> bytes:
+    """The archive, and what a hostile one would bring along."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz") as tar:
-        rng = np.random.default_rng(1)
-        for name in [*(f"{CIFAR10.folder}/{name}" for name in SIX), "../../evil", "readme.html"]:
-            body = rng.integers(0, 10, N * 3073, np.uint8).tobytes()
+        inside = {f"{folder}/{name}": body for name, body in files.items()}
+        for name, body in (inside | {"../../evil": b"evil", "readme.html": b"<html>"}).items():
             member = tarfile.TarInfo(name)
             member.size = len(body)
             tar.addfile(member, io.BytesIO(body))
-        link = tarfile.TarInfo(f"{CIFAR10.folder}/link")
+        link = tarfile.TarInfo(f"{folder}/link")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
     return out.getvalue()
@@ -196,19 +213,21 @@ class Server(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
-    """CIFAR-10's home page, here; the cache is an empty folder."""
-    body = archive()
+def server(tmp_path, monkeypatch, request):
+    """The home page of CIFAR-10, or of the archive that is asked for; the cache is empty."""
+    name, files = getattr(request, "param", ("CIFAR10", bodies))
+    archive = getattr(download, name)
+    body = packed(archive.folder, files())
     handler = type("Handler", (Server,), {"body": body, "asked": []})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
         thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         monkeypatch.setenv("no_proxy", "*")
-        url = f"http://127.0.0.1:{http.server_port}/cifar-10-binary.tar.gz"
+        url = f"http://127.0.0.1:{http.server_port}/{Path(archive.url).name}"
         sha256 = hashlib.sha256(body).hexdigest()
-        served = CIFAR10._replace(url=url, size=len(body), sha256=sha256)
-        monkeypatch.setattr(download, "CIFAR10", served)
+        served = archive._replace(url=url, size=len(body), sha256=sha256)
+        monkeypatch.setattr(download, name, served)
         monkeypatch.setattr(data, "RECORDS", N)
         yield handler
         http.shutdown()
@@ -237,6 +256,37 @@ def test_a_download_leaves_the_six_files_and_nothing_else(server, tmp_path):
         assert cached(tmp_path) == COMPLETE
     assert server.asked == [None]
     data.cifar10(folder)
+
+
+@pytest.mark.parametrize("server", [("CIFAR100", bodies_of_100)], indirect=True)
+def test_cifar_100_is_downloaded_and_trained_by_one_command(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(model.RESNETS, "resnet18", {"blocks": (1,), "bottleneck": False})
+    options = "--data cifar100 --model resnet18 --width 2 --batch 8 --eval-batch 8 --epochs 1"
+    where = ["--runs", str(tmp_path / "runs"), "--name", "hundred"]
+    result = train.main([*options.split(), *where])
+    assert "cifar100: 30 training and 6 test images of 100 classes" in capsys.readouterr().out
+    assert result["state"].params["Dense_0"]["kernel"].shape[1] == 100
+    folder = tmp_path / "jaxbn" / "cifar-100-binary"
+    assert sorted(os.listdir(folder)) == ["fine_label_names.txt", "test.bin", "train.bin"]
+    assert os.listdir(folder.parent) == [folder.name]
+
+    got = data.load("cifar100", None, quiet)
+    assert server.asked == [None]
+    np.testing.assert_array_equal(got.train_y, 20 * np.arange(5 * N) % 100)
+    assert got.classes[40] == "class_40"
+    raw = np.frombuffer(bodies_of_100()["train.bin"], np.uint8).reshape(-1, 3074)
+    image = raw[7, 2:].reshape(3, 32, 32).transpose(1, 2, 0)
+    np.testing.assert_array_equal(got.train_x[np.array([7])][0], image)
+
+    (folder / "fine_label_names.txt").write_text("apple")
+    expected = f"{folder}/fine_label_names.txt: 1 names, expected those of 100 classes"
+    assert message(data.load, "cifar100", folder) == expected
+    raw = bytearray((folder / "test.bin").read_bytes())
+    raw[3074 + 1] = 100
+    (folder / "test.bin").write_bytes(raw)
+    (folder / "fine_label_names.txt").write_bytes(bodies_of_100()["fine_label_names.txt"])
+    expected = f"{folder}/test.bin: record 1 has label 100, labels are 0 to 99"
+    assert message(data.load, "cifar100", folder) == expected
 
 
 def test_a_download_that_broke_off_is_resumed_by_range(server, tmp_path):
@@ -407,6 +457,7 @@ def test_no_space_removes_what_was_written(server, tmp_path, monkeypatch, where)
 
 
 def test_a_file_that_is_not_in_the_archive_is_named(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "MEMBERS", {*SIX, "extra.bin"})
+    more = download.CIFAR10._replace(members=(*SIX, "extra.bin"))
+    monkeypatch.setattr(download, "CIFAR10", more)
     assert message(fetched) == (f"{tmp_path / PART}: extra.bin not in the archive")
     assert cached(tmp_path) == [PART]  # as downloaded; nothing of it unpacked
