@@ -86,8 +86,10 @@ def main(argv: list[str] | None = None) -> None:
             raise DataError(f"--picture {args.picture}: expected a file in a folder that exists")
         with console.status("decoding and predicting"):
             images, probabilities, classes = predictions(args.run, args.images)
-        table = Table("image", "class", title=f"Top classes, by {args.run}", title_justify="left")
-        table.add_column("probability", justify="right")
+        table = Table(title=f"Top classes, by {args.run}", title_justify="left")
+        for name in ("image", "class"):
+            table.add_column(name, overflow="fold")  # whole, however long
+        table.add_column("probability", justify="right", no_wrap=True)
         for path, row in zip(args.images, probabilities, strict=True):
             for place, i in enumerate(np.argsort(-row)[: args.top]):
                 table.add_row("" if place else shown(path), classes[i], f"{row[i]:.2%}")

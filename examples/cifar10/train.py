@@ -206,8 +206,8 @@ def main(argv: list[str] | None = None) -> dict:
     what = f"{args.model} width {args.width} ({args.api}, {args.dtype}{norm})"
     console.print(
         f"{data.name}: {about.train:,} training and {about.test:,} test images of "
-        f"{len(about.classes)} classes, {about.shape[0]}x{about.shape[1]} pixels\n"
-        f"{args.epochs} epochs of batch {args.batch}, {what} on {device}, "
+        f"{len(about.classes)} classes, {about.shape[0]}x{about.shape[1]} pixels, "
+        f"{args.epochs} epochs of batch {args.batch}\n{what} on {device}, "
         f"jax {jax.__version__}, flax {flax.__version__}, in {folder}"
     )
     for writer in watch.writers:
