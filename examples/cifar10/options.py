@@ -73,7 +73,7 @@ def parser() -> Parser:
     )
     add = p.add_argument_group("training").add_argument
     add("--epochs", type=positive, help="(3 on CPU, 30 elsewhere; 15 of fewer than 10,000 images)")
-    add("--batch", type=positive, help="(128 on CPU, 512 elsewhere; 64 of few images)")
+    add("--batch", type=positive, help="(128 on CPU, 512 elsewhere; of few images 64 or less)")
     add(
         "--target",
         type=between(float, 0, 100),
@@ -103,13 +103,15 @@ def parser() -> Parser:
 def fill_in(args, data: Data) -> None:
     """Defaults that depend on the data set and the device: minutes on two CPU cores."""
     cpu = jax.default_backend() == "cpu"
-    small = len(data.train_y) < 10_000
+    count = len(data.train_y)
+    small = count < 10_000 and args.data != "synthetic"
+    several = 2 ** max(1, (count // 4).bit_length() - 1)  # four batches an epoch or more
     args.data = data.name if args.data in NAMES else str(Path(args.data).resolve())
     args.about = json.loads(json.dumps(data.about._asdict()))  # as it is read again
     args.flip = data.flip if args.flip is None else args.flip
     args.model = args.model or ("resnet9" if cpu and args.stem == "cifar" else "resnet18")
     args.width = args.width or model.WIDTH[args.model]
-    args.batch = args.batch or (64 if small else 128 if cpu else 512)
+    args.batch = args.batch or min(several, 64 if small else 128 if cpu else 512)
     args.epochs = args.epochs or (15 if small else 3 if cpu else 30)
     args.lr = args.batch / 640 if args.lr is None else args.lr
     args.devices = args.devices or jax.device_count()

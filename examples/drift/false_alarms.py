@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from command import Parser, between, progress
+from rich.console import Console
+from rich.table import Table
 
 import jaxbn
 from jaxbn import health
@@ -64,10 +66,11 @@ def main(argv=None):
                     strict = [health.decide(seen, false_alarm=a, tolerance=0.0) for a in asked]
                     alarms += [d.alarm for d in (*strict, health.decide(seen))]
             rates[name, n] = alarms / (args.windows // 10 * 10)
-            shown = "  ".join(f"{rate:.4f}" for rate in rates[name, n])
-            print(
-                f"{name:12} {n:4} images   asked for 0.1, 0.01, 0.001, 0.001 and tolerance: {shown}"
-            )
+            print(f"{name}, {n} images: done", flush=True)
+    table = Table("values", "images", *(f"asked {a:g}" for a in asked), "0.001, tolerance")
+    for (name, n), shares in rates.items():
+        table.add_row(name, str(n), *(f"{share:.4f}" for share in shares))
+    Console().print(table)
     return rates
 
 

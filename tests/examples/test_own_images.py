@@ -102,7 +102,8 @@ def test_images_of_ones_own_are_trained_by_one_command_until_the_target_and_pred
     predict.main(["runs/mine", *files, "--top", "1", "--picture", "top.png"])
     cells = [line.split() for line in capsys.readouterr().out.splitlines() if ".jpg" in line]
     assert [(row[1], row[3]) for row in cells] == list(zip(files, COLORS, strict=True))
-    assert Image.open("top.png").format == "PNG"
+    with Image.open("top.png") as drawn:
+        assert drawn.format == "PNG"
 
     if api == "nnx":
         return
