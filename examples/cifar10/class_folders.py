@@ -30,14 +30,16 @@ def read(root: Path, size: int | None, most: int, say=print) -> dict[str, np.nda
         found = npz_file.read(file)
         if str(found.get("key")) == key:
             return found
-    size = size or max(LEAST, min(most, *map(shortest_side, all_files(splits))))
+    if size is None:
+        sides = map(shortest_side, progress(all_files(splits), "measuring"))
+        size = max(LEAST, min(most, *sides))
     classes = sorted(splits["x"])
     arrays = {"key": np.array(key), "classes": np.array([shown(name) for name in classes])}
-    for x, folders in splits.items():
-        paths = [path for name in classes for path in folders.get(name, [])]
+    for x, of_class in splits.items():
+        paths = [path for name in classes for path in of_class.get(name, [])]
         say(f"Reading {len(paths):,} images of {root} at {size}x{size} pixels, for {file}")
         arrays[x] = decoded(paths, size)
-        counts = [len(folders.get(name, [])) for name in classes]
+        counts = [len(of_class.get(name, [])) for name in classes]
         arrays[x.replace("x", "y")] = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
     store(file, arrays)
     return npz_file.read(file)
@@ -78,7 +80,7 @@ def shortest_side(path: Path) -> int:
 
 
 def all_files(splits) -> list[Path]:
-    return [path for folders in splits.values() for paths in folders.values() for path in paths]
+    return [path for of_class in splits.values() for paths in of_class.values() for path in paths]
 
 
 def listing(root: Path) -> dict[str, dict[str, list[Path]]]:

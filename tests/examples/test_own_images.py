@@ -26,7 +26,15 @@ import predict
 import train
 from command import DataError
 
+from tests.support.compiling import compiled_quickly
+
 COLORS = {"blue": (30, 40, 200), "green": (30, 200, 40), "red": (200, 40, 30)}
+
+
+@pytest.fixture
+def quickly():
+    with compiled_quickly():
+        yield
 
 
 def picture(color, seed, height=10, width=10):
@@ -72,7 +80,7 @@ def message(call, *args) -> str:
 
 @pytest.mark.parametrize(("api", "norm"), [("linen", "sync"), ("nnx", "none")])
 def test_images_of_ones_own_are_trained_by_one_command_until_the_target_and_predicted(
-    folder, monkeypatch, capsys, tmp_path, api, norm
+    folder, quickly, monkeypatch, capsys, tmp_path, api, norm
 ):
     monkeypatch.setitem(model.RESNETS, "resnet18", {"blocks": (1,), "bottleneck": False})
     monkeypatch.chdir(tmp_path)
@@ -180,8 +188,9 @@ def test_a_photo_is_turned_upright_and_keeps_its_middle(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # on its side
     Image.fromarray(wide).save(tmp_path / "a.png", exif=exif)
-    got = images.decode(tmp_path / "a.png", 8, 8)[2:6]  # the rows beside see a little of the black
-    np.testing.assert_array_equal(got, np.broadcast_to(np.uint8([255, 0, 0]), (4, 8, 3)))
+    got = images.decode(tmp_path / "a.png", 8, 8)
+    red = np.broadcast_to(np.uint8([255, 0, 0]), (8, 8, 3))
+    np.testing.assert_allclose(got, red, atol=25)  # at the edge resizing sees some of the black
     got = images.decode(tmp_path / "a.png", 24, 8)  # upright: red between black
     np.testing.assert_array_equal(got[[0, 12, 23], 4, 0], [0, 255, 0])
 
@@ -399,7 +408,7 @@ def test_grey_images_are_color_and_names_are_safe_to_print(tmp_path):
 # --- synthetic images, and the norms ----------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "count"), [(32, 5000), (224, 1783)])
+@pytest.mark.parametrize(("size", "count"), [(32, 5000), (512, 341)])
 def test_synthetic_images_are_of_any_size_and_fit_in_memory(size, count):
     got = data.load("synthetic", None, quiet, size)
     assert got.about.train + got.about.test == count
