@@ -128,6 +128,7 @@ def predict():
     from PIL import Image
     from sklearn.datasets import load_digits
 
+    script("cifar10/model_linen")  # which predict.py imports late, after script
     module = script("cifar10/predict")
     with tempfile.TemporaryDirectory() as folder:
         command = ["examples/cifar10/train.py", "--data", "digits", "--epochs", "1"]
