@@ -83,7 +83,8 @@ def main(epochs=10, out=Path("first_steps.npz")):
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser("first_steps.py", formatter_class=argparse.RawTextHelpFormatter)
-    p.description, p.error = __doc__, lambda text: p.exit(2, f"{p.prog}: error: {text}\n")
+    p.description, _, p.epilog = __doc__.partition("\n\n")  # --help ends with the three lines
+    p.error = lambda text: p.exit(2, f"{p.prog}: error: {text}\n")
     p.add_argument("--epochs", type=int, default=10, help="(10)")
     p.add_argument("--out", type=Path, default="first_steps.npz", help="(first_steps.npz)")
     args = p.parse_args()

@@ -1,9 +1,10 @@
 """`python -m benchmarks.reporting.gallery [NAME …]`: draws a picture of each example script into
 `docs/pictures/gallery`.
 
-Scripts that take seconds are run: `first_steps`, `devices`, `train`, `served`, `torch_roundtrip`,
-`fold_report`, `watched`. The others take minutes, or CIFAR-10; their pictures are drawn from the
-tables of results in the pages, which name the command. A CPU and two minutes are enough.
+Scripts that take seconds are run: `first_steps`, `devices`, `train`, `predict`, `served`,
+`torch_roundtrip`, `fold_report`, `watched`. The others take minutes, or CIFAR-10; their pictures
+are drawn from the tables of results in the pages, which name the command. A CPU and two minutes are
+enough.
 """
 
 import contextlib
@@ -120,6 +121,25 @@ def train():
         axis.plot(epochs, values, color=color, marker="o", label=f"{name} images")
     axis.legend(frameon=False)
     return figure
+
+
+def predict():
+    """The top classes of images of digits, by a network that is hardly trained."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    script("cifar10/model_linen")  # which predict.py imports late, after script
+    module = script("cifar10/predict")
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["examples/cifar10/train.py", "--data", "digits", "--epochs", "1"]
+        command += ["--name", "run", "--runs", folder]
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+        paths = [pathlib.Path(folder) / f"{i}.png" for i in (0, 5, 25)]
+        for path in paths:
+            digit = np.rint(load_digits().images[int(path.stem)] * (255 / 16)).astype(np.uint8)
+            Image.fromarray(digit.repeat(4, 0).repeat(4, 1)).save(path)
+        images, probabilities, classes = module.predictions(pathlib.Path(folder) / "run", paths)
+    return module.drawn(images, probabilities, classes, 3)
 
 
 def ship():
@@ -428,7 +448,7 @@ PICTURES: dict[str, Callable] = {
     drawn.__name__: drawn
     for drawn in (
         *(first_steps, devices),
-        *(train, ship, speedrun, failures, alarms, served, false_alarms, stale),
+        *(train, predict, ship, speedrun, failures, alarms, served, false_alarms, stale),
         *(recalibrate, finetune, renorm, swap, fold_report, torch_roundtrip, zoo, watched),
     )
 }

@@ -3,23 +3,23 @@
 import jax
 import jax.numpy as jnp
 
-PAD = 4  # pixels a random crop may wander to each side
+SHARE = 8  # a random crop may wander by this part of a side: 4 of 32 pixels
 
 
 def normalize(images, mean, std):
-    """uint8 [B, 32, 32, 3] → float32, mean 0 and sd 1 per channel over the training set."""
+    """uint8 [B, H, W, 3] → float32, mean 0 and sd 1 per channel over the training set."""
     mean = jnp.asarray(mean, jnp.float32).reshape(1, 1, 1, 3)
     std = jnp.asarray(std, jnp.float32).reshape(1, 1, 1, 3)
     return (images.astype(jnp.float32) - mean) / std
 
 
 def augment(key, images, mean, std, *, flip: bool, cutout: int):
-    """Random crop, flip and cutout, then `normalize`: [B, 32, 32, 3] uint8 → float32."""
+    """Random crop, flip and cutout, then `normalize`: [B, H, W, 3] uint8 → float32."""
     crop_key, flip_key, cutout_key = jax.random.split(key, 3)
-    images = random_crop(crop_key, images)  # [B, 32, 32, 3] uint8
+    images = random_crop(crop_key, images)  # [B, H, W, 3] uint8
     if flip:
         images = random_flip(flip_key, images)
-    images = normalize(images, mean, std)  # [B, 32, 32, 3] float32
+    images = normalize(images, mean, std)  # [B, H, W, 3] float32
     if cutout:
         images = random_cutout(cutout_key, images, cutout)
     return images
@@ -27,9 +27,11 @@ def augment(key, images, mean, std, *, flip: bool, cutout: int):
 
 def random_crop(key, images):
     b, h, w, c = images.shape
-    pad = ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0))
-    padded = jnp.pad(images, pad, mode="reflect")  # [B, 40, 40, 3]
-    corners = jax.random.randint(key, (b, 2), 0, 2 * PAD + 1)  # [B, 2]
+    rows, columns = h // SHARE, w // SHARE
+    pad = ((0, 0), (rows, rows), (columns, columns), (0, 0))
+    padded = jnp.pad(images, pad, mode="reflect")  # [B, 40, 40, 3] of [B, 32, 32, 3]
+    ends = jnp.broadcast_to(jnp.array([[2 * rows + 1, 2 * columns + 1]]), (b, 2))
+    corners = jax.random.randint(key, (b, 2), 0, ends)  # [B, 2]
 
     def cut(image, corner):  # [40, 40, 3], [2] → [32, 32, 3]
         return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (h, w, c))

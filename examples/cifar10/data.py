@@ -1,5 +1,6 @@
-# Two data sets of the same shape: CIFAR-10, and scikit-learn's handwritten digits for a
-# machine that cannot have CIFAR-10. Here they are arrays on the host, CIFAR's images still on
+# The data sets that `--data` knows: CIFAR-10 and -100, scikit-learn's handwritten digits for a
+# machine that cannot have CIFAR, noise to measure throughput by, and anyone's own: a folder of
+# images for each class, or an .npz file. Here they are arrays on the host, CIFAR's images still on
 # disk; loop.py reads them onto the devices, augment.py makes of them what the network sees.
 
 import os
@@ -7,37 +8,72 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import class_folders
+import download
+import npz_file
 import numpy as np
-from download import FOLDER, DataError, cached_or_downloaded
+from command import DataError, shown
+from download import Archive, cached_or_downloaded
 
-RECORDS = 10_000  # images in each of CIFAR-10's six files
-RECORD = 1 + 3 * 32 * 32  # bytes of one: the label, then red, green, blue planes
+NAMES = ("auto", "cifar10", "cifar100", "digits", "synthetic")
+RECORDS = 10_000  # images in each of CIFAR-10's six files, and in CIFAR-100's test.bin
+PIXELS = 3 * 32 * 32  # bytes of a record after its labels: red, green, blue planes
 TRAIN = [f"data_batch_{i}.bin" for i in range(1, 6)]
 TEST = "test_batch.bin"
+TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PATIENCE = 120.0  # seconds that --data auto gives a download before it turns to the digits
+
+
+class About(NamedTuple):
+    """What a network must know of its data."""
+
+    classes: tuple[str, ...]  # their names, safe to print
+    shape: tuple[int, int, int]  # of an image: height, width, 3
+    mean: tuple[float, float, float]  # of the training bytes, per channel
+    std: tuple[float, float, float]
+    train: int  # images
+    test: int
 
 
 class Data(NamedTuple):
     name: str
-    train_x: "np.ndarray | Images"  # [N, 32, 32, 3] uint8
-    train_y: np.ndarray  # [N] int32, 0 to 9
-    test_x: "np.ndarray | Images"  # [M, 32, 32, 3] uint8
+    train_x: "np.ndarray | Images"  # [N, H, W, 3] uint8
+    train_y: np.ndarray  # [N] int32, 0 to classes - 1
+    test_x: "np.ndarray | Images"  # [M, H, W, 3] uint8
     test_y: np.ndarray  # [M] int32
-    mean: tuple[float, float, float]  # of the training bytes, per channel
+    mean: tuple[float, float, float]
     std: tuple[float, float, float]
     flip: bool  # a mirrored horse is a horse, a mirrored 2 is not a 2
+    classes: tuple[str, ...]
+
+    @property
+    def about(self) -> About:
+        shape = tuple(self.train_x.shape[1:])
+        return About(self.classes, shape, self.mean, self.std, len(self.train_y), len(self.test_y))
 
 
-def load(choice: str, data_dir: Path | None, say=print) -> Data:
-    """The data set that `--data` and `--data-dir` ask for; DataError where there is none."""
+def load(
+    choice: str, data_dir: Path | None, say=print, size: int | None = None, most: int = 32
+) -> Data:
+    """
+    The data set that `--data` and `--data-dir` ask for; DataError where there is none. A folder's
+    images get `size` pixels a side, or as many as they have, but at most `most`.
+    """
+    if choice not in NAMES:
+        return own(Path(choice), say, size, most)
     if choice == "digits":
         return digits()
+    if choice == "synthetic":
+        return synthetic(size or most)
+    archive, read = (
+        (download.CIFAR100, cifar100) if choice == "cifar100" else (download.CIFAR10, cifar10)
+    )
     if data_dir is not None:  # then the images are meant to be there: no falling back
-        return cifar10(find(data_dir))
-    if choice == "cifar10":
-        return cifar10(cached_or_downloaded(say))
+        return read(find(archive, data_dir))
+    if choice != "auto":
+        return read(cached_or_downloaded(archive, say))
     try:
-        return cifar10(cached_or_downloaded(say, patience=PATIENCE))
+        return read(cached_or_downloaded(archive, say, patience=PATIENCE))
     except DataError as error:
         bar = "!" * 78
         say(f"{bar}\n!! NOT CIFAR-10: training on scikit-learn's handwritten digits instead.")
@@ -45,19 +81,73 @@ def load(choice: str, data_dir: Path | None, say=print) -> Data:
         return digits()
 
 
-def find(data_dir: Path) -> Path:
-    """`data_dir` may be the folder of the six files, or the folder above it."""
-    for folder in (data_dir, data_dir / FOLDER):
-        if (folder / TEST).exists():
+def find(archive: Archive, data_dir: Path) -> Path:
+    """`data_dir` may be the folder of the archive's files, or the folder above it."""
+    test = next(name for name in archive.members if name.startswith("test"))
+    for folder in (data_dir, data_dir / archive.folder):
+        if (folder / test).exists():
             return folder
-    raise DataError(f"--data-dir {data_dir}: no {TEST} in it, nor in {FOLDER}/ below it")
+    raise DataError(f"--data-dir {data_dir}: no {test} in it, nor in {archive.folder}/ below it")
+
+
+# --- CIFAR's binary versions ------------------------------------------------------------------
 
 
 def cifar10(folder: Path) -> Data:
-    train, test = [folder / name for name in TRAIN], folder / TEST
-    y = np.concatenate([labels(path) for path in train])
+    files = Records([folder / name for name in TRAIN], RECORDS)
+    test = Records([folder / TEST], RECORDS)
     mean, std = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
-    return Data("cifar10", Images(train), y, Images([test]), labels(test), mean, std, flip=True)
+    return cifar("cifar10", files, test, mean, std, TEN)
+
+
+def cifar100(folder: Path) -> Data:
+    train = Records([folder / "train.bin"], 5 * RECORDS, labels=2)
+    test = Records([folder / "test.bin"], RECORDS, labels=2)
+    path = folder / "fine_label_names.txt"
+    with opened(path) as file:
+        names = file.read(10_000).decode(errors="replace").split()
+    if len(names) != 100:
+        raise DataError(f"{path}: {len(names)} names, expected those of 100 classes")
+    mean, std = (129.3, 124.1, 112.4), (68.2, 65.4, 70.4)
+    return cifar("cifar100", train, test, mean, std, tuple(map(shown, names)))
+
+
+def cifar(name, train: "Records", test: "Records", mean, std, classes) -> Data:
+    y, test_y = (records.classes(len(classes)) for records in (train, test))
+    return Data(name, Images(train), y, Images(test), test_y, mean, std, True, classes)
+
+
+class Records(NamedTuple):
+    """Where the images are: files of so many records, each with its labels first."""
+
+    files: list[Path]
+    count: int  # in each file
+    labels: int = 1  # bytes; the last is the class
+
+    def classes(self, most: int) -> np.ndarray:
+        """[N] int32, of all files."""
+        return np.concatenate([self.of_file(path, most) for path in self.files])
+
+    def of_file(self, path: Path, most: int) -> np.ndarray:
+        with opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            raw = np.fromfile(file, np.uint8, self.count * self.bytes)
+        if size != self.count * self.bytes or raw.size < size:
+            raise DataError(
+                f"{path}: {size:,} bytes, but {self.count:,} records of {self.bytes:,} bytes are "
+                f"{self.count * self.bytes:,}: truncated, or not CIFAR's binary version"
+            )
+        found = raw[self.labels - 1 :: self.bytes].astype(np.int32)
+        if found.max() >= most:
+            bad = int(np.argmax(found >= most))
+            raise DataError(
+                f"{path}: record {bad} has label {found[bad]}, labels are 0 to {most - 1}"
+            )
+        return found
+
+    @property
+    def bytes(self) -> int:
+        return self.labels + PIXELS
 
 
 class Images:
@@ -68,20 +158,22 @@ class Images:
 
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, paths: list[Path]):  # of RECORDS images each
-        self.paths, self.shape = paths, (len(paths) * RECORDS, 32, 32, 3)
+    def __init__(self, records: Records):
+        self.records = records
+        self.shape = (len(records.files) * records.count, 32, 32, 3)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         planes = np.empty((len(rows), 3, 32, 32), self.dtype)  # [R, C, H, W], as in the files
-        for i, path in enumerate(self.paths):
-            here = np.flatnonzero(rows // RECORDS == i)
+        files, count, labels = self.records
+        for i, path in enumerate(files):
+            here = np.flatnonzero(rows // count == i)
             with opened(path) as file:
                 for at in here:
-                    file.seek(rows[at] % RECORDS * RECORD + 1)
-                    if file.readinto(planes[at]) < RECORD - 1:
+                    file.seek(rows[at] % count * self.records.bytes + labels)
+                    if file.readinto(planes[at]) < PIXELS:
                         raise DataError(f"{path}: was cut since its labels were read")
         return planes.transpose(0, 2, 3, 1)
 
@@ -96,21 +188,49 @@ def opened(path: Path):
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def labels(path: Path) -> np.ndarray:
-    """Those of one file of the binary version, [RECORDS] int32."""
-    with opened(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        raw = np.fromfile(file, np.uint8, RECORDS * RECORD)
-    if size != RECORDS * RECORD or raw.size < size:
+# --- the others -------------------------------------------------------------------------------
+
+
+def own(path: Path, say, size: int | None, most: int) -> Data:
+    """A folder of images for each class, or an .npz file."""
+    if path.is_dir():
+        found = class_folders.read(path, size, most, say)
+    elif path.suffix == ".npz":
+        found = npz_file.read(path)
+    else:
         raise DataError(
-            f"{path}: {size:,} bytes, but {RECORDS:,} records of {RECORD:,} bytes are "
-            f"{RECORDS * RECORD:,}: truncated, or not CIFAR-10's binary version"
+            f"--data {path}: expected {', '.join(NAMES)}, a folder of images for each class, or an "
+            ".npz file"
         )
-    found = raw[::RECORD].astype(np.int32)
-    if found.max() > 9:
-        bad = int(np.argmax(found > 9))
-        raise DataError(f"{path}: record {bad} has label {found[bad]}, labels are 0 to 9")
-    return found
+    classes = tuple(map(shown, found["classes"]))
+    x, y, test_x, test_y = (found[name] for name in ("x", "y", "x_test", "y_test"))
+    y, test_y = y.astype(np.int32), test_y.astype(np.int32)
+    name = shown(path.resolve().name)
+    return Data(name, x, y, test_x, test_y, *moments(x), True, classes)
+
+
+def moments(x: np.ndarray):
+    """Mean and standard deviation of the bytes, per channel; 1 for the deviation of a constant."""
+    counts = np.zeros((3, 256))
+    for i in range(0, len(x), 256):
+        for c in range(3):
+            counts[c] += np.bincount(x[i : i + 256, ..., c].ravel(), minlength=256)
+    share, values = counts / counts.sum(axis=1, keepdims=True), np.arange(256.0)
+    mean = share @ values
+    std = np.sqrt(np.maximum(share @ values**2 - mean**2, 0))
+    return tuple(mean.tolist()), tuple(np.where(std > 0, std, 1).tolist())
+
+
+def synthetic(size: int) -> Data:
+    """Noise, with a color for each of ten classes, so that there is something to learn."""
+    rng = np.random.default_rng(0)
+    count = min(5000, 2**28 // (3 * size**2))  # at most 256 MB
+    y = np.arange(count, dtype=np.int32) % 10
+    x = rng.integers(0, 128, (count, size, size, 3), np.uint8)
+    x += rng.integers(0, 128, (10, 1, 1, 3), np.uint8)[y]
+    test = npz_file.every_fifth(y)
+    names = tuple(str(c) for c in range(10))
+    return Data("synthetic", x[~test], y[~test], x[test], y[test], *moments(x[:256]), True, names)
 
 
 def digits() -> Data:
@@ -124,4 +244,5 @@ def digits() -> Data:
     y = y.astype(np.int32)
     test = np.arange(len(y)) % 5 == 0  # the same split always: 1,437 and 360
     mean, std = (77.8,) * 3, (95.9,) * 3
-    return Data("digits", x[~test], y[~test], x[test], y[test], mean, std, flip=False)
+    arrays = x[~test], y[~test], x[test], y[test]
+    return Data("digits", *arrays, mean, std, False, tuple("0123456789"))

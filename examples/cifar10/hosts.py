@@ -176,8 +176,8 @@ def connect(args) -> None:
                 raise ValueError(f"--coordinator {host}:{port}: port not free here") from None
     if not args.name:
         raise ValueError("many processes: give the run a --name, the same in each")
-    if args.data != "digits" and not args.data_dir:
-        raise ValueError("many processes: give --data digits, or the --data-dir of CIFAR-10")
+    if args.data in ("auto", "cifar10", "cifar100") and not args.data_dir:
+        raise ValueError("many processes: give the --data-dir of CIFAR, or other --data")
 
     import jax
 

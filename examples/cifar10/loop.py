@@ -17,9 +17,9 @@ from jax.sharding import PartitionSpec as P
 class Arrays(NamedTuple):
     """The data set on the devices, in bytes; rows are padded to divide over the devices."""
 
-    train_x: jax.Array  # [N', 32, 32, 3] uint8, sharded over "data"
+    train_x: jax.Array  # [N', H, W, 3] uint8, sharded over "data"
     train_y: jax.Array  # [N'] int32
-    test_x: jax.Array  # [T, B, 32, 32, 3] uint8: T batches of B, each sharded over "data"
+    test_x: jax.Array  # [T, B, H, W, 3] uint8: T batches of B, each sharded over "data"
     test_y: jax.Array  # [T, B] int32
     test_w: jax.Array  # [T, B] float32: 1 for a test image, 0 for padding
 
@@ -84,7 +84,7 @@ class Loop:
         return x[order], y[order]
 
     def _train_step(self, state, key, x, y, i, watched=False):
-        """Step `i` of the epoch that `x` [steps, B, 32, 32, 3] and `y` [steps, B] hold."""
+        """Step `i` of the epoch that `x` [steps, B, H, W, 3] and `y` [steps, B] hold."""
         images = self.augment(jax.random.fold_in(key, i), x[i]).astype(self.dtype)
         state, loss, logits, seen = self.steps.train(state, images, y[i], watched)
         return state, (loss, jnp.mean(logits.argmax(axis=-1) == y[i])), seen
@@ -99,7 +99,7 @@ class Loop:
 
     def _eval_step(self, state, arrays: Arrays, i):
         """Sums over batch `i` of the test set: loss, hits and images; padding weighs 0."""
-        x, y, w = arrays.test_x[i], arrays.test_y[i], arrays.test_w[i]  # [B, 32, 32, 3], [B], [B]
+        x, y, w = arrays.test_x[i], arrays.test_y[i], arrays.test_w[i]  # [B, H, W, 3], [B], [B]
         logits = self.steps.logits(state, normalize(x, **self.scaling).astype(self.dtype))
         loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1)[:, 0]
         hit = logits.argmax(axis=-1) == y

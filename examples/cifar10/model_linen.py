@@ -1,4 +1,4 @@
-# ResNets for 32x32 images in Flax linen; model_nnx.py has the same networks in nnx.
+# ResNets for small images in Flax linen; model_nnx.py has the same networks in nnx.
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,7 +40,7 @@ class Layers(nn.Module):
             "dtype": self.dtype,
             "scale_init": scale_init,
         }
-        if self.norm is jaxbn.linen.BatchNorm:
+        if getattr(self.norm, "func", self.norm) is jaxbn.linen.BatchNorm:  # or a partial of it
             return self.norm(**options, activation=activation)
         norm = self.norm(**options)
         return lambda x, residual=None: finish(norm(x), activation, residual)
@@ -76,20 +76,29 @@ class ResNet9(Layers):
 
 
 class ResNet(Layers):
-    """ResNet-18, -34, -50 in CIFAR form: a 3x3 stem, no max pool. He et al. 2015 and 2016."""
+    """
+    ResNet-18, -34, -50 in CIFAR form, a 3x3 stem and no max pool; or `large`, as for ImageNet. He
+    et al. 2015 and 2016.
+    """
 
     blocks: Sequence[int] = (2, 2, 2, 2)
     bottleneck: bool = False
     pre: bool = False  # pre-activation: norm, relu, conv, instead of conv, norm, relu
     width: int = 64
+    large: bool = False
 
     @nn.compact
-    def __call__(self, x, train: bool):  # [B, 32, 32, 3]
+    def __call__(self, x, train: bool):  # [B, 32, 32, 3], or large [B, 224, 224, 3]
         block = self.pre_block if self.pre else self.post_block
-        x = self.conv(x, 3, self.width)  # [B, 32, 32, w]
+        kernel, stride = (7, 2) if self.large else (3, 1)
+        x = self.conv(x, kernel, self.width, stride)  # [B, 32, 32, w], or [B, 112, 112, w]
         if not self.pre:
             x = self.bn(train, nn.relu)(x)
-        for stage, count in enumerate(self.blocks):  # 32x32, 16x16, 8x8, 4x4 pixels
+        if self.large:
+            x = nn.max_pool(x, (3, 3), (2, 2), "SAME")  # [B, 56, 56, w]
+        for stage, count in enumerate(
+            self.blocks
+        ):  # 32x32, 16x16, 8x8, 4x4 pixels, or 56x56 to 7x7
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1
                 x = block(x, block_convs(self.bottleneck, self.width * 2**stage, stride), train)
@@ -105,8 +114,9 @@ class ResNet(Layers):
         # Scale 0: at the start every block is its shortcut, and the network is shallow. This norm
         # is made before the shortcut's, and so named before it.
         last = self.bn(train, nn.relu, scale_init=zeros)
+        stride = max(stride for _, _, stride in convs)
         if x.shape != y.shape:
-            x = self.bn(train)(self.conv(x, 1, y.shape[-1], x.shape[1] // y.shape[1]))
+            x = self.bn(train)(self.conv(x, 1, y.shape[-1], stride))
         return last(y, residual=x)
 
     def pre_block(self, x, convs, train):

@@ -1,4 +1,4 @@
-# ResNets for 32x32 images in Flax nnx; model_linen.py has the same networks in linen.
+# ResNets for small images in Flax nnx; model_linen.py has the same networks in linen.
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -61,7 +61,7 @@ class Make:
         Activation and residual are part of the layer, which so moves fewer bytes on a GPU.
         """
         options = {"momentum": MOMENTUM, "dtype": self.dtype, "scale_init": scale_init}
-        if self.norm is jaxbn.nnx.BatchNorm:
+        if getattr(self.norm, "func", self.norm) is jaxbn.nnx.BatchNorm:  # or a partial of it
             return self.norm(c, **options, activation=activation, rngs=self.rngs)
         return Foreign(self.norm(c, **options, rngs=self.rngs), activation)
 
@@ -164,7 +164,10 @@ class PreBlock(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """ResNet-18, -34, -50 in CIFAR form: a 3x3 stem, no max pool. He et al. 2015 and 2016."""
+    """
+    ResNet-18, -34, -50 in CIFAR form, a 3x3 stem and no max pool; or `large`, as for ImageNet. He
+    et al. 2015 and 2016.
+    """
 
     def __init__(
         self,
@@ -173,13 +176,14 @@ class ResNet(nnx.Module):
         bottleneck: bool = False,
         pre: bool = False,
         width: int = 64,
+        large: bool = False,
         classes: int = 10,
         dtype: Any = jnp.float32,
         norm: Callable[..., nnx.Module] = jaxbn.nnx.BatchNorm,
         rngs: nnx.Rngs,
     ):
         make, block = Make(rngs, dtype, norm), PreBlock if pre else PostBlock
-        self.stem = make.conv(3, 3, width)
+        self.stem = make.conv(3, 7, width, 2) if large else make.conv(3, 3, width)
         c, layers = width, []
         for stage, count in enumerate(blocks):
             for i in range(count):
@@ -189,13 +193,15 @@ class ResNet(nnx.Module):
         self.bn = make.bn(c if pre else width, nnx.relu)  # after the blocks, or before them
         self.blocks = nnx.List(layers)
         self.head = make.head(c, classes)
-        self.pre = pre
+        self.pre, self.large = pre, large
 
-    def __call__(self, x, train: bool):  # [B, 32, 32, 3]
-        x = self.stem(x)  # [B, 32, 32, w]
+    def __call__(self, x, train: bool):  # [B, 32, 32, 3], or large [B, 224, 224, 3]
+        x = self.stem(x)  # [B, 32, 32, w], or [B, 112, 112, w]
         if not self.pre:
             x = self.bn(x, not train)
-        for block in self.blocks:  # 32x32, 16x16, 8x8, 4x4 pixels
+        if self.large:
+            x = nnx.max_pool(x, (3, 3), (2, 2), "SAME")  # [B, 56, 56, w]
+        for block in self.blocks:  # 32x32, 16x16, 8x8, 4x4 pixels, or 56x56 to 7x7
             x = block(x, train)
         if self.pre:
             x = self.bn(x, not train)

@@ -8,64 +8,63 @@ import shutil
 import socket
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import hosts
 import jax
 import model
-from data import Data, DataError
+import norms
+from command import Parser, between, shown
+from data import NAMES, About, Data
 from report import write
 
 from jaxbn import writers
 
 
-def told(error: Exception) -> str:
-    """An error in one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, without the usage above it
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-@contextmanager
-def one_line(p: Parser):
-    """What cannot be read or written ends the program in one line, with status 2."""
-    try:
-        yield
-    except (DataError, OSError) as error:
-        p.error(told(error))
-
-
-def between(kind, low, high=float("inf")):
-    def convert(text):
-        value = kind(text)
-        if not low <= value <= high:
-            limit = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range, must be {limit}")
-        return value
-
-    convert.__name__ = kind.__name__  # "invalid int value: 'x'"
-    return convert
-
-
 def parser() -> Parser:
     p = Parser(
         prog="train.py",
-        description="Train a ResNet with jaxbn, on CIFAR-10 or on handwritten digits.",
+        description="Train a ResNet with jaxbn: on CIFAR, handwritten digits, or your own images.",
         parents=[hosts.options()],
+        examples=[
+            "python examples/cifar10/train.py --data cifar100 --epochs 12 --name mine",
+            "python examples/cifar10/train.py --data DIR --target 90",
+            "python examples/cifar10/train.py --data synthetic --stem imagenet --model resnet50",
+        ],
     )
     positive = between(int, 1)
     add = p.add_argument_group("data").add_argument
-    add("--data", choices=["auto", "cifar10", "digits"], default="auto", help="(auto)")
-    add("--data-dir", type=Path, help="where the files of CIFAR-10's binary version lie")
-    add("--cutout", type=between(int, 0, 32), default=0, help="side of the hole in pixels (0)")
+    add(
+        "--data",
+        default="auto",
+        metavar="WHAT",
+        help="cifar10, cifar100, digits, synthetic, a folder with a folder of PNG or JPEG images "
+        "for each class, or an .npz file of arrays x and y (auto: cifar10 where it can be had)",
+    )
+    add("--data-dir", type=Path, help="where the files of CIFAR's binary version lie")
+    add(
+        "--image-size",
+        type=between(int, 8, 1024),
+        metavar="PIXELS",
+        help="of a folder's images (at most 32; 224 with --stem imagenet), or of synthetic ones",
+    )
+    add(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        help="mirror half of the images (but not digits)",
+    )
+    add("--cutout", type=between(int, 0), default=0, help="side of the hole in pixels (0)")
     add = p.add_argument_group("model").add_argument
     add("--model", choices=model.NAMES, help="(resnet9 on CPU, resnet18 elsewhere)")
+    add("--stem", choices=model.STEMS, default="cifar", help="imagenet: for 224 pixels (cifar)")
+    add(
+        "--norm",
+        choices=norms.NAMES,
+        default="sync",
+        help="batch norm over all devices (sync), each device's rows (batch), --ghost-rows (ghost) "
+        "or with renormalization (renorm); group or layer norm; scale and bias alone (none) (sync)",
+    )
+    add("--ghost-rows", type=positive, default=32, help="of a ghost batch (32)")
     add("--block", choices=["post", "pre"], default="post", help="activation of ResNets (post)")
     add("--width", type=positive, help="channels of the first layer (16; ResNets 64)")
     add("--api", choices=["linen", "nnx"], default="linen", help="(linen)")
@@ -73,8 +72,14 @@ def parser() -> Parser:
         "--dtype", choices=["float32", "bfloat16"], default="float32", help="of computing (float32)"
     )
     add = p.add_argument_group("training").add_argument
-    add("--epochs", type=positive, help="(3 on CPU, 30 elsewhere; digits 15)")
-    add("--batch", type=positive, help="(128 on CPU, 512 elsewhere; digits 64)")
+    add("--epochs", type=positive, help="(3 on CPU, 30 elsewhere; 15 of fewer than 10,000 images)")
+    add("--batch", type=positive, help="(128 on CPU, 512 elsewhere; of few images 64 or less)")
+    add(
+        "--target",
+        type=between(float, 0, 100),
+        metavar="ACC",
+        help="stop after the epoch that reaches this test accuracy in %%",
+    )
     add("--eval-batch", type=positive, default=512, help="(512)")
     add("--lr", type=between(float, 0), help="peak learning rate (batch / 640)")
     add("--schedule", choices=["onecycle", "cosine"], default="onecycle", help="(onecycle)")
@@ -98,11 +103,15 @@ def parser() -> Parser:
 def fill_in(args, data: Data) -> None:
     """Defaults that depend on the data set and the device: minutes on two CPU cores."""
     cpu = jax.default_backend() == "cpu"
-    small = data.name == "digits"
-    args.data = data.name
-    args.model = args.model or ("resnet9" if cpu else "resnet18")
+    count = len(data.train_y)
+    small = count < 10_000 and args.data != "synthetic"
+    several = 2 ** max(1, (count // 4).bit_length() - 1)  # four batches an epoch or more
+    args.data = data.name if args.data in NAMES else str(Path(args.data).resolve())
+    args.about = json.loads(json.dumps(data.about._asdict()))  # as it is read again
+    args.flip = data.flip if args.flip is None else args.flip
+    args.model = args.model or ("resnet9" if cpu and args.stem == "cifar" else "resnet18")
     args.width = args.width or model.WIDTH[args.model]
-    args.batch = args.batch or (64 if small else 128 if cpu else 512)
+    args.batch = args.batch or min(several, 64 if small else 128 if cpu else 512)
     args.epochs = args.epochs or (15 if small else 3 if cpu else 30)
     args.lr = args.batch / 640 if args.lr is None else args.lr
     args.devices = args.devices or jax.device_count()
@@ -112,7 +121,10 @@ def fill_in(args, data: Data) -> None:
 def check(args, data: Data) -> None:
     """What can be wrong with the arguments, found before anything is computed or written."""
     if args.devices > jax.device_count():
-        raise ValueError(f"--devices {args.devices}: there are {jax.device_count()}")
+        more, n = "", args.devices
+        if jax.default_backend() == "cpu" and jax.process_count() == 1:
+            more = f"; JAX_NUM_CPU_DEVICES={n} before the command makes {n} of a CPU"
+        raise ValueError(f"--devices {args.devices}: there are {jax.device_count()}{more}")
     if args.devices < jax.device_count() and jax.process_count() > 1:
         raise ValueError(f"--devices {args.devices}: many processes use all {jax.device_count()}")
     if args.num_processes not in (None, jax.process_count()):
@@ -124,10 +136,25 @@ def check(args, data: Data) -> None:
         raise ValueError(f"--batch {args.batch}: there are {len(data.train_y)} training images")
     if args.block == "pre" and args.model == "resnet9":
         raise ValueError("--block pre: resnet9 has no such form, --model resnet18 has")
-    if args.data == "digits" and args.data_dir:
-        raise ValueError("--data digits: they come with scikit-learn, without --data-dir")
+    if args.stem == "imagenet" and args.model == "resnet9":
+        raise ValueError("--stem imagenet: resnet9 has no such form, --model resnet18 has")
+    least = 32 if args.stem == "imagenet" else 8
+    height, width, _ = data.about.shape
+    if min(height, width) < least:
+        raise ValueError(
+            f"--data {args.data}: {height}x{width} pixels, expected {least} or more on each side"
+        )
+    cifar = args.data in ("cifar10", "cifar100")
+    if args.data_dir and not cifar:
+        raise ValueError(f"--data-dir: not with --data {args.data}, it is for CIFAR's files")
+    if args.image_size and (cifar or args.data == "digits" or args.data.endswith(".npz")):
+        raise ValueError(f"--image-size: not with --data {args.data}, which has {height}x{width}")
+    if args.norm == "ghost" and args.batch % args.ghost_rows:
+        raise ValueError(f"--ghost-rows {args.ghost_rows}: does not divide --batch {args.batch}")
     if args.resume and not args.name:
         raise ValueError("--resume: which run? Give its --name too")
+    if args.watch and args.norm in norms.OTHERS:
+        raise ValueError(f"--watch: shows batch norms, and --norm {args.norm} has none")
     if args.watch and args.scan_epoch:
         raise ValueError("--watch: not with --scan-epoch, which shows nothing before its end")
     if "tensorboard" in args.watch and not importlib.util.find_spec("tensorboardX"):
@@ -146,6 +173,7 @@ def config(args) -> dict:
     process = {"coordinator", "num_processes", "process_id", "cluster", "timeout", "heartbeat"}
     # Not watch_every: the watched step is a program of its own, and may round otherwise.
     not_the_result = {"data_dir", "runs", "name", "resume", "keep", "watch", "watch_port", *process}
+    not_the_result |= {"target"}
     return {key: value for key, value in vars(args).items() if key not in not_the_result}
 
 
@@ -175,7 +203,26 @@ def run_options(folder: Path) -> argparse.Namespace:
     names += ("weight_decay", "smoothing")
     if missing := [name for name in names if name not in found]:
         refuse(f"does not say {', '.join(missing)}")
+    # Runs of before these options did what their defaults do.
+    names += tuple(n for n in ("image_size", "stem", "norm") if found.get(n) is not None)
     return p.parse_args([f"--{name.replace('_', '-')}={found[name]}" for name in names])
+
+
+def run_about(folder: Path) -> About:
+    """What a run of train.py was trained on."""
+    try:
+        about = About(**stored(folder)["about"])
+        numbers = [*about.mean, *about.std, about.train, about.test]
+        sides = [side in range(8, 2**14) for side in about.shape[:2]]
+        sound = sides == [True] * 2 and about.shape[2:] == [3] and 1 < len(about.classes) < 10**6
+        sound &= all(isinstance(name, str) for name in about.classes)
+        sound &= len(numbers) == 8 and all(isinstance(number, int | float) for number in numbers)
+    except (LookupError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        path = folder / "config.json"
+        raise ValueError(f"{path}: does not say what the run was trained on")
+    return about._replace(classes=tuple(map(shown, about.classes)))
 
 
 def find_run(args) -> Path:
@@ -195,9 +242,11 @@ def find_run(args) -> Path:
         option = "--" + key.replace("_", "-")
         if key not in asked:
             raise ValueError(f"--resume: {path}: {key!r} is no option of train.py")
+        if key == "about" and asked[key] != value:
+            raise ValueError(f"--resume: {folder} was trained on other images than {args.data} has")
         if asked[key] != value:
-            shown = value if isinstance(value, str) and value.isprintable() else json.dumps(value)
-            raise ValueError(f"--resume: {folder} has {option} {shown}, not {asked[key]}")
+            had = shown(value) if isinstance(value, str) else json.dumps(value)
+            raise ValueError(f"--resume: {folder} has {option} {had}, not {asked[key]}")
     if missing := sorted(asked.keys() - found.keys()):
         raise ValueError(f"--resume: {path}: does not say {', '.join(missing)}")
     return folder

@@ -22,9 +22,10 @@ import jax
 import numpy as np
 from augment import normalize
 from checkpoint import last_state
-from data import DataError, load
+from command import DataError, Parser, between, one_line, told
+from data import load
 from flax import nnx
-from options import Parser, between, one_line, run_options, told
+from options import run_options
 from rich.console import Console
 from rich.table import Table
 from train import make_steps
@@ -36,15 +37,23 @@ LATENCIES = (1, 64)  # batch sizes
 
 class Stage(NamedTuple):
     name: str
-    run: Callable  # images [B, 32, 32, 3] float32 → logits [B, 10]
+    run: Callable  # images [B, H, W, 3] float32 → logits [B, classes]
     bytes: int  # of the file; of the weights where there is none
     failure: str = ""  # why the file is not what it should be
 
 
 def parser() -> Parser:
-    p = Parser(prog="ship.py", description="Export a trained run; see what each stage costs.")
+    p = Parser(
+        prog="ship.py",
+        description="Export a trained run; see what each stage costs.",
+        examples=[
+            "python examples/cifar10/ship.py runs/mine",
+            "python examples/cifar10/ship.py runs/mine --recalibrate --bound 0.5",
+            "python examples/cifar10/ship.py runs/mine --data-dir DIR --out served",
+        ],
+    )
     p.add_argument("run", type=Path, help="folder of a run of train.py")
-    p.add_argument("--data-dir", type=Path, help="where the files of CIFAR-10's binary version lie")
+    p.add_argument("--data-dir", type=Path, help="where the files of CIFAR's binary version lie")
     p.add_argument("--out", type=Path, help="folder of the files (RUN/export)")
     p.add_argument("--recalibrate", action="store_true", help="compute the statistics anew first")
     p.add_argument("--images", type=between(int, 64), default=4096, help="to recalibrate on (4096)")
@@ -60,8 +69,9 @@ def parser() -> Parser:
 def read_run(folder: Path, data_dir: Path | None):
     """The data set; of the last checkpoint `apply` and linen's variables, or an nnx model."""
     args = run_options(folder)
-    data = load(args.data, data_dir)
-    steps = make_steps(args, len(data.train_y) // args.batch)
+    most = 224 if args.stem == "imagenet" else 32
+    data = load(args.data, data_dir, size=args.image_size, most=most)
+    steps = make_steps(args, data.about)
     state = last_state(folder, lambda: jax.jit(steps.init)(jax.random.key(0)))
     if args.api == "linen":
         variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -75,7 +85,7 @@ def read_run(folder: Path, data_dir: Path | None):
 
 
 def images(data, rows, split="train") -> np.ndarray:
-    """[B, 32, 32, 3] float32, as the network takes them."""
+    """[B, H, W, 3] float32, as the network takes them."""
     x = data.train_x if split == "train" else data.test_x
     return np.asarray(normalize(x[np.asarray(rows)], data.mean, data.std))
 

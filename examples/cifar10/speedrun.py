@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from augment import normalize
-from data import DataError, load
+from command import DataError, Parser, between, one_line, told
+from data import load
 from optimizer import smooth_cross_entropy
-from options import Parser, between, one_line, told
 from report import progress, table, write
 from rich.console import Console
 
@@ -251,7 +251,16 @@ def accuracy(logits, run, x, y, batch: int) -> float:
 
 
 def parser() -> Parser:
-    p = Parser(prog="speedrun.py", description="Train to 94 % on CIFAR-10 as fast as can be.")
+    p = Parser(
+        prog="speedrun.py",
+        description="Train to 94 % on CIFAR-10 as fast as can be.",
+        examples=[
+            "python examples/cifar10/speedrun.py --data-dir DIR --out runs.json",
+            "python examples/cifar10/speedrun.py --data cifar10 --seeds 3 --dtype bfloat16",
+            "python examples/cifar10/speedrun.py --data digits --seeds 1 --epochs 6 --batch 128 "
+            "--width 0.25",
+        ],
+    )
     fast = jax.default_backend() != "cpu"
     p.add_argument("--data", choices=["auto", "cifar10", "digits"], default="auto", help="(auto)")
     p.add_argument("--data-dir", type=Path, help="where the files of CIFAR-10's binary version lie")

@@ -18,8 +18,6 @@ from flax import nnx
 
 from jaxbn import watch
 
-IMAGE = np.zeros((1, 32, 32, 3), np.float32)  # NumPy's: to import computes nothing in JAX
-
 
 class State(NamedTuple):
     params: Any
@@ -28,13 +26,15 @@ class State(NamedTuple):
 
 
 class Linen:
-    def __init__(self, model, tx: optax.GradientTransformation, loss):
+    def __init__(self, model, tx: optax.GradientTransformation, loss, shape=(32, 32, 3)):
         self.model, self.tx, self.loss = model, tx, loss
+        self.image = np.zeros((1, *shape), np.float32)
 
     def init(self, key) -> State:
-        variables = self.model.init(key, IMAGE, train=False)
+        variables = self.model.init(key, self.image, train=False)
         params = variables["params"]
-        return State(params, variables["batch_stats"], self.tx.init(params))
+        # Norms of one sample have no statistics.
+        return State(params, variables.get("batch_stats", {}), self.tx.init(params))
 
     def train(self, state: State, images, labels, watched=False):
         def loss(params):
@@ -44,7 +44,7 @@ class Linen:
                 train=True,
                 mutable=["batch_stats"],
             )
-            return self.loss(logits, labels), (logits, new["batch_stats"], seen)
+            return self.loss(logits, labels), (logits, new.get("batch_stats", {}), seen)
 
         (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         logits, batch_stats, seen = aux

@@ -1,7 +1,8 @@
-# Train a ResNet with jaxbn, on CIFAR-10 or on handwritten digits.
+# Train a ResNet with jaxbn: on CIFAR-10 or -100, on handwritten digits, or on images of your own.
 #
 #   python examples/cifar10/train.py                              whatever data can be had
 #   python examples/cifar10/train.py --data cifar10 --epochs 15
+#   python examples/cifar10/train.py --data DIR --target 90       a folder of images for each class
 #   python examples/cifar10/train.py --api nnx --model resnet18 --block pre --dtype bfloat16
 
 import hosts
@@ -20,12 +21,14 @@ import flax
 import jax
 import jax.numpy as jnp
 import model
+import norms
 import numpy as np
 import options
 import report
 import stop
 from checkpoint import CheckpointError, Checkpoints, SaveError
-from data import Data, DataError, load
+from command import DataError, told
+from data import About, Data, load
 from loop import Loop, make_mesh, put_data
 from optimizer import schedule, sgd, smooth_cross_entropy
 from rich.console import Console
@@ -34,18 +37,21 @@ from steps import Linen, Nnx
 from jaxbn import writers
 
 
-def make_steps(args, count: int):
+def make_steps(args, about: About):
     """The model, the optimizer and the loss, as linen or as nnx."""
+    count = about.train // args.batch  # steps an epoch
     tx = sgd(schedule(args.schedule, args.lr, args.epochs * count), args.weight_decay)
     loss = partial(smooth_cross_entropy, smoothing=args.smoothing)
-    kind = {"name": args.model, "block": args.block, "width": args.width}
+    kind = {"name": args.model, "block": args.block, "stem": args.stem, "width": args.width}
+    kind |= {"classes": len(about.classes), "dtype": args.dtype}
     if args.api == "linen":
         import model_linen
 
-        return Linen(model.build(model_linen, **kind, dtype=args.dtype), tx, loss)
+        network = model.build(model_linen, **kind, norm=norms.linen(args))
+        return Linen(network, tx, loss, about.shape)
     import model_nnx
 
-    make = partial(model.build, model_nnx, **kind, dtype=args.dtype)
+    make = partial(model.build, model_nnx, **kind, norm=norms.nnx(args))
     return Nnx(lambda rngs: make(rngs=rngs), tx, loss)
 
 
@@ -81,7 +87,7 @@ def train_one_epoch(loop, state, key, x, y, scan: bool, show, watch, asked, firs
 def train(args, data: Data, folder: Path, console: Console, watch: writers.Log, asked) -> dict:
     mesh = make_mesh(args.devices)
     arrays = put_data(data, mesh, args.eval_batch)
-    steps = make_steps(args, len(data.train_y) // args.batch)
+    steps = make_steps(args, data.about)
     loop = Loop(steps, data, mesh, args.batch, jnp.dtype(args.dtype), args.cutout)
 
     init_key, data_key = jax.random.split(jax.random.key(args.seed))
@@ -108,6 +114,8 @@ def train(args, data: Data, folder: Path, console: Console, watch: writers.Log, 
         total = args.epochs * loop.count
         task = bar.add_task("", total=total, epoch=epochs + 1, status="compiling")
         for epoch in range(epochs + 1, args.epochs + 1):
+            if reached(args, log.rows):
+                break
             begun, first = time.perf_counter(), (epoch - 1) * loop.count
 
             def show(i, loss, accuracy, epoch=epoch, begun=begun, first=first, start=start):
@@ -145,9 +153,16 @@ def train(args, data: Data, folder: Path, console: Console, watch: writers.Log, 
             start, totals = 0, np.zeros(2)
             checkpoints.save(done, state, totals)
             console.print(report.line(log.rows[-1], seconds * (args.epochs - epoch)))
+    if reached(args, log.rows):
+        console.print(f"Target of {args.target:g} % reached in epoch {log.rows[-1]['epoch']}")
     if not log.rows:
         raise CheckpointError(f"{log.path}: no epoch in it, and none is left to train")
     return {"parameters": parameters, "state": state, "rows": log.rows, **log.rows[-1]}
+
+
+def reached(args, rows: list[dict]) -> bool:
+    """Whether the last epoch has the test accuracy that was asked for."""
+    return args.target is not None and rows and 100 * rows[-1]["test_accuracy"] >= args.target
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -161,12 +176,14 @@ def main(argv: list[str] | None = None) -> dict:
     console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not first)
     problem, folder = None, args.runs
     try:
-        data = load(args.data, args.data_dir, console.print)
+        most = 224 if args.stem == "imagenet" else 32
+        data = load(args.data, args.data_dir, console.print, args.image_size, most)
         options.fill_in(args, data)
+        data = data._replace(flip=args.flip)
         options.check(args, data)
         folder = options.find_run(args) if first else args.runs / args.name
     except (DataError, ValueError, OSError) as error:
-        problem = options.told(error)
+        problem = told(error)
     terms = json.dumps([args.name, args.resume, options.config(args)])
     if problem := hosts.agree(problem, terms):
         parser.error(problem)
@@ -175,7 +192,7 @@ def main(argv: list[str] | None = None) -> dict:
             options.begin_run(args, folder)
         watch = writers.open(args.watch, folder, every=args.watch_every, port=args.watch_port)
     except (ValueError, OSError) as error:
-        problem = options.told(error)
+        problem = told(error)
     if problem := hosts.agree(problem, terms):
         parser.error(problem)
 
@@ -184,9 +201,12 @@ def main(argv: list[str] | None = None) -> dict:
         device += f" in {jax.process_count()} processes"
     if jax.default_backend() == "cpu":
         device += f", {os.cpu_count()} cores"
-    what = f"{args.model} width {args.width} ({args.api}, {args.dtype})"
+    about = data.about
+    norm = "" if args.norm == "sync" else f", norm {args.norm}"
+    what = f"{args.model} width {args.width} ({args.api}, {args.dtype}{norm})"
     console.print(
-        f"{data.name}: {len(data.train_y):,} training and {len(data.test_y):,} test images, "
+        f"{data.name}: {about.train:,} training and {about.test:,} test images of "
+        f"{len(about.classes)} classes, {about.shape[0]}x{about.shape[1]} pixels, "
         f"{args.epochs} epochs of batch {args.batch}\n{what} on {device}, "
         f"jax {jax.__version__}, flax {flax.__version__}, in {folder}"
     )
@@ -209,10 +229,10 @@ def main(argv: list[str] | None = None) -> dict:
     except Exception as error:
         ours = isinstance(error, (SaveError, DataError, OSError))
         if jax.process_count() > 1:
-            why = f"train.py: error: {options.told(error)}" if ours else traceback.format_exc()
+            why = f"train.py: error: {told(error)}" if ours else traceback.format_exc()
             hosts.give_up(args.heartbeat, why)
         if ours:
-            parser.error(f"{options.told(error)}. {resume}")
+            parser.error(f"{told(error)}. {resume}")
         raise
     return result
 
@@ -221,11 +241,16 @@ def finish(args, data: Data, folder: Path, console: Console, result: dict, what:
     """The table, and the curves."""
     rows = result["rows"]
     rates = [row["images_per_s"] for row in rows]
+    target = []
+    if args.target is not None:
+        said = "reached" if reached(args, rows) else "not reached"
+        target = [("target", f"{args.target:.2f}", f"% {said}")]
     console.print(
         report.table(
             f"{what}, {device}",
             [
                 ("test accuracy", f"{result['test_accuracy'] * 100:.2f}", "%"),
+                *target,
                 ("test loss", f"{result['test_loss']:.4f}", "nats"),
                 ("test images", f"{result['test_images']:,}", "each once"),
                 ("epochs", f"{len(rows)}", f"of {len(data.train_y):,} images"),
@@ -238,6 +263,10 @@ def finish(args, data: Data, folder: Path, console: Console, result: dict, what:
     )
     report.curves(folder / "curves.png", rows, f"{what}, seed {args.seed}")
     console.print(f"Curves: {folder}/curves.png   Metrics: {folder}/metrics.jsonl")
+    console.print(
+        f"Try next: python examples/cifar10/predict.py {folder} IMAGE, or train on images of your "
+        "own: python examples/cifar10/train.py --data FOLDER"
+    )
 
 
 if __name__ == "__main__":

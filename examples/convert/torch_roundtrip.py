@@ -4,11 +4,15 @@
 #
 # From PyTorch: safetensors.torch.save_file(torchvision.models.resnet18(...).state_dict(), path)
 
-import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from command import Parser
 from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -50,7 +54,15 @@ def main(source, target):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="torch_roundtrip.py")
+    parser = Parser(
+        prog="torch_roundtrip.py",
+        description="A ResNet file with torchvision's names, to Flax linen, to Flax nnx, and back.",
+        examples=[
+            "python examples/convert/torch_roundtrip.py resnet18.safetensors again.safetensors",
+            "python examples/convert/torch_roundtrip.py resnet34.safetensors again.safetensors",
+            "python examples/convert/torch_roundtrip.py mine.safetensors again.safetensors",
+        ],
+    )
     parser.add_argument("source", help="a ResNet's file, with torchvision's names")
     parser.add_argument("target", help="the file to write")
     args = parser.parse_args()

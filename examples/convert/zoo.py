@@ -6,14 +6,17 @@
 # Where torchvision is installed, --torchvision loads the weights into its networks, which refuse
 # names and shapes that are not theirs, and compares with what torch computes.
 
-import argparse
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
+
 import jax
 import numpy as np
 import zoo_names
+from command import Parser
 from flax import nnx
 from zoo_networks import ZOO, Linen, Reference
 
@@ -159,7 +162,15 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="zoo.py")
+    parser = Parser(
+        prog="zoo.py",
+        description="Networks by torchvision's names, converted, folded and exported.",
+        examples=[
+            "python examples/convert/zoo.py",
+            "python examples/convert/zoo.py --tiny --networks resnet50 densenet121",
+            "python examples/convert/zoo.py --torchvision",
+        ],
+    )
     parser.add_argument("--tiny", action="store_true", help="small networks of the same kinds")
     parser.add_argument(
         "--torchvision", action="store_true", help="with torchvision's own networks"
@@ -167,5 +178,5 @@ if __name__ == "__main__":
     parser.add_argument("--networks", nargs="+", choices=ZOO, default=list(ZOO), metavar="NAME")
     args = parser.parse_args()
     if args.tiny and args.torchvision:
-        parser.exit(2, "zoo.py: error: --tiny has no networks of torchvision's\n")
+        parser.error("--tiny has no networks of torchvision's")
     main(args)

@@ -1,10 +1,14 @@
 # What the roads of this folder share: a network, a batch, and one device to compare with.
 
-import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from command import Parser, between
 from rich import print
 from rich.table import Table
 
@@ -70,15 +74,14 @@ def limit():
 
 def main(name, roads):
     """The command line of a script: its table, and exit status 1 where a road disagrees."""
-    p = argparse.ArgumentParser(name, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.description = f"One training step by {', '.join(roads)}, compared with one device."
-    p.epilog = f"examples:\n  python examples/devices/{name}"
-    p.epilog += f"\n  python examples/devices/{name} --cpus 4"
-    p.error = lambda text: p.exit(2, f"{name}: error: {text}\n")
-    p.add_argument("--cpus", type=int, default=8, help="devices to make of a CPU (8)")
+    line = f"python examples/devices/{name}"
+    p = Parser(
+        prog=name,
+        description=f"One training step by {', '.join(roads)}, compared with one device.",
+        examples=[line, f"{line} --cpus 4", f"{line} --cpus 1"],
+    )
+    p.add_argument("--cpus", type=between(int, 1), default=8, help="devices to make of a CPU (8)")
     cpus = p.parse_args().cpus
-    if cpus < 1:
-        p.error(f"--cpus {cpus}: expected 1 or more")
     jax.config.update("jax_num_cpu_devices", cpus)  # GPUs stay as many as there are
     rows = compare(roads)
     where = f"{jax.device_count()} x {jax.devices()[0].device_kind}"

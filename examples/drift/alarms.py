@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from augment import normalize
 from checkpoint import last_state
-from data import DataError, load
+from command import DataError, Parser, between, one_line, progress
+from data import load
 from model_linen import ResNet9
 from optimizer import sgd, smooth_cross_entropy
-from options import Parser, between, one_line
 from rich.console import Console
 from rich.table import Table
 from scipy.ndimage import gaussian_filter
@@ -39,7 +39,15 @@ CORRUPTIONS = {  # of images [N, 32, 32, 3] in bytes: severities, and what they 
 
 
 def main(argv=None):
-    parser = Parser(prog="alarms.py")
+    parser = Parser(
+        prog="alarms.py",
+        description="Alarms of health.drift on clean and on corrupted images, beside the accuracy.",
+        examples=[
+            "python examples/drift/alarms.py",
+            "python examples/drift/alarms.py --data-dir DIR --run runs/mine",
+            "python examples/drift/alarms.py --data-dir DIR --clean --windows 500",
+        ],
+    )
     add, positive = parser.add_argument, between(int, 1)
     add("--data-dir", type=Path, help="CIFAR-10's binary files (else: digits)")
     add("--run", type=Path, help="a run of examples/cifar10 (else: trained here)")
@@ -67,7 +75,7 @@ def measured(args):
     state = last_state(args.run, init) if args.run else init()
     if not args.run:
         train = jax.jit(steps.train)
-        for _ in range(args.steps):
+        for _ in progress(range(args.steps), "training"):
             rows = RNG.choice(len(data.train_y), 64, replace=False)
             state, *_ = train(state, scale(data.train_x[rows]), data.train_y[rows])
     variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -101,7 +109,7 @@ def measured(args):
     line = ["clean", 0.0, right[others].mean(), alarms(rows, others)]
     lines = [(*line, alarms(rows, others, reference))]
     for name, (severities, corrupt) in CORRUPTIONS.items():
-        for severity in severities:
+        for severity in progress(severities, name):
             bad = np.clip(np.rint(corrupt(x[others], severity)), 0, 255)
             right, rows = serve(bad, y[others])
             every = np.arange(len(others))
@@ -124,7 +132,7 @@ def false_alarms(variables, rows, among, reference, windows):
         if size > len(among) // 2:
             continue
         alarms = np.zeros(len(columns))
-        for _ in range(windows):
+        for _ in progress(range(windows), f"windows of {size}"):
             some = RNG.choice(among, size, replace=False)
             window = jax.tree.map(lambda v, some=some: jnp.asarray(v[..., some]), rows)
             seen = health.seen(variables, window)

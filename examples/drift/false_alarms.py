@@ -11,7 +11,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from options import Parser, between
+from command import Parser, between, progress
+from rich.console import Console
+from rich.table import Table
 
 import jaxbn
 from jaxbn import health
@@ -37,7 +39,15 @@ def window(key, draw, n):
 
 
 def main(argv=None):
-    parser = Parser(prog="false_alarms.py")
+    parser = Parser(
+        prog="false_alarms.py",
+        description="How often health.drift raises an alarm where nothing drifted.",
+        examples=[
+            "python examples/drift/false_alarms.py",
+            "python examples/drift/false_alarms.py --windows 100",
+            "python examples/drift/false_alarms.py --images 16 64 256",
+        ],
+    )
     add, default = parser.add_argument, [32, 128, 512]
     add("--windows", type=between(int, 10), default=1000, help="decisions of each kind (1000)")
     add("--images", type=between(int, 2), nargs="+", default=default, help="a window")
@@ -48,17 +58,19 @@ def main(argv=None):
         for n in args.images:
             some = jax.jit(jax.vmap(lambda key, draw=draw, n=n: window(key, draw, n)))
             alarms = np.zeros(4)
-            for key in jax.random.split(jax.random.key(0), args.windows // 10):
+            keys = jax.random.split(jax.random.key(0), args.windows // 10)
+            for key in progress(keys, name):
                 ten = jax.device_get(some(jax.random.split(key, 10)))
                 for i in range(10):
                     seen = jax.tree.map(lambda v, i=i: v[i], ten)
                     strict = [health.decide(seen, false_alarm=a, tolerance=0.0) for a in asked]
                     alarms += [d.alarm for d in (*strict, health.decide(seen))]
             rates[name, n] = alarms / (args.windows // 10 * 10)
-            shown = "  ".join(f"{rate:.4f}" for rate in rates[name, n])
-            print(
-                f"{name:12} {n:4} images   asked for 0.1, 0.01, 0.001, 0.001 and tolerance: {shown}"
-            )
+            print(f"{name}, {n} images: done", flush=True)
+    table = Table("values", "images", *(f"asked {a:g}" for a in asked), "0.001, tolerance")
+    for (name, n), shares in rates.items():
+        table.add_row(name, str(n), *(f"{share:.4f}" for share in shares))
+    Console().print(table)
     return rates
 
 

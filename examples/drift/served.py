@@ -2,11 +2,17 @@
 #
 #   python examples/drift/served.py       handwritten digits; from the sixth window on they fade
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from command import Parser, between
 from sklearn.datasets import load_digits
 
 import jaxbn
@@ -81,4 +87,15 @@ def main(windows=10, window=128):
 
 
 if __name__ == "__main__":
-    main()
+    parser = Parser(
+        prog="served.py",
+        description="A served model that says when the data is no longer what it was trained on.",
+        examples=[
+            "python examples/drift/served.py",
+            "python examples/drift/served.py --windows 6",
+            "python examples/drift/served.py --windows 14",
+        ],
+    )
+    light = between(int, 1, 14)
+    parser.add_argument("--windows", type=light, default=10, help="the sixth is darker (10)")
+    main(**vars(parser.parse_args()))

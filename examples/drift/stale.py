@@ -3,9 +3,13 @@
 #
 #   python examples/drift/stale.py
 
-import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
 
 import numpy as np
+from command import Parser, between
 
 import jaxbn
 from jaxbn import health
@@ -36,11 +40,20 @@ def rate(name, rows, channels, batches):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--batches", type=int, default=100_000, help="of each kind (100000)")
-    parser.add_argument("--rows", type=int, nargs="+", default=[16, 64], help="of a batch (16 64)")
+    parser = Parser(
+        prog="stale.py",
+        description="How often health.check calls statistics stale that are right.",
+        examples=[
+            "python examples/drift/stale.py",
+            "python examples/drift/stale.py --batches 1000",
+            "python examples/drift/stale.py --rows 8 --channels 1 512",
+        ],
+    )
+    positive, rows = between(int, 1), between(int, 2)
+    parser.add_argument("--batches", type=positive, default=100_000, help="of each kind (100000)")
+    parser.add_argument("--rows", type=rows, nargs="+", default=[16, 64], help="of a batch (16 64)")
     parser.add_argument(
-        "--channels", type=int, nargs="+", default=[1, 8, 64], help="of a layer (1 8 64)"
+        "--channels", type=positive, nargs="+", default=[1, 8, 64], help="of a layer (1 8 64)"
     )
     args = parser.parse_args(argv)
     columns = [f"{c} channels" if c > 1 else "1 channel" for c in args.channels]

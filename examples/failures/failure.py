@@ -1,12 +1,16 @@
 """What the scripts beside this one share: a small network on handwritten digits, and `Result`."""
 
-import argparse
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
 
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from command import Parser, between, progress
 from sklearn.datasets import load_digits
 
 import jaxbn
@@ -26,7 +30,7 @@ class Result(NamedTuple):
 
 def several(main, seeds):
     """The results of the seeds 0, 1, ...: other weights to start from, other batches."""
-    return [main(seed) for seed in range(seeds)]
+    return [main(seed) for seed in progress(range(seeds), "training")]
 
 
 def spread(figures):
@@ -36,11 +40,11 @@ def spread(figures):
 
 def with_seeds(description):
     """The command line of a script, and of the table of all."""
-    parser = argparse.ArgumentParser(description=description)
-    counts = range(1, 1001)
-    parser.add_argument(
-        "--seeds", type=int, default=1, choices=counts, metavar="N", help="runs (1)"
-    )
+    name = Path(sys.argv[0]).name
+    line = f"python examples/failures/{name}"
+    examples = [line, f"{line} --seeds 3", f"{line} --seeds 10"]
+    parser = Parser(prog=name, description=description, examples=examples)
+    parser.add_argument("--seeds", type=between(int, 1), default=1, metavar="N", help="runs (1)")
     return parser
 
 

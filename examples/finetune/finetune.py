@@ -1,4 +1,4 @@
-# A network of six classes learns four others from few images: batch norm frozen, and not.
+# A network learns new classes from few images: batch norm frozen, and not.
 #
 #   python examples/finetune/finetune.py                       on handwritten digits
 #   python examples/finetune/finetune.py --data-dir DIR        on CIFAR-10
@@ -11,10 +11,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
 import numpy as np
 import optax
 from augment import normalize
+from command import Parser, between, one_line, progress
 from data import load
 from flax import nnx
 from model_nnx import ResNet9
-from options import Parser, one_line
 from rich import print
 from rich.table import Table
 
@@ -83,7 +83,7 @@ def main(data_dir=None, width=16, steps=400, shots=20, seeds=3):
     table = Table("batch norm", "accuracy, new classes", "least", "most", title=data.name)
     for name, (before, after, optimizer) in WAYS.items():
         scores, tx = [], optimizer(1e-3)  # one, or the step compiles for each
-        for seed in range(seeds):
+        for seed in progress(range(seeds), name):
             rng = np.random.default_rng(seed)
             few = np.concatenate([rng.choice(rows, shots, replace=False) for rows in new])
             x, y = images(data.train_x, data.train_y, few)
@@ -100,7 +100,17 @@ def main(data_dir=None, width=16, steps=400, shots=20, seeds=3):
 
 
 if __name__ == "__main__":
-    parser = Parser(prog="finetune.py")
+    parser = Parser(
+        prog="finetune.py",
+        description="A network learns new classes from few images: batch norm frozen, and not.",
+        examples=[
+            "python examples/finetune/finetune.py",
+            "python examples/finetune/finetune.py --seeds 5 --shots 50",
+            "python examples/finetune/finetune.py --data-dir DIR",
+        ],
+    )
     parser.add_argument("--data-dir", type=Path, help="CIFAR-10's binary files (else: digits)")
+    parser.add_argument("--shots", type=between(int, 4), default=20, help="images a class (20)")
+    parser.add_argument("--seeds", type=between(int, 1), default=3, help="draws of them (3)")
     with one_line(parser):
         main(**vars(parser.parse_args()))

@@ -1,8 +1,14 @@
 # One ResNet as Flax, Haiku, Equinox and jaxbn write it, folded: no norm is left, whoever wrote it.
 #   python examples/fold/fold_report.py        (needs dm-haiku and equinox)
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
+
 import jax
 import resnets
+from command import Parser, between, progress
 
 import jaxbn
 
@@ -12,11 +18,11 @@ def norm_operations(fn, x):  # in the program that XLA gets
     return sum(text.count(f"stablehlo.{op} ") for op in ("rsqrt", "sqrt", "subtract", "multiply"))
 
 
-def main():
-    x = jax.random.normal(jax.random.key(2), (4, 16, 16, 3))
+def main(images=4, pixels=16):
+    x = jax.random.normal(jax.random.key(2), (images, pixels, pixels, 3))
     networks = resnets.networks(x)
     folded, reports = {}, {}
-    for name, fn in networks.items():
+    for name, fn in progress(networks.items(), "folding"):
         folded[name], reports[name] = jaxbn.fold(fn, x)
 
     print("jaxbn linen", reports["jaxbn linen"], sep="\n", end="\n\n")
@@ -33,4 +39,15 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    parser = Parser(
+        prog="fold_report.py",
+        description="One ResNet as Flax, Haiku, Equinox and jaxbn write it, folded.",
+        examples=[
+            "python examples/fold/fold_report.py",
+            "python examples/fold/fold_report.py --images 1",
+            "python examples/fold/fold_report.py --pixels 32",
+        ],
+    )
+    parser.add_argument("--images", type=between(int, 1), default=4, help="to fold by (4)")
+    parser.add_argument("--pixels", type=between(int, 4), default=16, help="of their sides (16)")
+    main(**vars(parser.parse_args()))

@@ -14,10 +14,10 @@ import numpy as np
 import optax
 from augment import normalize
 from checkpoint import last_state
+from command import Parser, one_line, progress
 from data import load
 from model_linen import ResNet9
 from optimizer import sgd, smooth_cross_entropy
-from options import Parser, one_line
 from rich import print
 from rich.table import Table
 from scipy.ndimage import gaussian_filter
@@ -44,7 +44,7 @@ def main(data_dir=None, run=None, width=16, steps=300, batch=128):
 
     # Stochastic weight averaging (Izmailov et al. 2018): the mean of every 10th step's weights.
     step, average = jax.jit(training.train), state.params
-    for i in range(steps):
+    for i in progress(range(steps), "training"):
         rows = RNG.choice(len(data.train_y), batch, replace=False)
         state, *_ = step(state, scale(data.train_x[rows]), data.train_y[rows])
         if i % 10 == 9:
@@ -72,7 +72,7 @@ def main(data_dir=None, run=None, width=16, steps=300, batch=128):
     # Adaptive BN (Li et al. 2016): half of the images, without their labels, give statistics of
     # their own, and the other half are classified by them.
     half = len(y) // 2
-    for name, shift in SHIFTS.items():
+    for name, shift in progress(SHIFTS.items(), "recalibrating"):
         shifted = shift(x)
         adapted = jaxbn.recalibrate(apply, again, batches(shifted[:half]))
         scores = [accuracy(v, shifted[half:], y[half:]) for v in (again, adapted)]
@@ -82,7 +82,15 @@ def main(data_dir=None, run=None, width=16, steps=300, batch=128):
 
 
 if __name__ == "__main__":
-    parser = Parser(prog="recalibrate.py")
+    parser = Parser(
+        prog="recalibrate.py",
+        description="Accuracy before and after jaxbn.recalibrate.",
+        examples=[
+            "python examples/recalibrate/recalibrate.py",
+            "python examples/recalibrate/recalibrate.py --data-dir DIR",
+            "python examples/recalibrate/recalibrate.py --data-dir DIR --run runs/mine",
+        ],
+    )
     parser.add_argument("--data-dir", type=Path, help="CIFAR-10's binary files (else: digits)")
     parser.add_argument("--run", type=Path, help="a run of examples/cifar10 to start from")
     with one_line(parser):

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from augment import normalize
+from command import Parser, between, one_line, progress
 from data import load
-from options import Parser, one_line
 from rich import print
 from rich.table import Table
 
@@ -96,7 +96,7 @@ def main(
         cells = []
         for renorm in (False, True):
             scores = []
-            for seed in range(seeds):
+            for seed in progress(range(seeds), f"batches of {batch}"):
                 rows = drawn(
                     np.random.default_rng(seed),
                     np.asarray(train_y),
@@ -116,7 +116,16 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = Parser(prog="renorm.py")
+    parser = Parser(
+        prog="renorm.py",
+        description="Batch norm beside batch renormalization, on small batches.",
+        examples=[
+            "python examples/renorm/renorm.py",
+            "python examples/renorm/renorm.py --seeds 5",
+            "python examples/renorm/renorm.py --data-dir DIR",
+        ],
+    )
     parser.add_argument("--data-dir", type=Path, help="CIFAR-10's binary files (else: digits)")
+    parser.add_argument("--seeds", type=between(int, 1), default=3, help="(3)")
     with one_line(parser):
         main(**vars(parser.parse_args()))

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import optax
 from augment import normalize
+from command import Parser, between, one_line, progress
 from data import load
 from model_linen import ResNet9
-from options import Parser, one_line
 from rich import print
 from rich.table import Table
 
@@ -37,7 +37,7 @@ def trained(data, images, apply, variables, batch):
         return {"params": optax.apply_updates(variables["params"], updates), **new}, opt_state
 
     rng, opt_state = np.random.default_rng(0), tx.init(variables["params"])
-    for _ in range(images // batch):
+    for _ in progress(range(images // batch), f"batches of {batch}"):
         rows = rng.choice(len(data.train_y), batch, replace=False)
         x = normalize(data.train_x[rows], data.mean, data.std)
         variables, opt_state = step(variables, opt_state, x, data.train_y[rows])
@@ -67,7 +67,16 @@ def main(data_dir=None, width=16, images=3200, batches=(2, 8, 32)):
 
 
 if __name__ == "__main__":
-    parser = Parser(prog="swap.py")
+    parser = Parser(
+        prog="swap.py",
+        description="Batch norm, and group norm in its place, on small batches.",
+        examples=[
+            "python examples/swap/swap.py",
+            "python examples/swap/swap.py --images 12800",
+            "python examples/swap/swap.py --data-dir DIR",
+        ],
+    )
     parser.add_argument("--data-dir", type=Path, help="CIFAR-10's binary files (else: digits)")
+    parser.add_argument("--images", type=between(int, 32), default=3200, help="to train on (3200)")
     with one_line(parser):
         main(**vars(parser.parse_args()))

@@ -3,12 +3,16 @@
 #   python examples/watch/watched.py FOLDER [STEPS [PORT]]
 #   tensorboard --logdir FOLDER        and http://127.0.0.1:9464/metrics while it runs
 
-import argparse
+import sys
 from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from command import Parser, between
 
 import jaxbn
 from jaxbn import watch, writers
@@ -57,10 +61,19 @@ def main(folder: str, steps: int = 500, port: int = 9464) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="watched.py")
+    parser = Parser(
+        prog="watched.py",
+        description="A training loop that is watched: figures of each norm layer, every 50 steps.",
+        examples=[
+            "python examples/watch/watched.py FOLDER",
+            "python examples/watch/watched.py FOLDER 2000",
+            "python examples/watch/watched.py FOLDER 500 0",
+        ],
+    )
     parser.add_argument("folder", help="of the figures")
-    parser.add_argument("steps", type=int, nargs="?", default=500, help="(500)")
-    parser.add_argument("port", type=int, nargs="?", default=9464, help="of Prometheus (9464)")
+    parser.add_argument("steps", type=between(int, 1), nargs="?", default=500, help="(500)")
+    port = between(int, 0, 65535)
+    parser.add_argument("port", type=port, nargs="?", default=9464, help="of Prometheus (9464)")
     try:
         main(**vars(parser.parse_args()))
     except (OSError, ModuleNotFoundError) as error:

@@ -19,10 +19,15 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "cifar10"))
 import augment
 import data
 import download
+import model
+import train
 from download import DataError
 
+from tests.support.compiling import compiled_quickly
+
 N = 6  # records a file, in place of 10,000
-SIX = [*data.TRAIN, data.TEST]
+CIFAR10 = download.CIFAR10
+SIX = CIFAR10.members
 
 
 def write_six(folder: Path) -> None:
@@ -38,8 +43,8 @@ def write_six(folder: Path) -> None:
 @pytest.fixture
 def six(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(data, "RECORDS", N)
-    write_six(tmp_path / "data" / download.FOLDER)
-    return tmp_path / "data" / download.FOLDER
+    write_six(tmp_path / "data" / CIFAR10.folder)
+    return tmp_path / "data" / CIFAR10.folder
 
 
 # --- the reader -------------------------------------------------------------------------------
@@ -68,7 +73,7 @@ def test_a_truncated_file_is_named_with_both_sizes(six):
     path.write_bytes(path.read_bytes()[:-100])
     assert message(data.load, "cifar10", six) == (
         f"{path}: 18,338 bytes, but 6 records of 3,073 bytes are 18,438: "
-        "truncated, or not CIFAR-10's binary version"
+        "truncated, or not CIFAR's binary version"
     )
 
 
@@ -143,7 +148,7 @@ def test_cutout_takes_one_square_of_that_size(size):
 
 
 def test_digits_are_not_mirrored_and_half_of_the_others_are():
-    key, pad = jax.random.key(2), augment.PAD
+    key, pad = jax.random.key(2), 32 // augment.SHARE
     images = np.zeros((256, 32, 32, 3), np.uint8)
     images[:, :, :16] = 255  # bright on the left, whatever the crop
     for flip, share in ((False, 0.0), (True, 0.5)):
@@ -155,17 +160,32 @@ def test_digits_are_not_mirrored_and_half_of_the_others_are():
 # --- the download -----------------------------------------------------------------------------
 
 
-def archive() -> bytes:
-    """The six files, and what a hostile archive would bring along."""
+def bodies() -> dict[str, bytes]:
+    """CIFAR-10's six files."""
+    rng = np.random.default_rng(1)
+    return {name: rng.integers(0, 10, N * 3073, np.uint8).tobytes() for name in SIX}
+
+
+def bodies_of_100() -> dict[str, bytes]:
+    """CIFAR-100's three: record r has the coarse label 255 and the fine label 20 r % 100."""
+    rng, files = np.random.default_rng(2), {}
+    for name, count in (("train.bin", 5 * N), ("test.bin", N)):
+        labels = np.stack([np.full(count, 255), 20 * np.arange(count) % 100], axis=1)
+        planes = rng.integers(0, 256, (count, 3072))
+        files[name] = np.concatenate([labels, planes], axis=1).astype(np.uint8).tobytes()
+    return files | {"fine_label_names.txt": "\n".join(f"class_{c}" for c in range(100)).encode()}
+
+
+def packed(folder: str, files: dict[str, bytes]) -> bytes:
+    """The archive, and what a hostile one would bring along."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz") as tar:
-        rng = np.random.default_rng(1)
-        for name in [*(f"{download.FOLDER}/{name}" for name in SIX), "../../evil", "readme.html"]:
-            body = rng.integers(0, 10, N * 3073, np.uint8).tobytes()
+        inside = {f"{folder}/{name}": body for name, body in files.items()}
+        for name, body in (inside | {"../../evil": b"evil", "readme.html": b"<html>"}).items():
             member = tarfile.TarInfo(name)
             member.size = len(body)
             tar.addfile(member, io.BytesIO(body))
-        link = tarfile.TarInfo(f"{download.FOLDER}/link")
+        link = tarfile.TarInfo(f"{folder}/link")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
     return out.getvalue()
@@ -195,18 +215,21 @@ class Server(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
-    """CIFAR-10's home page, here; the cache is an empty folder."""
-    body = archive()
+def server(tmp_path, monkeypatch, request):
+    """The home page of CIFAR-10, or of the archive that is asked for; the cache is empty."""
+    name, files = getattr(request, "param", ("CIFAR10", bodies))
+    archive = getattr(download, name)
+    body = packed(archive.folder, files())
     handler = type("Handler", (Server,), {"body": body, "asked": []})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
         thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         monkeypatch.setenv("no_proxy", "*")
-        monkeypatch.setattr(download, "URL", f"http://127.0.0.1:{http.server_port}/c.tar.gz")
-        monkeypatch.setattr(download, "SIZE", len(body))
-        monkeypatch.setattr(download, "SHA256", hashlib.sha256(body).hexdigest())
+        url = f"http://127.0.0.1:{http.server_port}/{Path(archive.url).name}"
+        sha256 = hashlib.sha256(body).hexdigest()
+        served = archive._replace(url=url, size=len(body), sha256=sha256)
+        monkeypatch.setattr(download, name, served)
         monkeypatch.setattr(data, "RECORDS", N)
         yield handler
         http.shutdown()
@@ -217,34 +240,70 @@ def quiet(*args):
     pass
 
 
+def fetched(say=quiet) -> Path:
+    return download.cached_or_downloaded(download.CIFAR10, say)
+
+
 def cached(tmp_path) -> list[str]:
     return sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
 
 
-COMPLETE = sorted(f"jaxbn/{download.FOLDER}/{name}" for name in SIX)
+COMPLETE = sorted(f"jaxbn/{CIFAR10.folder}/{name}" for name in SIX)
 PART = "jaxbn/cifar-10-binary.tar.gz.part"
 
 
 def test_a_download_leaves_the_six_files_and_nothing_else(server, tmp_path):
     for _ in range(2):  # the second time from the cache
-        folder = download.cached_or_downloaded(quiet)
+        folder = fetched()
         assert cached(tmp_path) == COMPLETE
     assert server.asked == [None]
     data.cifar10(folder)
 
 
+@pytest.mark.parametrize("server", [("CIFAR100", bodies_of_100)], indirect=True)
+def test_cifar_100_is_downloaded_and_trained_by_one_command(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(model.RESNETS, "resnet18", {"blocks": (1,), "bottleneck": False})
+    options = "--data cifar100 --model resnet18 --width 2 --batch 8 --eval-batch 8 --epochs 1"
+    where = ["--runs", str(tmp_path / "runs"), "--name", "hundred"]
+    with compiled_quickly():
+        result = train.main([*options.split(), *where])
+    assert "cifar100: 30 training and 6 test images of 100 classes" in capsys.readouterr().out
+    assert result["state"].params["Dense_0"]["kernel"].shape[1] == 100
+    folder = tmp_path / "jaxbn" / "cifar-100-binary"
+    assert sorted(os.listdir(folder)) == ["fine_label_names.txt", "test.bin", "train.bin"]
+    assert os.listdir(folder.parent) == [folder.name]
+
+    got = data.load("cifar100", None, quiet)
+    assert server.asked == [None]
+    np.testing.assert_array_equal(got.train_y, 20 * np.arange(5 * N) % 100)
+    assert got.classes[40] == "class_40"
+    raw = np.frombuffer(bodies_of_100()["train.bin"], np.uint8).reshape(-1, 3074)
+    image = raw[7, 2:].reshape(3, 32, 32).transpose(1, 2, 0)
+    np.testing.assert_array_equal(got.train_x[np.array([7])][0], image)
+
+    (folder / "fine_label_names.txt").write_text("apple")
+    expected = f"{folder}/fine_label_names.txt: 1 names, expected those of 100 classes"
+    assert message(data.load, "cifar100", folder) == expected
+    raw = bytearray((folder / "test.bin").read_bytes())
+    raw[3074 + 1] = 100
+    (folder / "test.bin").write_bytes(raw)
+    (folder / "fine_label_names.txt").write_bytes(bodies_of_100()["fine_label_names.txt"])
+    expected = f"{folder}/test.bin: record 1 has label 100, labels are 0 to 99"
+    assert message(data.load, "cifar100", folder) == expected
+
+
 def test_a_download_that_broke_off_is_resumed_by_range(server, tmp_path):
     server.stop_after = 1000
     part = tmp_path / PART
-    assert message(download.cached_or_downloaded, quiet) == (
-        f"the download broke off: 1,000 of {download.SIZE:,} bytes are kept in {part}, "
+    assert message(fetched) == (
+        f"the download broke off: 1,000 of {download.CIFAR10.size:,} bytes are kept in {part}, "
         "run again to resume"
     )
     server.stop_after = None
     said = []
-    download.cached_or_downloaded(said.append)
+    fetched(said.append)
     assert server.asked == [None, "bytes=1000-"]
-    assert said == [f"Resuming {download.URL} into {part.parent}"]
+    assert said == [f"Resuming {download.CIFAR10.url} into {part.parent}"]
     assert cached(tmp_path) == COMPLETE
 
 
@@ -252,7 +311,7 @@ def test_a_server_that_ignores_range_starts_over(server, tmp_path):
     (tmp_path / "jaxbn").mkdir()
     (tmp_path / PART).write_bytes(b"x" * 500)
     server.ranges = False
-    download.cached_or_downloaded(quiet)
+    fetched()
     assert cached(tmp_path) == COMPLETE
 
 
@@ -265,25 +324,26 @@ def test_a_slow_download_is_kept_for_later_and_auto_goes_on(server, tmp_path, mo
         "!! NOT CIFAR-10: training on scikit-learn's handwritten digits instead."
     )
     assert said[2].splitlines()[0] == (
-        f"!! the download took longer than -1 s: 1,000 of {download.SIZE:,} bytes are kept in "
-        f"{tmp_path / PART}, run again to resume"
+        f"!! the download took longer than -1 s: 1,000 of {download.CIFAR10.size:,} bytes are kept "
+        f"in {tmp_path / PART}, run again to resume"
     )
 
 
 def test_a_wrong_checksum_removes_the_file(server, tmp_path):
     server.body = server.body[:-1] + b"?"
     found = hashlib.sha256(server.body).hexdigest()
-    assert message(download.cached_or_downloaded, quiet) == (
-        f"{download.URL}: wrong checksum: SHA-256 {found}, expected {download.SHA256}: "
-        "removed, run again"
+    expected = download.CIFAR10.sha256
+    assert message(fetched) == (
+        f"{download.CIFAR10.url}: wrong checksum: SHA-256 {found}, expected {expected}: removed, "
+        "run again"
     )
     assert cached(tmp_path) == []
 
 
 def test_another_length_is_refused_before_anything_is_written(server, tmp_path):
     server.body = b"<html>Please log in to the hotel's network</html>"
-    assert message(download.cached_or_downloaded, quiet) == (
-        f"{download.URL}: 49 bytes were offered, expected {download.SIZE:,}"
+    assert message(fetched) == (
+        f"{download.CIFAR10.url}: 49 bytes were offered, expected {download.CIFAR10.size:,}"
     )
     assert cached(tmp_path) == []
 
@@ -301,7 +361,8 @@ def test_a_page_of_no_known_length_is_refused_and_what_is_there_is_kept(
     monkeypatch.setattr(data, "digits", lambda: "digits")
     assert data.load("auto", None, said.append) == "digits"  # goes on without it
     assert said[2].splitlines()[0] == (
-        f"!! {download.URL}: an unknown number of bytes were offered, expected {download.SIZE:,}"
+        f"!! {download.CIFAR10.url}: an unknown number of bytes were offered, expected "
+        f"{download.CIFAR10.size:,}"
     )
     assert cached(tmp_path) == [PART] * begun
     if begun:
@@ -332,12 +393,12 @@ def test_a_slow_answer_is_left_in_time_and_an_endless_one_at_the_length_of_the_a
     monkeypatch.setattr(download.time, "monotonic", lambda: Answer.clock)
     answer = Answer(**{"Content-Length": "40"})
     monkeypatch.setattr(download.urllib.request, "urlopen", lambda *_, **__: answer)
-    monkeypatch.setattr(download, "SIZE", 40)
+    forty = CIFAR10._replace(size=40)
     part = tmp_path / "part"
     if patience is None:
-        download.fetch(part, quiet, None)
+        download.fetch(forty, part, quiet, None)
     else:
-        assert message(download.fetch, part, quiet, patience) == (
+        assert message(download.fetch, forty, part, quiet, patience) == (
             f"the download took longer than 5 s: 6 of 40 bytes are kept in {part}, run again to "
             "resume"
         )
@@ -355,23 +416,20 @@ def test_a_part_that_is_no_file_of_ours_is_not_followed(server, tmp_path, what):
         part.mkdir()
     else:
         part.symlink_to(target if what == "link" else tmp_path / "nowhere")
-    assert message(download.cached_or_downloaded, quiet) == (
-        f"{part}: a link, or no file: not written to, remove it"
-    )
+    assert message(fetched) == (f"{part}: a link, or no file: not written to, remove it")
     assert server.asked == []
     assert target.read_text() == "mine"
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_what_a_server_says_is_printed_without_its_control_characters(server, monkeypatch):
+def test_what_a_server_says_is_printed_with_its_control_characters_escaped(server, monkeypatch):
     monkeypatch.setattr(server, "do_GET", lambda self: self.send_error(404, "\x1b[31mNo\x07"))
-    assert message(download.cached_or_downloaded, quiet) == (
-        f"{download.URL}: the server answered 404 [31mNo"
-    )
+    assert message(fetched) == (f"{download.CIFAR10.url}: the server answered 404 \\x1b[31mNo\\x07")
 
 
 def test_no_network_is_one_line_and_writes_nothing(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "URL", "http://127.0.0.1:1/c.tar.gz")
+    nowhere = CIFAR10._replace(url="http://127.0.0.1:1/c.tar.gz")
+    monkeypatch.setattr(download, "CIFAR10", nowhere)
     assert message(data.load, "cifar10", None, quiet) == (
         "no network: http://127.0.0.1:1/c.tar.gz: [Errno 111] Connection refused"
     )
@@ -394,7 +452,7 @@ def test_no_space_removes_what_was_written(server, tmp_path, monkeypatch, where)
         monkeypatch.setattr(
             download, "open", lambda path, mode: files.get(str(path), open)(path, mode), False
         )
-    assert message(download.cached_or_downloaded, quiet) == (
+    assert message(fetched) == (
         f"no space left in {tmp_path}/jaxbn (CIFAR-10 takes 0 MB while it is unpacked): "
         "removed what was written; free some, or set XDG_CACHE_HOME"
     )
@@ -402,8 +460,7 @@ def test_no_space_removes_what_was_written(server, tmp_path, monkeypatch, where)
 
 
 def test_a_file_that_is_not_in_the_archive_is_named(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "MEMBERS", {*SIX, "extra.bin"})
-    assert message(download.cached_or_downloaded, quiet) == (
-        f"{tmp_path / PART}: extra.bin not in the archive"
-    )
+    more = download.CIFAR10._replace(members=(*SIX, "extra.bin"))
+    monkeypatch.setattr(download, "CIFAR10", more)
+    assert message(fetched) == (f"{tmp_path / PART}: extra.bin not in the archive")
     assert cached(tmp_path) == [PART]  # as downloaded; nothing of it unpacked

@@ -21,7 +21,7 @@ import data
 import hosts
 import model
 import train
-from download import FOLDER
+from download import CIFAR10
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "cifar10"
 N = 13  # records a file: 65 training images, 13 test images; neither divides over 4 devices
@@ -69,12 +69,12 @@ np.savez(f"{folder}/{jax.process_index()}", *leaves, rows_read=np.array(rows_rea
 def folder(tmp_path_factory) -> Path:
     """With the six files in it, and all the runs."""
     folder = tmp_path_factory.mktemp("hosts")
-    (folder / FOLDER).mkdir()
+    (folder / CIFAR10.folder).mkdir()
     rng = np.random.default_rng(0)
     for name in [*data.TRAIN, data.TEST]:
         raw = rng.integers(0, 256, (N, 3073), np.uint8)
         raw[:, 0] %= 10
-        raw.tofile(folder / FOLDER / name)
+        raw.tofile(folder / CIFAR10.folder / name)
     return folder
 
 
@@ -303,7 +303,7 @@ BAD = [
     ([*THREE, "2"], "--process-id 2: --num-processes 2 are 0 to 1"),
     ([*THREE, "0", "--coordinator", "localhost"], "--coordinator localhost: must be HOST:PORT"),
     ([*THREE, "0"], "many processes: give the run a --name, the same in each"),
-    ([*THREE, "0", *NAME], "many processes: give --data digits, or the --data-dir of CIFAR-10"),
+    ([*THREE, "0", *NAME], "many processes: give the --data-dir of CIFAR, or other --data"),
     (
         ["--cluster", *THREE, "0"],
         "--cluster: without --coordinator, --num-processes and --process-id",

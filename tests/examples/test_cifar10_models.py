@@ -51,9 +51,9 @@ def leaves_in_order(m: nnx.Module) -> list:
     return [m.stem, *blocks, m.bn] if m.pre else [m.stem, m.bn, *blocks]
 
 
-@nnx.jit(static_argnums=(0, 1))
-def make_nnx(name, block):
-    return model.build(model_nnx, name, block, width=2, rngs=nnx.Rngs(0))
+@nnx.jit(static_argnums=(0, 1, 2))
+def make_nnx(name, block, stem):
+    return model.build(model_nnx, name, block, stem, width=2, rngs=nnx.Rngs(0))
 
 
 def random_like(tree, seed: int):
@@ -62,14 +62,22 @@ def random_like(tree, seed: int):
     return jax.tree.map(lambda a: jnp.asarray(rng.uniform(0.1, 0.5, a.shape), a.dtype), tree)
 
 
-@pytest.mark.parametrize(("name", "block"), NETWORKS)
-def test_linen_and_nnx_are_the_same_network(name, block, shallow):
-    linen = model.build(model_linen, name, block, width=2)
-    shapes = jax.eval_shape(lambda: linen.init(jax.random.key(0), IMAGES, train=False))
+@pytest.mark.parametrize(
+    ("name", "block", "stem", "pixels"),
+    [
+        *((*network, "cifar", 8) for network in NETWORKS),
+        ("resnet9", "post", "cifar", 9),  # odd sides are halved to 4, 2, 1
+        ("resnet18", "post", "imagenet", 20),  # 10, 5, 3
+    ],
+)
+def test_linen_and_nnx_are_the_same_network(name, block, stem, pixels, shallow):
+    images = np.resize(IMAGES, (4, pixels, pixels, 3))
+    linen = model.build(model_linen, name, block, stem, width=2)
+    shapes = jax.eval_shape(lambda: linen.init(jax.random.key(0), images, train=False))
     variables = random_like(shapes, 1)
     params, stats = variables["params"], variables["batch_stats"]
 
-    network = make_nnx(name, block)
+    network = make_nnx(name, block, stem)
     counts = {"Conv": 0, "BatchNorm": 0}
     for leaf in leaves_in_order(network):
         kind = "Conv" if isinstance(leaf, nnx.Conv) else "BatchNorm"
@@ -91,7 +99,7 @@ def test_linen_and_nnx_are_the_same_network(name, block, shallow):
     def run_nnx(network, images):
         return network(images, train=True)
 
-    np.testing.assert_allclose(run_linen(IMAGES), run_nnx(network, IMAGES), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(run_linen(images), run_nnx(network, images), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "block"), [*NETWORKS, ("resnet34", "post")])
@@ -106,6 +114,19 @@ def test_shapes_of_the_real_networks(name, block):
     assert last == ({"resnet9": 128, "resnet50": 2048}.get(name, 512), 10)
     convs = [v for k, v in variables["params"].items() if k.startswith("Conv")]
     assert all(set(conv) == {"kernel"} for conv in convs)  # no bias before a norm
+
+
+@pytest.mark.parametrize("module", [model_linen, model_nnx])
+@pytest.mark.parametrize(("name", "size"), [("resnet18", 11_689_512), ("resnet50", 25_557_032)])
+def test_with_the_stem_for_imagenet_they_have_the_parameters_of_torchvisions(module, name, size):
+    make = partial(model.build, module, name, "post", "imagenet", classes=1000)
+    if module is model_linen:
+        image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+        params = jax.eval_shape(partial(make().init, train=False), jax.random.key(0), image)
+        params = params["params"]
+    else:
+        params = nnx.state(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))), nnx.Param)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == size
 
 
 @pytest.mark.parametrize(("name", "block"), NETWORKS[1:3])

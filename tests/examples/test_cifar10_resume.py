@@ -34,8 +34,9 @@ import jaxbn
 COUNT = 3  # steps an epoch
 NOISE = np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), np.uint8)
 LABELS = np.arange(60, dtype=np.int32) % 10
+SCALE = ((128.0,) * 3, (70.0,) * 3)  # mean and standard deviation
 DATA = data.Data(
-    "digits", NOISE[:48], LABELS[:48], NOISE[48:], LABELS[48:], (128.0,) * 3, (70.0,) * 3, False
+    "digits", NOISE[:48], LABELS[:48], NOISE[48:], LABELS[48:], *SCALE, False, data.TEN
 )
 
 

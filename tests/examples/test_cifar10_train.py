@@ -29,7 +29,7 @@ import report
 import steps
 import stop
 import train
-from download import FOLDER
+from download import CIFAR10
 
 from jaxbn import writers
 
@@ -37,6 +37,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "cifar10"
 N = 12  # records a file: 60 training images, 12 test images
 SMALL = ["--model", "resnet18", "--width", "2", "--batch", "16", "--eval-batch", "8"]
 SMALL += ["--epochs", "2", "--lr", "0.1"]
+SCALE = ((128.0,) * 3, (70.0,) * 3)  # mean and standard deviation
 ONE_BLOCK = {"blocks": (1,), "bottleneck": False}  # a network that compiles in a second
 
 
@@ -54,7 +55,7 @@ def run(tmp_path, monkeypatch):
     """`run("name", "--option", …)` trains the smallest network there is, in this process."""
     monkeypatch.setattr(data, "RECORDS", N)
     monkeypatch.setitem(model.RESNETS, "resnet18", ONE_BLOCK)
-    write_six(tmp_path / FOLDER)
+    write_six(tmp_path / CIFAR10.folder)
     where = ["--data-dir", str(tmp_path), "--runs", str(tmp_path / "runs")]
     return lambda name, *options: train.main([*where, "--name", name, *SMALL, *options])
 
@@ -142,14 +143,18 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(run, capsys, tmp
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out.splitlines()
     assert printed[:3] == [
-        "cifar10: 60 training and 12 test images, 1 epochs of batch 16",
+        "cifar10: 60 training and 12 test images of 10 classes, 32x32 pixels, 1 epochs of batch 16",
         f"resnet18 width 2 (nnx, float32) on 8 x cpu, {os.cpu_count()} cores, "
         f"jax {jax.__version__}, flax {flax.__version__}, in {folder}",
         report.HEADER,
     ]
     accuracy = f"{row['test_accuracy'] * 100:.2f}"
     assert printed[6].split() == ["│", "test", "accuracy", "│", accuracy, "│", "%", "│"]
-    assert printed[-1] == f"Curves: {folder}/curves.png   Metrics: {folder}/metrics.jsonl"
+    assert printed[-2:] == [
+        f"Curves: {folder}/curves.png   Metrics: {folder}/metrics.jsonl",
+        f"Try next: python examples/cifar10/predict.py {folder} IMAGE, or train on images of your "
+        "own: python examples/cifar10/train.py --data FOLDER",
+    ]
 
 
 def make_loop(api: str, devices: int, eval_batch: int = 8):
@@ -162,7 +167,7 @@ def make_loop(api: str, devices: int, eval_batch: int = 8):
         kind = steps.Nnx(lambda rngs: model_nnx.ResNet(**shape, rngs=rngs), tx, loss)
     rng = np.random.default_rng(5)
     x, y = rng.integers(0, 256, (61, 32, 32, 3), np.uint8), rng.integers(0, 10, 61, np.int32)
-    noise = data.Data("noise", x[:48], y[:48], x[48:], y[48:], (128.0,) * 3, (70.0,) * 3, True)
+    noise = data.Data("noise", x[:48], y[:48], x[48:], y[48:], *SCALE, True, data.TEN)
     mesh = loop.make_mesh(devices)
     made = loop.Loop(kind, noise, mesh, 16, jnp.dtype("float32"), cutout=0)
     return made, loop.put_data(noise, mesh, eval_batch), noise
@@ -299,12 +304,38 @@ WATCH_EVERY = "argument --watch-every: 0 is out of range, "
 BAD = [
     (["--batch", "12"], "--batch 12 does not divide over 8 devices"),
     (["--eval-batch", "4"], "--eval-batch 4 does not divide over 8 devices"),
-    (["--devices", "9"], "--devices 9: there are 8"),
+    (
+        ["--devices", "9"],
+        "--devices 9: there are 8; JAX_NUM_CPU_DEVICES=9 before the command makes 9 of a CPU",
+    ),
     (["--batch", "64"], "--batch 64: there are 60 training images"),
     (
         ["--model", "resnet9", "--block", "pre"],
         "--block pre: resnet9 has no such form, --model resnet18 has",
     ),
+    (
+        ["--model", "resnet9", "--stem", "imagenet"],
+        "--stem imagenet: resnet9 has no such form, --model resnet18 has",
+    ),
+    (
+        ["--norm", "ghost", "--ghost-rows", "5"],
+        "--ghost-rows 5: does not divide --batch 16",
+    ),
+    (
+        ["--norm", "group", "--watch", "jsonl"],
+        "--watch: shows batch norms, and --norm group has none",
+    ),
+    (
+        ["--data", "cifar10", "--image-size", "64"],
+        "--image-size: not with --data cifar10, which has 32x32",
+    ),
+    (["--data", "digits"], "--data-dir: not with --data digits, it is for CIFAR's files"),
+    (
+        ["--data", "flowers"],
+        "--data flowers: expected auto, cifar10, cifar100, digits, synthetic, a folder of images "
+        "for each class, or an .npz file",
+    ),
+    (["--target", "101"], "argument --target: 101 is out of range, must be from 0 to 100"),
     (["--epochs", "0"], "argument --epochs: 0 is out of range, must be at least 1"),
     (["--smoothing", "2"], "argument --smoothing: 2 is out of range, must be from 0 to 1"),
     (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),

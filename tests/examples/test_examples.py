@@ -1,6 +1,11 @@
-"""What an example's command line cannot do is one line on stderr and exit status 2."""
+"""
+The command lines of the examples: `--help` ends with three calls, and what cannot be done is one
+line on stderr and exit status 2.
+"""
 
+import argparse
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -30,11 +35,28 @@ BAD = [
         "cifar10/speedrun.py --data digits --out {}/no/f",
         "--out {0}/no/f: there is no folder {0}/no",
     ),
+    ("cifar10/predict.py {} x.png", "{} is no run of train.py: it has no config.json"),
+    (
+        "cifar10/predict.py {}/plain x.png",
+        "{}/plain/config.json: does not say what the run was trained on",
+    ),
+    ("cifar10/predict.py {0}/digits {0}/no.png", "{}/no.png: no such file"),
+    (
+        "cifar10/predict.py {0}/digits {0}/list/config.json",
+        "{}/list/config.json: cannot be decoded as PNG or JPEG",
+    ),
+    (
+        "cifar10/predict.py {0}/digits x.png --picture {0}",
+        "--picture {}: expected a file in a folder that exists",
+    ),
     ("first_steps.py --epochs 0", "--epochs 0: expected 1 or more"),
     ("first_steps.py --epochs x", "argument --epochs: invalid int value: 'x'"),
     ("first_steps.py --out {}", "--out {}: expected a file in a folder that exists"),
     ("first_steps.py --out {}/no/f", "--out {}/no/f: expected a file in a folder that exists"),
-    ("devices/all.py --cpus 0", "--cpus 0: expected 1 or more"),
+    (
+        "devices/all.py --cpus 0",
+        "argument --cpus: 0 is out of range, must be at least 1",
+    ),
     ("devices/pmap.py --cpu x", "argument --cpus: invalid int value: 'x'"),
     ("recalibrate/recalibrate.py --data-dir {}/no", NO_DATA),
     ("recalibrate/recalibrate.py --run {}", "{} has no complete checkpoint"),
@@ -71,6 +93,27 @@ RUN = (
 )
 
 
+ABOUT = (
+    '"about": {"classes": ["0", "1"], "shape": [8, 8, 3], "mean": [1, 1, 1], "std": [1, 1, 1], '
+    '"train": 64, "test": 1}'
+)
+SCRIPTS = sorted(
+    str(path.relative_to(EXAMPLES))
+    for path in EXAMPLES.rglob("*.py")
+    if '__name__ == "__main__"' in path.read_text()
+)
+
+
+def status(monkeypatch, script, *options):
+    """The exit status of `python examples/SCRIPT OPTIONS`."""
+    path = EXAMPLES / script
+    monkeypatch.setattr(sys, "argv", [str(path), *options])
+    monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    return ended.value.code
+
+
 @pytest.mark.parametrize(("command", "expected"), BAD, ids=[command for command, _ in BAD])
 def test_a_wrong_command_is_one_line(monkeypatch, tmp_path, capsys, command, expected):
     for name, text in (
@@ -78,18 +121,46 @@ def test_a_wrong_command_is_one_line(monkeypatch, tmp_path, capsys, command, exp
         ("cut", RUN[:9]),
         ("little", '{"data": "digits", "batch": 64}'),
         ("wide", RUN.format(0)),
+        ("plain", RUN.format(2)),
+        ("digits", f"{RUN.format(2)[:-1]}, {ABOUT}}}"),
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(text)
     script, *options = command.format(tmp_path).split()
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(sys, "argv", [script, *options])
-    monkeypatch.setattr(sys, "path", [str((EXAMPLES / script).parent), *sys.path])
     monkeypatch.setattr("time.time_ns", lambda: 0)  # in the name of TensorBoard's file,
     monkeypatch.setattr("os.getpid", lambda: 0)  # with this
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
-    assert ended.value.code == 2
+    assert status(monkeypatch, script, *options) == 2
     name = script.split("/")[-1]
     assert capsys.readouterr().err == f"{name}: error: {expected.format(tmp_path)}\n"
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_ends_with_three_calls_that_the_script_understands(monkeypatch, capsys, script):
+    assert status(monkeypatch, script, "--help") == 0
+    calls = [line.strip() for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert len({*calls}) == 3
+    understood, parse = [], argparse.ArgumentParser.parse_args
+
+    def parse_and_end(*args):
+        understood.append(parse(*args))
+        sys.exit(0)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_end)
+    for call in calls:
+        python, path, *options = shlex.split(call)
+        assert (python, path) == ("python", f"examples/{script}")
+        assert status(monkeypatch, script, *options) == 0, call
+    assert len(understood) == 3
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_unknown_option_is_one_line(monkeypatch, capsys, script):
+    arguments = {"ship": ["RUN"], "predict": ["RUN", "IMAGE"], "watched": ["FOLDER"]}
+    arguments |= {"torch_roundtrip": ["SOURCE", "TARGET"]}
+    name = script.split("/")[-1]
+    options = arguments.get(name.removesuffix(".py"), [])
+    assert status(monkeypatch, script, *options, "--no-such-option") == 2
+    expected = f"{name}: error: unrecognized arguments: --no-such-option\n"
+    assert capsys.readouterr().err == expected

@@ -1,0 +1,65 @@
+# What all command lines here do: an error is one line, `--help` ends with three examples, and what
+# takes long shows how far it is.
+
+import argparse
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import track
+
+
+class DataError(Exception):
+    """Something that cannot be read or written, and the line that says why."""
+
+
+def shown(text: object) -> str:
+    """The name of a file, or text from a file, without characters that a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def told(error: Exception) -> str:
+    """An error in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{shown(error.filename)}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+class Parser(argparse.ArgumentParser):
+    """`examples` are whole command lines."""
+
+    def __init__(self, *args, examples: Sequence[str] = (), **options):
+        if examples:
+            options["epilog"] = "\n  ".join(["examples:", *examples])
+            options["formatter_class"] = argparse.RawDescriptionHelpFormatter
+        super().__init__(*args, **options)
+
+    def error(self, message):  # one line, without the usage above it
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+@contextmanager
+def one_line(p: Parser):
+    """What cannot be read or written ends the program in one line, with status 2."""
+    try:
+        yield
+    except (DataError, OSError) as error:
+        p.error(told(error))
+
+
+def progress(items: Iterable, what: str):
+    """The items, with a bar on stderr where that is a terminal."""
+    console = Console(stderr=True)
+    return track(items, what, console=console, transient=True, disable=not console.is_terminal)
+
+
+def between(kind, low, high=float("inf")):
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            limit = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range, must be {limit}")
+        return value
+
+    convert.__name__ = kind.__name__  # "invalid int value: 'x'"
+    return convert
