@@ -155,11 +155,11 @@ def fold(
 
     `fold` absorbs the additions, subtractions, multiplications and divisions by per-channel
     constants that follow a convolution or a dot with a constant kernel. Reshapes, transposes and
-    casts in between are allowed if they keep channels apart, and so are concatenations, and sums
-    and means over space without padding. An affine before a convolution or a dot is absorbed, also
-    through a mean or a flatten, if the convolution does not pad with zeros. Kernels are computed in
-    float64 and cast once. A value with a second reader stays as it is. A norm that stays becomes
-    one multiplication and one addition, where that is exact enough on the example.
+    casts in between are allowed if they keep channels apart, and so are concatenations, splits, and
+    sums and means over space without padding. An affine before a convolution or a dot is absorbed,
+    also through a mean or a flatten, if the convolution does not pad with zeros. Kernels are
+    computed in float64 and cast once. A value with a second reader stays as it is. A norm that
+    stays becomes one multiplication and one addition, where that is exact enough on the example.
 
     Args:
       fn: an inference function of arrays, or of trees of arrays, that closes over its weights.
@@ -272,7 +272,7 @@ def _measure(folded: Folded, args: Sequence[Any], tolerance: float) -> FoldRepor
     for i, outcome in enumerate(outcomes):
         error = (None, None) if outcome.alone is None else _worst([next(errors)])
         if not outcome.folded and error[1] is not None and error[1] > tolerance:
-            inexact.add(outcome.gives)
+            inexact |= {*outcome.gives}
         sites.append(FoldSite(f"{i} {outcome.name}", outcome.folded, outcome.note, *error))
     if inexact:
         folded.written |= inexact
@@ -282,11 +282,10 @@ def _measure(folded: Folded, args: Sequence[Any], tolerance: float) -> FoldRepor
 
 def _part(values: dict[int, Any], outcome: SiteOutcome) -> Any:
     """What fn computes where the site's result stands."""
-    whole = values[outcome.gives]
-    if outcome.part is None:
-        return whole
-    axis, start, stop = outcome.part
-    return jax.lax.slice_in_dim(whole, start, stop, axis=axis)
+    parts = [values[i] for i in outcome.gives]
+    if outcome.part is not None:
+        return jax.lax.slice_in_dim(parts[0], *outcome.part, axis=outcome.axis)
+    return jnp.concatenate(parts, outcome.axis) if len(parts) > 1 else parts[0]
 
 
 def _largest_error(y: jax.Array, reference: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -34,9 +34,10 @@ class SiteOutcome(NamedTuple):
     folded: bool | None  # None if there is nothing to fold
     note: str
     reads: int  # the value that the site computes from
-    gives: int  # the value that the site computes
+    gives: tuple[int, ...]  # the value that the site computes, or its parts along `axis`
     alone: Callable[[Any], Any] | None  # the site as it is now; None if it is as it was
-    part: tuple[int, int, int] | None = None  # axis, start, stop of the site's result in `gives`
+    axis: int = 0
+    part: tuple[int, int] | None = None  # start and stop of the site's result in `gives`
 
 
 class Joined(NamedTuple):
@@ -74,12 +75,18 @@ class Rewrite:
         for i, value in self.program.consts.items():
             constant = known(value)
             self.values[i] = value if constant is None else constant
+        for op in self.program.ops:  # the constants first: `_split` looks ahead
+            operands = [self.values.get(i) for i in op.inputs]
+            constants = [v for v in operands if isinstance(v, Known)]
+            if len(constants) == len(operands):
+                self.values |= zip(op.outputs, compute(op, constants) or (), strict=False)
         for op in self.program.ops:
+            if op.outputs and self.values.keys() >= {*op.outputs}:
+                continue  # a constant, or an affine after a split
             operands = [self.values[i] for i in op.inputs]
             results: Sequence[Any] | None = None
-            if all(isinstance(v, Known) for v in operands):
-                results = compute(op, operands)
             for attempt in (
+                self._split,
                 self._contraction,
                 self._branches,
                 self._joined,
@@ -182,6 +189,64 @@ class Rewrite:
             return None
         return [whole._replace(parts=tuple(v for v in parts if v), ops=(*whole.ops, op))]
 
+    def _split(self, op: Op, operands: list[Any]) -> list[Any] | None:
+        """A convolution that is split: its kernel absorbs the affines that follow each part."""
+        whole = operands[0] if op.name == "split" else None
+        if not isinstance(whole, Chain) or whole.site is None or whole.channel is None:
+            return None
+        axis, sizes = op.eqn.params["axis"], op.eqn.params["sizes"]
+        if whole.channel.shape[axis] != sum(sizes):
+            return None
+        parts = [
+            self._followed(i, shape_of(v), op.dtype, axis)
+            for i, v in zip(op.outputs, op.eqn.outvars, strict=True)
+        ]
+
+        def on_whole(numbers: Sequence[np.ndarray]) -> np.ndarray:
+            rest = [1] * len(op.shape)
+            shapes = [(*rest[:axis], n, *rest[axis + 1 :]) for n in sizes]
+            return np.concatenate(list(map(np.broadcast_to, numbers, shapes)), axis)
+
+        scale = on_whole([part.scale for part in parts])
+        chain = whole._replace(
+            scale=whole.scale * scale,
+            offset=whole.offset * scale + on_whole([part.offset for part in parts]),
+            ops=(*whole.ops, *(o for part in parts for o in part.ops)),
+        )
+        if chain.trivial or not any(part.arithmetic for part in parts):
+            return None
+        alone = self._emit(op.inputs[0], chain)
+        ends = [part.ops[-1].outputs[0] if part.ops else part.base for part in parts]
+        site = whole.site
+        self._row(str(site), site.op, True, _what(chain), chain.base, ends, alone, axis)
+        results = run(op, alone(self.array(chain.base)))
+        for part, y in zip(parts, results, strict=True):
+            self.values |= {i: y for o in part.ops for i in o.outputs}
+        return results
+
+    def _followed(self, i: int, shape: tuple[Any, ...], dtype: Any, axis: int) -> Chain:
+        """The affines that vary along an axis alone and follow a part, which nobody else reads."""
+        ones = np.ones((1,) * len(shape))
+        chain = longest = Chain(i, None, ones, 0 * ones, None)
+        while len(self.readers.get(i, ())) == 1:
+            op = next((o for o in self.program.ops if i in o.inputs), None)
+            if op is None or op.name not in (*AFFINE, *CASTS):
+                break
+            constants = [v for k in op.inputs if isinstance(v := self.values.get(k), Known)]
+            if len(constants) != len(op.inputs) - 1 or op.shape != shape:
+                break
+            constant = constants[0] if constants else None
+            longer = chain.then(op, op.inputs.index(i), constant)
+            if longer is None:
+                break
+            varies = np.broadcast_shapes(longer.scale.shape, longer.offset.shape)
+            if any(n > 1 for k, n in enumerate(varies) if k != axis):
+                break
+            chain, i = longer, op.outputs[0]
+            if op.dtype == dtype:
+                longest = chain
+        return longest
+
     def _finish_joined(self, end: int, whole: Joined) -> Any:
         """The result of a concatenation: its affines in the kernels, or as they were written."""
         op, ops = whole.op, whole.ops
@@ -192,9 +257,9 @@ class Rewrite:
         for i, v, part in zip(op.inputs, op.eqn.invars, whole.parts, strict=True):
             assert part.site is not None
             alone, stop = self._emit(i, part), start + shape_of(v)[axis]
-            place = (axis, start, stop)
             what, site = _what(part), part.site
-            self._row(str(site), site.op, True, what, part.base, end, alone, place)
+            at = (axis, (start, stop))
+            self._row(str(site), site.op, True, what, part.base, [end], alone, *at)
             results.append(alone(self.array(part.base)))
             start = stop
         return run(op, *results)[0]
@@ -229,7 +294,7 @@ class Rewrite:
         if site is None:
             if not chain.trivial:
                 note = f"after {self.origin[chain.base]}, before {why or readers}"
-                what, row = f"norm of {chain.width} channels", (chain.base, end)
+                what, row = f"norm of {chain.width} channels", (chain.base, [end])
                 if len(chain.arithmetic) > 2 and end not in self.written:
                     alone = self._one_affine(end, chain)
                     note = f"{note}; now one multiplication and one addition"
@@ -243,7 +308,7 @@ class Rewrite:
             ops = (site.op, *ops)
         else:
             alone = self._emit(end, chain)
-            self._row(str(site), site.op, True, _what(chain), chain.base, end, alone)
+            self._row(str(site), site.op, True, _what(chain), chain.base, [end], alone)
             return alone(self.array(chain.base))
         return self._as_written(chain.base, self.array(chain.base), ops)
 
@@ -254,12 +319,14 @@ class Rewrite:
         folded: bool | None,
         note: str,
         reads: int = 0,
-        gives: int = 0,
+        gives: Sequence[int] = (),
         alone: Callable[[Any], Any] | None = None,
-        part: tuple[int, int, int] | None = None,
+        axis: int = 0,
+        part: tuple[int, int] | None = None,
     ) -> None:
         name = f"{what} {op.path}".rstrip()
-        self.outcomes[op.outputs[0]] = SiteOutcome(name, folded, note, reads, gives, alone, part)
+        outcome = SiteOutcome(name, folded, note, reads, tuple(gives), alone, axis, part)
+        self.outcomes[op.outputs[0]] = outcome
 
     def _one_affine(self, end: int, chain: Chain) -> Callable[[Any], Any]:
         """The norm as `x * scale + offset`, as a function of the norm's input."""

@@ -6,6 +6,7 @@ from jaxbn.export._manifest import manifest, read_manifest
 from jaxbn.export._onnx import onnx
 from jaxbn.export._session import session
 from jaxbn.export._stablehlo import PLATFORMS, load_stablehlo, stablehlo
+from jaxbn.export._triton import triton
 
 __all__ = [
     "PLATFORMS",
@@ -18,4 +19,5 @@ __all__ = [
     "read_manifest",
     "session",
     "stablehlo",
+    "triton",
 ]

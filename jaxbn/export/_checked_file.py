@@ -50,8 +50,6 @@ def inference_inputs(
     call: str, fn: Any, args: tuple[Any, ...], leaves: Sequence[Any], *packages: str
 ) -> list[jax.Array]:
     """Returns the arrays in args. Raises if fn is in training mode or a package is missing."""
-    for package in packages:
-        need(call, package)
     for x in leaves:
         if not isinstance(x, jax.Array | np.ndarray) or not x.ndim:
             what = f"a {type(x).__name__}" if not hasattr(x, "shape") else "a scalar"
@@ -59,6 +57,8 @@ def inference_inputs(
                 f"{call}: x is {what}, expected an example batch, batch first; write "
                 f"jnp.asarray(x)."
             )
+    for package in packages:
+        need(call, package)
     where = batch_statistics(fn, args)
     if where is not None:
         raise ValueError(
@@ -103,7 +103,7 @@ def written(
                         f"tolerance={errors[1] * 2:.0e}."
                     )
                 absolute, relative = max(absolute, errors[0]), max(relative, errors[1])
-        size = sum(part.stat().st_size for part in file.parent.iterdir())
+        size = sum(part.stat().st_size for part in file.parent.rglob("*") if part.is_file())
     return Exported(path, size, absolute, relative)
 
 

@@ -53,12 +53,8 @@ def manifest(
     """
     sites = () if folded is None else folded.sites
     stages = {"fold": folded, "source": source, "artifact": done}
-    content = {
-        "format": FORMAT,
-        "jaxbn": sys.modules["jaxbn"].__version__,  # an import of the package would be a circle
-        "jax": jax.__version__,
-        "artifact": _entry(done.path),
-        "weights": _entry(weights) if (weights := _weights(done.path)).is_file() else None,
+    content = _content() | {
+        **_files(done.path),
         "checkpoint": None if checkpoint is None else _entry(Path(checkpoint)),
         "folded": [[site.name, site.note] for site in sites if site.folded],
         "not_folded": [[site.name, site.note] for site in sites if site.folded is False],
@@ -70,8 +66,23 @@ def manifest(
     }
     path = done.path.with_name(done.path.name + SUFFIX)
     with replacing(path) as file:
-        file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        _write(content, file)
     return path
+
+
+def manifest_of(path: Path) -> dict[str, Any]:
+    """The manifest of a file, or one that says nothing but its own form, if there is none.
+
+    Raises:
+      ValueError: the manifest is damaged or that of another file.
+    """
+    there = path.with_name(path.name + SUFFIX).exists()
+    return read_manifest(path) if there else _content()
+
+
+def write_for_copy(content: dict[str, Any], path: Path) -> None:
+    """Writes the manifest of a copied file beside the copy; the checksums are the copy's."""
+    _write(content | _files(path), path.with_name(path.name + SUFFIX))
 
 
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -95,7 +106,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     FileNotFoundError: read_manifest: no file nothing.onnx
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"read_manifest: no file {printable(path)}")
     place = path.with_name(path.name + SUFFIX)
     if not place.is_file():
@@ -113,9 +124,9 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"read_manifest: {printable(place)} is no manifest of jaxbn.export.manifest: "
             f"{first_line(error)}"
         ) from error
-    for part, name in ((path, "artifact"), (_weights(path), "weights")):
+    for part, name in ((path, "artifact"), (weights_of(path), "weights")):
         declared = (content[name] or {"sha256": "no such file"})["sha256"]
-        found = checksum(part) if part.is_file() else "no such file"
+        found = checksum(part) if part.exists() else "no such file"
         if found != declared:
             raise ValueError(
                 f"read_manifest: {printable(part)} has the SHA-256 {found[:12]}…, but its manifest "
@@ -143,7 +154,32 @@ def checksum(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _weights(path: Path) -> Path:
+def _content() -> dict[str, Any]:
+    """A manifest of a file of which nothing is known."""
+    return {
+        "format": FORMAT,
+        "jaxbn": sys.modules["jaxbn"].__version__,  # an import of the package would be a circle
+        "jax": jax.__version__,
+        "artifact": None,
+        "weights": None,
+        "checkpoint": None,
+        "folded": [],
+        "not_folded": [],
+        "errors": {},
+    }
+
+
+def _files(path: Path) -> dict[str, Any]:
+    """The entries of an exported file and of the weights beside the file."""
+    weights = weights_of(path)
+    return {"artifact": _entry(path), "weights": _entry(weights) if weights.is_file() else None}
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def weights_of(path: Path) -> Path:
     """Where the weights of an ONNX file are that are too large for the file."""
     return path.with_name(f"{path.name}.data")
 

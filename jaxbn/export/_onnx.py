@@ -17,7 +17,7 @@ from jaxbn.export._float32 import without_bfloat16
 from jaxbn.export._nodes import register
 from jaxbn.export._operators import Operators, Value, plain
 from jaxbn.export._session import session
-from jaxbn.export._signature import examples_of, names_of, shapes_of
+from jaxbn.export._signature import examples_of, flat_args, names_of, shapes_of, untraceable
 
 OPSETS = range(17, 24)  # what the converter writes and onnxruntime reads
 LIMIT = 2**31 - 2**20  # of a protobuf file, in bytes, with room for the graph
@@ -75,8 +75,7 @@ def onnx(
         ...
     TypeError: onnx: x is a list, expected an example batch, batch first; write jnp.asarray(x).
     """
-    args = x if isinstance(x, tuple) and not hasattr(x, "_fields") else (x,)
-    leaves, structure = jax.tree.flatten(args, is_leaf=lambda v: isinstance(v, list))
+    args, leaves, structure = flat_args(x)
     leaves = inference_inputs("onnx", fn, args, leaves, "onnx", "onnxruntime", "jax2onnx")
     if opset not in OPSETS:
         raise ValueError(
@@ -86,19 +85,14 @@ def onnx(
     def flat(*leaves: Any) -> Any:
         return fn(*jax.tree.unflatten(structure, leaves))
 
-    shapes = shapes_of(leaves, sizes)
+    shapes = shapes_of("onnx", leaves, sizes)
     try:
         program = trace(flat, shapes, lambda eqn: True)
     except Exception as error:
-        fixed = ", ".join(map(str, leaves[0].shape))
-        raise ValueError(
-            f"onnx: fn cannot be traced with sizes {', '.join(map(str, shapes[0].shape))}: "
-            f"{first_line(error)}; expected operations that work at any size; for this "
-            f"size alone, write sizes={fixed!r}."
-        ) from error
+        raise untraceable("onnx", leaves, shapes, error) from error
     names = (
-        names_of("inputs", inputs, args if len(args) > 1 else args[0]),
-        names_of("outputs", outputs, program.tree.unflatten(program.outputs)),
+        names_of("onnx", "inputs", inputs, args if len(args) > 1 else args[0]),
+        names_of("onnx", "outputs", outputs, program.tree.unflatten(program.outputs)),
     )
     first = [k for k, v in enumerate(leaves) if channels_first and v.ndim in (4, 5)]
     operators = Operators(program, opset)

@@ -128,7 +128,7 @@ class Operators:
         return kept[::-1]
 
     def _pattern(self, found: Found) -> Value:
-        x, attributes = self.values[found.input], dict(found.pattern.attributes)
+        x, attributes = self.values[found.input], {**found.pattern.attributes, **found.attributes}
         if found.axis is not None:
             attributes["axis"] = x.order.index(found.axis)
         return like(x, found.pattern.operator, **attributes)

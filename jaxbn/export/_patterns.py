@@ -27,13 +27,24 @@ class Pattern(NamedTuple):
     last: str  # the last operation of f
     attributes: Mapping[str, Any] = {}
     along_an_axis: bool = False
+    free: str = ""  # an attribute: the number that stands where f has FREE
 
+
+FREE = 0.375  # no number of a pattern's own
 
 PATTERNS = (
     Pattern("Gelu", 20, jax.nn.gelu, "mul", {"approximate": "tanh"}),
     Pattern("Gelu", 20, functools.partial(jax.nn.gelu, approximate=False), "mul"),
     Pattern("HardSwish", 14, jax.nn.hard_swish, "mul"),
     Pattern("HardSigmoid", 6, jax.nn.hard_sigmoid, "div", {"alpha": 1 / 6, "beta": 0.5}),
+    Pattern(
+        "LeakyRelu",
+        16,
+        functools.partial(jax.nn.leaky_relu, negative_slope=FREE),
+        "select_n",
+        free="alpha",
+    ),
+    Pattern("Elu", 6, functools.partial(jax.nn.elu, alpha=FREE), "select_n", free="alpha"),
     Pattern("Softmax", 13, jax.nn.softmax, "div", along_an_axis=True),
     Pattern("LogSoftmax", 13, jax.nn.log_softmax, "sub", along_an_axis=True),
 )
@@ -45,6 +56,7 @@ class Found(NamedTuple):
     pattern: Pattern
     input: int
     axis: int | None
+    attributes: Mapping[str, Any]
 
 
 def find(program: Program, known: Mapping[int, Known], opset: int) -> dict[int, Found]:
@@ -63,9 +75,8 @@ def find(program: Program, known: Mapping[int, Known], opset: int) -> dict[int, 
                 continue
             for axis in range(len(op.shape)) if pattern.along_an_axis else (None,):
                 model = _model(pattern, axis, jax.ShapeDtypeStruct(op.shape, op.dtype))
-                start = _start(model, op, makers, known)
-                if start is not None:
-                    found[op.outputs[0]] = Found(pattern, start, axis)
+                if (start := _start(model, op, makers, known, pattern.free)) is not None:
+                    found[op.outputs[0]] = Found(pattern, start[0], axis, start[1])
     return found
 
 
@@ -75,11 +86,15 @@ def _model(pattern: Pattern, axis: int | None, x: jax.ShapeDtypeStruct) -> Progr
 
 
 def _start(
-    model: Program, last: Op, makers: Mapping[int, Op], known: Mapping[int, Known]
-) -> int | None:
-    """The value that stands for the model's input, if `last` ends operations like the model's."""
+    model: Program, last: Op, makers: Mapping[int, Op], known: Mapping[int, Known], free: str
+) -> tuple[int, dict[str, float]] | None:
+    """The value that stands for the model's input, if `last` ends operations like the model's.
+
+    With the number that stands for the model's FREE.
+    """
     models = {i: op for op in model.ops for i in op.outputs}
     pairs: dict[int, int] = {}
+    numbers: set[float] = set()
 
     def alike(m: int, i: int) -> bool:
         m, i = _before(m, models), _before(i, makers)
@@ -89,7 +104,13 @@ def _start(
         if m in model.inputs:
             return i not in known
         if m in model.consts:
-            return i in known and np.array_equal(np.asarray(model.consts[m]), known[i].array())
+            if i not in known:
+                return False
+            value, constant = np.asarray(model.consts[m]), known[i].array()
+            if free and (value == FREE).all() and constant.shape == value.shape:
+                numbers.update(constant.ravel().tolist())
+                return len(numbers) == 1
+            return np.array_equal(value, constant)
         mine, other = models[m], makers.get(i)
         return (
             other is not None
@@ -98,11 +119,21 @@ def _start(
             and all(map(alike, mine.inputs, other.inputs))
         )
 
-    return pairs[model.inputs[0]] if alike(model.outputs[0], last.outputs[0]) else None
+    if not alike(model.outputs[0], last.outputs[0]):
+        return None
+    return pairs[model.inputs[0]], {free: numbers.pop()} if free else {}
 
 
 def _before(i: int, makers: Mapping[int, Op]) -> int:
     """Value i, or the value that operations which return their operand took."""
-    while i in makers and makers[i].name in IDENTITIES:
+    while i in makers and (makers[i].name in IDENTITIES or _keeps_dtype(makers[i])):
         i = makers[i].inputs[0]
     return i
+
+
+def _keeps_dtype(op: Op) -> bool:
+    """Whether a cast changes nothing: JAX casts a number of the user's, but not a default."""
+    if op.name != "convert_element_type":
+        return False
+    before: Any = op.eqn.invars[0].aval
+    return bool(before.dtype == op.dtype)

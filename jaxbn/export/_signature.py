@@ -9,7 +9,13 @@ import numpy as np
 from jaxbn._text import first_line
 
 
-def shapes_of(leaves: Sequence[Any], sizes: str | Sequence[str] | None) -> list[Any]:
+def flat_args(x: Any) -> tuple[tuple[Any, ...], list[Any], Any]:
+    """The arguments that x stands for, their arrays, and the structure that holds the arrays."""
+    args = x if isinstance(x, tuple) and not hasattr(x, "_fields") else (x,)
+    return args, *jax.tree.flatten(args, is_leaf=lambda v: isinstance(v, list))
+
+
+def shapes_of(call: str, leaves: Sequence[Any], sizes: str | Sequence[str] | None) -> list[Any]:
     """The inputs with symbols for the sizes that are free."""
     if sizes is None:
         batch = leaves[0].shape[0]
@@ -18,8 +24,8 @@ def shapes_of(leaves: Sequence[Any], sizes: str | Sequence[str] | None) -> list[
         specs = [sizes] if isinstance(sizes, str) else list(sizes)
     if len(specs) != len(leaves):
         raise ValueError(
-            f"onnx: sizes are {len(specs)} but x has {len(leaves)} arrays, expected one string for "
-            f"each; write sizes=({', '.join([repr('B, ...')] * len(leaves))})."
+            f"{call}: sizes are {len(specs)} but x has {len(leaves)} arrays, expected one string "
+            f"for each; write sizes=({', '.join([repr('B, ...')] * len(leaves))})."
         )
     scope, shapes = jax.export.SymbolicScope(), []
     for spec, v in zip(specs, leaves, strict=True):
@@ -33,14 +39,23 @@ def shapes_of(leaves: Sequence[Any], sizes: str | Sequence[str] | None) -> list[
             why = first_line(error)
         if not fits:
             raise ValueError(
-                f"onnx: sizes {spec!r} do not fit x of shape {v.shape}: {why}; expected its sizes, "
-                f"with letters where they are free; write 'B, ...'."
+                f"{call}: sizes {spec!r} do not fit x of shape {v.shape}: {why}; expected its "
+                f"sizes, with letters where they are free; write 'B, ...'."
             )
         shapes.append(jax.ShapeDtypeStruct(shape, v.dtype))
     return shapes
 
 
-def names_of(what: str, given: Sequence[str] | None, tree: Any) -> list[str]:
+def untraceable(call: str, leaves: Sequence[Any], shapes: Sequence[Any], error: Any) -> ValueError:
+    """The refusal of a function that fails while it is traced for any size."""
+    return ValueError(
+        f"{call}: fn cannot be traced with sizes {', '.join(map(str, shapes[0].shape))}: "
+        f"{first_line(error)}; expected operations that work at any size; for this size alone, "
+        f"write sizes={', '.join(map(str, leaves[0].shape))!r}."
+    )
+
+
+def names_of(call: str, what: str, given: Sequence[str] | None, tree: Any) -> list[str]:
     """A name for each leaf: as given, or the keys that lead to the leaf, or a number."""
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
     word = what.removesuffix("s")
@@ -57,7 +72,7 @@ def names_of(what: str, given: Sequence[str] | None, tree: Any) -> list[str]:
     if len(names) != len(paths) or len({*names}) != len(names) or "" in names:
         example = ", ".join(repr(f"{word}_{k}") for k in range(len(paths)))
         raise ValueError(
-            f"onnx: {what} are {names}, expected {len(paths)} different names, one for each "
+            f"{call}: {what} are {names}, expected {len(paths)} different names, one for each "
             f"array; write {what}=({example},)."
         )
     return names

@@ -100,7 +100,9 @@ CASES = {
     "softmax": (X, plain(nn.softmax), "Softmax"),
     "softmax of rows": (X, plain(functools.partial(nn.softmax, axis=1)), "Softmax"),
     "log softmax": (X, plain(nn.log_softmax), "LogSoftmax"),
-    "leaky relu": (X, plain(nn.leaky_relu), "Where"),
+    "leaky relu": (X, plain(nn.leaky_relu), "LeakyRelu"),
+    "leaky relu of a slope": (X, plain(lambda x: nn.leaky_relu(x, -0.25)), "LeakyRelu"),
+    "elu": (X, plain(lambda x: nn.elu(x, 0.5)), "Elu"),
     "dense": (S, functools.partial(with_weights, nn.Dense(5)), "MatMul"),
 }
 

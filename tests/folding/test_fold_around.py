@@ -282,3 +282,80 @@ def test_a_bias_after_a_concatenation_is_no_norm():
 
     with pytest.raises(ValueError, match="fn has no norm to fold"):
         jaxbn.fold(fn, IMAGES)
+
+
+# Splits
+
+SPLIT_WIDE = normal(13, 3, 3, 3, 7)
+
+
+def split(y, axis=-1):
+    return jnp.split(y, [4, 6], axis)
+
+
+@pytest.mark.parametrize("layout", [NHWC, NCHW], ids=["channels last", "channels first"])
+def test_a_norm_after_a_split_goes_into_its_share_of_the_kernel(layout):
+    """Two parts of three have a norm; the kernel of the third is as it was."""
+    axis = layout[2].index("C")
+    x = np.moveaxis(IMAGES, -1, axis)
+    kernel = SPLIT_WIDE.transpose([NHWC[1].index(letter) for letter in layout[1]])
+    first, last = norm(4, axis=axis), norm(1, axis=axis, seed=2)
+
+    def parts(x, kernel):
+        return split(conv(x, kernel, layout=layout), axis)
+
+    def fn(x):
+        a, b, c = parts(x, kernel)
+        return jax.nn.relu(first(a)), jnp.tanh(b) * b, last(c)
+
+    folded, report = jaxbn.fold(fn, x)
+    with jax.enable_x64(True):
+        a, b, c = map(np.asarray, parts(np.float64(x), np.float64(kernel)))
+    want = np.maximum(first.in_float64(a), 0), np.tanh(b) * b, last.in_float64(c)
+    for y, expected in zip(folded(x), want, strict=True):
+        oracle.assert_close(y, expected, TOLERANCE)
+    (site,) = report.sites
+    assert (site.folded, site.note) == (True, "sub, mul, add, sub, mul, add")
+    assert site.relative <= report.tolerance
+    assert affines(folded, x) == {"add": 1}
+
+
+def test_a_norm_after_a_split_in_bfloat16():
+    """Each part goes to float32 and back; 27 products, and the kernel is rounded again."""
+    halves, first = (jnp.bfloat16(IMAGES), jnp.bfloat16(SPLIT_WIDE)), norm(4)
+
+    def parts(x, kernel):
+        return split(conv(x, kernel))
+
+    def fn(x):
+        a, b, _ = parts(x, halves[1])
+        return first(a), b
+
+    folded, report = jaxbn.fold(fn, halves[0])
+    assert [site.folded for site in report.sites] == [True]
+    with jax.enable_x64(True):
+        want = first.in_float64(np.asarray(parts(*map(np.float64, halves))[0]))
+    y, b = folded(halves[0])
+    assert y.dtype == b.dtype == jnp.bfloat16
+    oracle.assert_close(y, want, 4 * oracle.tolerance("bfloat16", 27))
+
+
+SPLITS_THAT_STAY = {  # the parts → the results; the affine of what else reads, or is no channel
+    "another reader": lambda a, b, c: (norm(4)(a), a, b, c),
+    "no norm": lambda a, b, c: (jax.nn.relu(a), b, c),
+    "a bias alone": lambda a, b, c: (a + normal(1, 4), b, c),
+    "of the image": lambda a, b, c: (a * normal(1, 1, 6, 1, 1), b, c),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS_THAT_STAY)
+def test_a_split_that_stays(name):
+    def fn(x):
+        return SPLITS_THAT_STAY[name](*split(conv(x, SPLIT_WIDE)))
+
+    beside = norm(4)  # so that there is something to fold
+    folded, report = jaxbn.fold(lambda x: (fn(x), beside(conv(x, KERNEL))), IMAGES)
+    got, want = folded(IMAGES)[0], fn(IMAGES)
+    for y, expected in zip(got, want, strict=True):
+        oracle.assert_close(y, np.float64(expected), TOLERANCE)
+    assert [site.folded for site in report.sites if "7" in site.name] == [None]
