@@ -4,9 +4,12 @@ import importlib
 from typing import Any
 
 EXTRAS = {  # module → the argument of pip install
+    "ai_edge_litert": "'jaxbn[tflite]'",
+    "ai_edge_quantizer": "'jaxbn[tflite]'",
     "flatbuffers": "'jaxbn[export]'",
     "flax": "flax",
     "jax2onnx": "'jaxbn[export]'",
+    "litert_converter": "'jaxbn[tflite]'",
     "matplotlib": "'jaxbn[doctor]'",
     "onnx": "'jaxbn[export]'",
     "onnxruntime": "'jaxbn[export]'",
@@ -15,6 +18,7 @@ EXTRAS = {  # module → the argument of pip install
     "rich": "'jaxbn[doctor]'",
     "safetensors": "'jaxbn[convert]'",
     "tensorboardX": "'jaxbn[watch]'",
+    "tensorflow": "'jaxbn[saved-model]'",
     "tensorstore": "orbax-checkpoint",
 }
 

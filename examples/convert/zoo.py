@@ -4,10 +4,13 @@
 #     python examples/convert/zoo.py --tiny         # the same networks, small
 #
 # Where torchvision is installed, --torchvision loads the weights into its networks, which refuse
-# names and shapes that are not theirs, and compares with what torch computes.
+# names and shapes that are not theirs, and compares with what torch computes; the column "torch" is
+# the time of torch's own ONNX file beside ours. TFLite needs pip install 'jaxbn[tflite]'.
 
+import importlib.util
 import sys
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +27,7 @@ import jaxbn
 from jaxbn import convert, export
 
 HEADERS = ("network", "arrays", "linen", "nnx", "back", "folded", "norms left")
-FILES = ("StableHLO", "kB", "ONNX", "kB", "int8", "kB")
+FILES = ("StableHLO", "kB", "ONNX", "kB", "int8", "kB", "TFLite", "kB", "ms: ONNX", "int8", "torch")
 
 
 def state_dict(name, arguments, seed=0):
@@ -48,19 +51,38 @@ def state_dict(name, arguments, seed=0):
 
 
 def torchvisions(name):
-    """A state_dict in torchvision's own network, and that network as a function of x."""
+    """A state_dict in torchvision's own network, and that network."""
     import torch
     import torchvision
 
     model = getattr(torchvision.models, name)(weights=None).eval()
     known = state_dict(name, ZOO[name].arguments)
     model.load_state_dict({key: torch.from_numpy(v) for key, v in known.items()})  # names, shapes
+    return known, model
 
-    def run(x):
-        with torch.no_grad():
-            return model(torch.from_numpy(np.moveaxis(x, -1, 1).copy())).numpy()
 
-    return known, run
+def channels_first(x):
+    return np.ascontiguousarray(np.moveaxis(x, -1, 1))
+
+
+def torchs_export(name, x, path):
+    """The network of torchvision as torch writes it: a file that takes channels first."""
+    import torch
+
+    _, model = torchvisions(name)
+    example = torch.from_numpy(channels_first(x))
+    torch.onnx.export(model, (example,), path, dynamo=True, external_data=False, verbose=False)
+
+
+def fastest(runs, calls=7):
+    """The fastest call of each in milliseconds, called in turns."""
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(calls):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
+    return best
 
 
 def in_nnx(linen, x):
@@ -81,8 +103,11 @@ def converted(name, x, *, tiny=False, torchvision=False):
     entry = ZOO[name]
     arguments = entry.tiny if tiny else entry.arguments
     if torchvision:
-        state, run = torchvisions(name)
-        reference = run(x)
+        import torch
+
+        state, model = torchvisions(name)
+        with torch.no_grad():
+            reference = model(torch.from_numpy(channels_first(x))).numpy()
     else:
         state = state_dict(name, arguments)
         with jax.enable_x64(True):
@@ -93,7 +118,7 @@ def converted(name, x, *, tiny=False, torchvision=False):
     return state, reference, linen, variables, report
 
 
-def row(name, x, folder, *, formats=("stablehlo", "onnx", "int8"), **options):
+def row(name, x, folder, *, formats=("stablehlo", "onnx", "int8", "tflite"), **options):
     """One network: its cells of the table, and what was refused, with the reason."""
     state, reference, linen, variables, report = converted(name, x, **options)
     y = jax.jit(linen.apply)(variables, x)
@@ -107,17 +132,20 @@ def row(name, x, folder, *, formats=("stablehlo", "onnx", "int8"), **options):
     cells += [error(folded(x), reference), sum(site.folded is False for site in folds.sites)]
 
     refused = {}
-    path = {kind: Path(folder, f"{name}.{kind}") for kind in ("stablehlo", "onnx", "int8.onnx")}
+    kinds = ("stablehlo", "onnx", "int8.onnx", "tflite", "torch.onnx")
+    path = {kind: Path(folder, f"{name}.{kind}") for kind in kinds}
     writers = {
         "stablehlo": lambda: export.stablehlo(folded, x, path["stablehlo"], platforms=["cpu"]),
         "onnx": lambda: export.onnx(folded, x, path["onnx"]),
         # Random weights bound nothing: the table shows the error.
         "int8": lambda: export.int8(path["onnx"], [x], path["int8.onnx"], tolerance=10),
+        "tflite": lambda: export.tflite(folded, x, path["tflite"]),
     }
+    needs = {"int8": path["onnx"].exists, "tflite": partial(installed, "litert_converter")}
     for kind, write in writers.items():
         if kind not in formats:
             continue
-        if kind == "int8" and not path["onnx"].exists():
+        if kind in needs and not needs[kind]():
             cells += ["-", "-"]
             continue
         try:
@@ -128,7 +156,22 @@ def row(name, x, folder, *, formats=("stablehlo", "onnx", "int8"), **options):
         else:
             export.manifest(done, folded=folds)
             cells += [done.relative, f"{done.bytes / 1e3:,.0f}"]
+    if "onnx" in formats:
+        if options.get("torchvision") and installed("onnxscript"):
+            torchs_export(name, x, path["torch.onnx"])
+        fed = {"torch.onnx": channels_first(x)}
+        runs = {
+            kind: partial(export.session(path[kind]), fed.get(kind, x))
+            for kind in ("onnx", "int8.onnx", "torch.onnx")
+            if path[kind].exists()
+        }
+        ms = fastest(runs)
+        cells += [f"{ms[k]:.1f}" if k in ms else "-" for k in ("onnx", "int8.onnx", "torch.onnx")]
     return cells, refused
+
+
+def installed(package):
+    return importlib.util.find_spec(package) is not None
 
 
 def table(rows):
@@ -156,8 +199,9 @@ def main(args):
         print(f"{what}: {reason}")
     print(
         "\nErrors are those of the results, over the largest result: of linen, nnx and the folded "
-        "network from the source\nin float64, of StableHLO and ONNX from the folded network, of "
-        "int8 from ONNX. All are on the same images."
+        "network from the source\nin float64, of StableHLO, ONNX and TFLite from the folded "
+        "network, of int8 from ONNX. All are on the same images;\nms is the fastest of some calls "
+        "with them, by onnxruntime."
     )
 
 

@@ -22,6 +22,9 @@ from typing import Any
 from jaxbn._cli import options
 from jaxbn._text import distinct, printable
 
+ARTIFACTS = (".onnx", ".stablehlo", ".tflite")
+ARTIFACT = ".onnx, .stablehlo or .tflite"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status. Wrong options raise SystemExit(2).
@@ -186,11 +189,13 @@ def export(args: Namespace) -> int:
     from jaxbn import export as tool
 
     dest = Path(args.dest)
-    if dest.suffix not in (".onnx", ".stablehlo"):
+    if dest.suffix not in ARTIFACTS:
         ends = f"{printable(dest)} ends in {printable(dest.suffix) or 'nothing'}"
-        raise ValueError(f"{ends}, expected .onnx or .stablehlo")
-    if args.int8 and dest.suffix != ".onnx":
-        raise ValueError(f"--int8 is for .onnx, and {printable(dest)} ends in {dest.suffix}")
+        raise ValueError(f"{ends}, expected {ARTIFACT}")
+    if args.int8 and dest.suffix == ".stablehlo":
+        raise ValueError(
+            f"--int8 is for .onnx and .tflite, and {printable(dest)} ends in {dest.suffix}"
+        )
     fn, x, batches = _function(args)
     report = source = None
     if args.fold:
@@ -198,14 +203,14 @@ def export(args: Namespace) -> int:
         print(report)
     own = {} if args.tolerance is None else {"tolerance": args.tolerance}
     done: tool.Exported | tool.Quantized
-    if dest.suffix == ".stablehlo":
-        done = tool.stablehlo(fn, x, dest, **own)
-    elif args.int8:
+    write: Any = getattr(tool, dest.suffix.removeprefix("."))
+    if args.int8:
+        quantize = tool.int8 if dest.suffix == ".onnx" else tool.tflite_int8
         with tempfile.TemporaryDirectory() as folder:
-            source = tool.onnx(fn, x, Path(folder, "float.onnx"))
-            done = tool.int8(source.path, batches, dest, **own)
+            source = write(fn, x, Path(folder, f"float{dest.suffix}"))
+            done = quantize(source.path, batches, dest, **own)
     else:
-        done = tool.onnx(fn, x, dest, **own)
+        done = write(fn, x, dest, **own)
     tool.manifest(done, folded=report, source=source, checkpoint=args.source)
     print(
         f"wrote {printable(dest)}: {done.bytes} bytes, largest error {done.relative:.1e} of the "
@@ -255,8 +260,7 @@ def verify(args: Namespace) -> int:
 
     if not _is_artifact(args.artifact):
         raise ValueError(
-            f"{printable(args.artifact)} is no exported file by its name, expected .onnx or "
-            f".stablehlo"
+            f"{printable(args.artifact)} is no exported file by its name, expected {ARTIFACT}"
         )
     served, manifest = _artifact(args.artifact)
     apply, model, batches = _network(args)
@@ -414,7 +418,7 @@ def _two_models(args: Namespace) -> tuple[Any, Any, Any]:
 
 
 def _is_artifact(path: str) -> bool:
-    return Path(path).suffix in (".onnx", ".stablehlo")
+    return Path(path).suffix in ARTIFACTS
 
 
 def _artifact(path: str) -> tuple[Any, Any]:
@@ -423,16 +427,20 @@ def _artifact(path: str) -> tuple[Any, Any]:
     from jaxbn.export._manifest import SUFFIX
 
     manifest = export.read_manifest(path) if Path(f"{path}{SUFFIX}").exists() else None
-    load = export.session if Path(path).suffix == ".onnx" else export.load_stablehlo
+    suffix = Path(path).suffix
+    load: Any = {
+        ".onnx": export.session,
+        ".stablehlo": export.load_stablehlo,
+        ".tflite": export.load_tflite,
+    }[suffix]
     with _silent_compiler():
         fn = load(path)
 
     def run(x: Any) -> Any:
         with _silent_compiler():
             y: Any = fn(x)
-        # Several results of an ONNX file stand in the order of the function's leaves, by any names.
-        several = Path(path).suffix == ".onnx" and isinstance(y, Mapping)
-        return list(y.values()) if several else y
+        # Several results of a file stand in the order of the function's leaves, by any names.
+        return list(y.values()) if suffix != ".stablehlo" and isinstance(y, Mapping) else y
 
     return run, manifest
 

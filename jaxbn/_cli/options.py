@@ -166,14 +166,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     sub = command(
         "export",
-        "a file to serve: ONNX, int8, StableHLO",
-        "Folds the norms and writes a file for any batch size, which is run and compared first.",
+        "a file to serve: ONNX, StableHLO, TFLite; int8",
+        "Folds the norms and writes a file for any batch size, which is run and compared first.\n"
+        "TFLite has one batch size, that of the first batch.",
         MODEL,
     )
     _add_source(sub, "source")
-    sub.add_argument("dest", metavar="DEST", help="NAME.onnx or NAME.stablehlo")
+    sub.add_argument("dest", metavar="DEST", help="NAME.onnx, .stablehlo or .tflite")
     _add_model(sub)
-    sub.add_argument("--int8", action="store_true", help="ONNX in int8, calibrated on the batches")
+    sub.add_argument("--int8", action="store_true", help="ONNX, TFLite: calibrated on the batches")
     sub.add_argument("--no-fold", dest="fold", action="store_false", help="leave the norms")
     sub.add_argument("--tolerance", type=_positive, metavar="T", help="largest relative error")
 
@@ -184,7 +185,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "files the results on the inputs.",
         f"{MODEL}\n{GATES}",
     )
-    sub.add_argument("a", metavar="A", help=f"{CHECKPOINTS}; or .onnx, .stablehlo")
+    sub.add_argument("a", metavar="A", help=f"{CHECKPOINTS}; or .onnx, .stablehlo, .tflite")
     sub.add_argument("b", metavar="B", help="the reference, of the same kind")
     _add_part(sub)
     _add_gate(sub, model=False)
@@ -212,7 +213,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "the manifest beside it.",
         f"{MODEL}\n{GATES}",
     )
-    sub.add_argument("artifact", metavar="ARTIFACT", help="NAME.onnx or NAME.stablehlo")
+    sub.add_argument("artifact", metavar="ARTIFACT", help="NAME.onnx, .stablehlo or .tflite")
     sub.add_argument(
         "--against", dest="source", metavar="CHECKPOINT", required=True, help=CHECKPOINTS
     )

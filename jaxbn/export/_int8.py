@@ -113,8 +113,8 @@ def int8(
     graph = need("int8", "onnx").load(os.fspath(source), load_external_data=False).graph
     weights = {tensor.name for tensor in graph.initializer}
     names = [value.name for value in graph.input if value.name not in weights]
-    feeds = [_feed(batch, names) for batch in batches]
-    reference = _run_or_refuse(original, feeds)
+    feeds = [feed_of(batch, names) for batch in batches]
+    reference = run_or_refuse("int8", original, feeds)
     quantization = need("int8", "onnxruntime.quantization")
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
@@ -160,18 +160,18 @@ def int8(
                 f"leave_out=(...) with the node that it names."
             ) from error
         got = small(feeds[0])
-        report["milliseconds"] = _times({"float32": original, "int8": small}, feeds[0])
+        report["milliseconds"] = times_of({"float32": original, "int8": small}, feeds[0])
         report["in_float"] = _in_float(file)
-        yield Case(_arrays(got), _arrays(reference))
+        yield Case(arrays_of(got), arrays_of(reference))
 
     return Quantized(*written("int8", path, write, cases, tolerance), **report)
 
 
-def _arrays(results: Any) -> list[np.ndarray]:
+def arrays_of(results: Any) -> list[np.ndarray]:
     return list(results.values()) if isinstance(results, dict) else [results]
 
 
-def _feed(batch: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
+def feed_of(batch: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
     """A batch by the names of the inputs."""
     if not isinstance(batch, Mapping):
         arrays = batch if isinstance(batch, tuple) else (batch,)
@@ -192,19 +192,21 @@ def _alike(feeds: Sequence[dict[str, np.ndarray]]) -> Sequence[dict[str, np.ndar
     ]
 
 
-def _run_or_refuse(run: Callable[..., Any], feeds: Sequence[dict[str, np.ndarray]]) -> Any:
+def run_or_refuse(
+    call: str, run: Callable[..., Any], feeds: Sequence[dict[str, np.ndarray]]
+) -> Any:
     """The source's result on the first batch. Raises unless all batches have the shape of a row."""
     if not feeds:
         raise ValueError(
-            "int8: no batches to calibrate with, expected some real inputs; write "
-            "jaxbn.export.int8(source, [x], path)."
+            f"{call}: no batches to calibrate with, expected some real inputs; write "
+            f"jaxbn.export.{call}(source, [x], path)."
         )
     for i, feed in enumerate(feeds):
         for name, first in feeds[0].items():
             batch = feed.get(name, np.empty(0))
             if batch.shape[1:] != first.shape[1:]:
                 raise ValueError(
-                    f"int8: batch {i} has shape {batch.shape} but batch 0 has {first.shape}; "
+                    f"{call}: batch {i} has shape {batch.shape} but batch 0 has {first.shape}; "
                     f"expected arrays alike but for the number of rows."
                 )
     try:
@@ -216,7 +218,7 @@ def _run_or_refuse(run: Callable[..., Any], feeds: Sequence[dict[str, np.ndarray
             for values in ([v.shape for v in arrays], [v.dtype for v in arrays])
         )
         raise ValueError(
-            f"int8: source cannot run on batch 0 of shape {shapes}, dtype {dtypes}: "
+            f"{call}: source cannot run on batch 0 of shape {shapes}, dtype {dtypes}: "
             f"{first_line(error.__cause__ or error)}; expected inputs as the network takes them."
         ) from error
 
@@ -241,7 +243,7 @@ def _left_out(source: Any, prepared: Path, patterns: Sequence[str]) -> list[str]
     return sorted({name for p in patterns for name in fnmatch.filter(names, p)})
 
 
-def _times(runs: Mapping[str, Callable[..., Any]], feed: Any) -> dict[str, float]:
+def times_of(runs: Mapping[str, Callable[..., Any]], feed: Any) -> dict[str, float]:
     """The fastest call of each, in milliseconds, called in turns."""
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(CALLS):

@@ -1042,10 +1042,10 @@ def test_errors_of_the_commands_that_write(net, capsys, tmp_path):
             "fold: the checkpoint has no part 'ema'; at its top are model, step."
         ),
         ("export", "net.msgpack", "net.pb", "--model", "net:network"): (
-            "export: net.pb ends in .pb, expected .onnx or .stablehlo"
+            "export: net.pb ends in .pb, expected .onnx, .stablehlo or .tflite"
         ),
         ("export", "net.msgpack", "a.stablehlo", "--int8", "--model", "net:network"): (
-            "export: --int8 is for .onnx, and a.stablehlo ends in .stablehlo"
+            "export: --int8 is for .onnx and .tflite, and a.stablehlo ends in .stablehlo"
         ),
         ("recalibrate", "net.msgpack", "new.pt", "--model", "net:network"): (
             "recalibrate: new.pt ends in .pt, expected .safetensors, .msgpack, or a name without a "

@@ -220,7 +220,8 @@ def test_compare_two_exported_files(artifact, capsys):
     assert run(capsys, "verify", "net.msgpack", "--against", "net.msgpack", MODEL) == (
         2,
         "",
-        "verify: net.msgpack is no exported file by its name, expected .onnx or .stablehlo\n",
+        "verify: net.msgpack is no exported file by its name, expected .onnx, .stablehlo or "
+        ".tflite\n",
     )
 
 

@@ -1,6 +1,9 @@
 """ONNX files have the operators and the layout that runtimes are fast with, for any signature."""
 
 import functools
+import importlib.util
+import subprocess
+import sys
 from collections import Counter
 
 import flax.linen as nn
@@ -274,6 +277,32 @@ def test_a_function_of_other_rows_is_compared_with_itself(tmp_path):
 def test_the_converter_leaves_jax_as_it_was(tmp_path):
     export.onnx(lambda x: x * 2, X, tmp_path / "f")
     assert jnp.cumsum(jnp.ones((2, 3)), 1)[0, -1] == 3
+
+
+OPENVINO = """
+import numpy, openvino, sys
+folder = sys.argv[1]
+# Its default on some processors is bfloat16.
+options = {"INFERENCE_PRECISION_HINT": "f32"}
+run = openvino.compile_model(f"{folder}/net.onnx", "CPU", options)
+for rows in (1, 3):
+    numpy.save(f"{folder}/{rows}.npy", *run(numpy.load(f"{folder}/x.npy")[:rows]).values())
+"""
+
+
+def test_openvino_computes_the_same(tmp_path):
+    """Another runtime than the one that checked the file, where it is installed.
+
+    In a process of its own: it forks, which a process with JAX must not.
+    """
+    if importlib.util.find_spec("openvino") is None:
+        pytest.skip("openvino is not installed")
+    export.onnx(residual(), X, tmp_path / "net.onnx")
+    np.save(tmp_path / "x.npy", X)
+    subprocess.run([sys.executable, "-c", OPENVINO, tmp_path], check=True)
+    for rows in (1, 3):
+        y, want = np.load(tmp_path / f"{rows}.npy"), residual()(X[:rows])
+        np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
 
 
 # Refusals

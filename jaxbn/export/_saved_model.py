@@ -1,0 +1,109 @@
+"""SavedModel: TensorFlow's folder, with the function as StableHLO inside."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxbn._extras import need
+from jaxbn._text import first_line
+from jaxbn.export._checked_file import Case, Exported, inference_inputs, written
+from jaxbn.export._signature import examples_of, flat_args, names_of, shapes_of, untraceable
+
+SIGNATURE = "serving_default"
+
+
+def saved_model(
+    fn: Callable[..., Any],
+    x: Any,
+    path: str | os.PathLike[str],
+    *,
+    inputs: Sequence[str] | None = None,
+    outputs: Sequence[str] | None = None,
+    sizes: str | Sequence[str] | None = None,
+    tolerance: float | None = None,
+) -> Exported:
+    """Writes `fn` as a SavedModel of TensorFlow's, for any batch size.
+
+    For programs and servers that load SavedModels: TensorFlow itself, TensorFlow Serving. The
+    function is inside as StableHLO, compiled for CPUs, GPUs and TPUs when it is loaded; its weights
+    are constants. TensorFlow runs the signature "serving_default" on x, on one row and on another
+    number of rows, and every result is compared with fn's before the folder takes its place.
+
+    Args:
+      fn: an inference function, batch first.
+      x: an example batch: an array, a dict of arrays for `fn(x)`, or a tuple for `fn(*x)`.
+      path: the folder, which must be new.
+      inputs: names of the inputs, as of `onnx`.
+      outputs: names of the results, as of `onnx`.
+      sizes: the sizes of x, as of `onnx`. None: the batch is free.
+      tolerance: the largest error over fn's largest value. None: 1e-4 for results in float32, 4e-3
+        in float16, 3e-2 in bfloat16, 0 for integers.
+
+    Raises:
+      TypeError: x is no array.
+      FileExistsError: there is something at path.
+      ValueError: fn is in training mode, names or sizes do not fit, a result is not finite, or the
+        folder differs from fn by more than tolerance. Nothing is written then.
+      ModuleNotFoundError: tensorflow is missing.
+
+    >>> from jaxbn import export
+    >>> export.saved_model(lambda x: x, [1.0], ".")
+    Traceback (most recent call last):
+        ...
+    FileExistsError: saved_model: . is there already; name a new folder.
+    """
+    if Path(path).exists():
+        raise FileExistsError(f"saved_model: {path} is there already; name a new folder.")
+    args, leaves, structure = flat_args(x)
+    leaves = inference_inputs("saved_model", fn, args, leaves, "tensorflow")
+    tf, jax2tf = need("saved_model", "tensorflow"), need("saved_model", "jax.experimental.jax2tf")
+
+    def flat(*leaves: Any) -> Any:
+        return fn(*jax.tree.unflatten(structure, leaves))
+
+    shapes = shapes_of("saved_model", leaves, sizes)
+    try:
+        results = jax.eval_shape(flat, *shapes)
+    except Exception as error:
+        raise untraceable("saved_model", leaves, shapes, error) from error
+    whole = args if len(args) > 1 else args[0]
+    ins = names_of("saved_model", "inputs", inputs, whole)
+    outs = names_of("saved_model", "outputs", outputs, results)
+
+    converted = jax2tf.convert(
+        lambda *leaves: jax.tree.leaves(flat(*leaves)),
+        polymorphic_shapes=[", ".join(map(str, s.shape)) for s in shapes],
+        native_serialization_platforms=("cpu", "cuda", "tpu"),
+        with_gradient=False,
+    )
+    specs = [
+        tf.TensorSpec([n if isinstance(n, int) else None for n in s.shape], s.dtype, name)
+        for s, name in zip(shapes, ins, strict=True)
+    ]
+
+    def serve(*arrays: Any) -> dict[str, Any]:
+        return dict(zip(outs, converted(*arrays), strict=True))
+
+    def write(file: Path) -> None:
+        module = tf.Module()
+        module.serve = tf.function(serve, input_signature=specs, autograph=False)
+        try:
+            tf.saved_model.save(module, os.fspath(file), signatures={SIGNATURE: module.serve})
+        except Exception as error:
+            raise ValueError(
+                f"saved_model: fn cannot be converted: {first_line(error)}; expected operations "
+                f"that JAX can export; write jaxbn.export.stablehlo, which names the operation."
+            ) from error
+
+    def cases(file: Path) -> Iterator[Case]:
+        call = tf.saved_model.load(os.fspath(file)).signatures[SIGNATURE]
+        for example, _ in examples_of(leaves, shapes):
+            got = call(**{name: tf.constant(v) for name, v in zip(ins, example, strict=True)})
+            expected = [np.asarray(y) for y in jax.tree.leaves(jax.jit(flat)(*example))]
+            yield Case([got[name].numpy() for name in outs], expected)
+
+    return written("saved_model", path, write, cases, tolerance)

@@ -1,0 +1,99 @@
+"""TFLite in int8: quantized by LiteRT's quantizer, compared with the float file."""
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxbn._extras import need
+from jaxbn.export._checked_file import Case, written
+from jaxbn.export._int8 import Quantized, arrays_of, feed_of, run_or_refuse, times_of
+from jaxbn.export._tflite import in_parts, load_tflite
+
+MOVES = {"RESHAPE", "TRANSPOSE", "SQUEEZE", "EXPAND_DIMS", "QUANTIZE", "DEQUANTIZE"}
+
+
+def tflite_int8(
+    source: str | os.PathLike[str],
+    batches: Iterable[Any],
+    path: str | os.PathLike[str],
+    *,
+    dynamic: bool = False,
+    tolerance: float = 0.1,
+) -> Quantized:
+    """Writes a TFLite file with weights and activations in 8 bits, by LiteRT's quantizer.
+
+    Each channel of a kernel has a range of its own. The quantizer takes the ranges of the
+    activations from `batches`; some hundred real inputs are enough. Inputs and results keep their
+    dtypes. The errors reported are those on the first batch, compared with the source.
+
+    Args:
+      source: a file of `tflite`, with its norms folded.
+      batches: arrays as the network takes them, of any number of rows; a tuple or a dict by name
+        for several inputs.
+      path: the file; an older file is replaced once the new one is complete.
+      dynamic: weights alone are stored in 8 bits, and the ranges of activations are taken while
+        serving. `batches` are for the comparison alone.
+      tolerance: the largest error over the source's largest value. Rounding to 8 bits costs about
+        1 %; measure the accuracy of the task too.
+
+    Raises:
+      FileNotFoundError: source does not exist.
+      ValueError: source is no TFLite file, there is no batch, the batches do not fit, or the error
+        is above tolerance. Nothing is written then.
+      ModuleNotFoundError: ai_edge_litert or ai_edge_quantizer is missing.
+
+    >>> from jaxbn import export
+    >>> export.tflite_int8("nothing.tflite", [], "int8.tflite")
+    Traceback (most recent call last):
+        ...
+    FileNotFoundError: load_tflite: no TFLite file at nothing.tflite
+    """
+    original = load_tflite(source)
+    feeds = [feed_of(batch, [*original.inputs]) for batch in batches]
+    reference = run_or_refuse("tflite_int8", original, feeds)
+    quantizer = need("tflite_int8", "ai_edge_quantizer.quantizer")
+    recipe = need("tflite_int8", "ai_edge_quantizer.recipe")
+
+    def write(file: Path) -> None:
+        small, ranges = quantizer.Quantizer(os.fspath(source)), None
+        if dynamic:
+            small.load_quantization_recipe(recipe.dynamic_wi8_afp32())
+        else:
+            small.load_quantization_recipe(recipe.static_wi8_ai8())
+            for end in ("INPUT", "OUTPUT"):  # they keep their dtypes
+                small.update_quantization_recipe(".*", end, algorithm_key="no_quantize")
+        with warnings.catch_warnings(action="ignore"):  # LiteRT's own: all values are kept
+            if not dynamic:
+                whole = [part for feed in feeds for part in in_parts(feed, original.size)]
+                ranges = small.calibrate({original.signature: whole}, num_threads=os.cpu_count())
+            done = small.quantize(ranges, enable_progress_report=False)
+        file.write_bytes(done.quantized_model)
+
+    report: dict[str, Any] = {}
+
+    def cases(file: Path) -> Iterator[Case]:
+        small = load_tflite(file)
+        got = small(feeds[0])
+        report["milliseconds"] = times_of({"float32": original, "int8": small}, feeds[0])
+        report["in_float"] = _in_float(file.read_bytes())
+        yield Case(arrays_of(got), arrays_of(reference))
+
+    return Quantized(*written("tflite_int8", path, write, cases, tolerance), **report)
+
+
+def _in_float(content: bytes) -> tuple[str, ...]:
+    """The operators that compute on no 8-bit value, by the names of their results."""
+    schema = need("tflite_int8", "ai_edge_litert.schema_py_generated")
+    model = schema.Model.GetRootAs(content)
+    names = {value: name for name, value in vars(schema.BuiltinOperator).items()}
+    eight, floats = (schema.TensorType.INT8, schema.TensorType.UINT8), []
+    graph = model.Subgraphs(0)
+    for k in range(graph.OperatorsLength()):
+        op = graph.Operators(k)
+        kind = names[model.OperatorCodes(op.OpcodeIndex()).BuiltinCode()]
+        operands = [graph.Tensors(i) for i in op.InputsAsNumpy() if i >= 0]
+        if kind not in MOVES and not any(v.Type() in eight for v in operands):
+            floats.append(graph.Tensors(op.Outputs(0)).Name().decode() or kind)
+    return tuple(floats)

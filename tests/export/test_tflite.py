@@ -1,0 +1,258 @@
+"""TFLite and SavedModel: they compute what the function computes, or are not written."""
+
+import json
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbn
+from jaxbn import export
+from jaxbn.export._tflite import in_parts
+
+RANDOM = np.random.default_rng(0)
+X = RANDOM.normal(size=(4, 8, 8, 3)).astype(np.float32)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (3, 3), use_bias=False)(x)
+        x = nn.relu(jaxbn.linen.BatchNorm(use_running_average=True)(x))
+        x = nn.max_pool(x, (2, 2), (2, 2))
+        x = nn.relu6(nn.Conv(8, (3, 3), feature_group_count=8)(x))
+        return nn.Dense(5)(x.mean((1, 2)))
+
+
+@pytest.fixture(scope="module")
+def folded():
+    variables = Net().init(jax.random.key(0), X)
+    variables = jax.tree.map(lambda v: v + RANDOM.uniform(0, 0.5, v.shape).astype("f"), variables)
+    return jaxbn.fold(lambda x: Net().apply(variables, x), X)[0]
+
+
+@pytest.fixture(scope="module")
+def source(folded, tmp_path_factory):
+    pytest.importorskip("litert_converter")
+    return export.tflite(folded, X, tmp_path_factory.mktemp("tflite") / "net.tflite")
+
+
+def operators(path):
+    """The operators of a file, by LiteRT's own schema."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    model = schema.Model.GetRootAs(path.read_bytes())
+    names = {value: name for name, value in vars(schema.BuiltinOperator).items()}
+    graph = model.Subgraphs(0)
+    ops = [graph.Operators(k) for k in range(graph.OperatorsLength())]
+    return [names[model.OperatorCodes(op.OpcodeIndex()).BuiltinCode()] for op in ops]
+
+
+def test_a_tflite_file_is_the_function(source, folded):
+    """Activations are part of the convolutions, and no axis moves."""
+    assert source.relative < 2e-6
+    assert source.bytes == source.path.stat().st_size
+    layers = ["CONV_2D", "MAX_POOL_2D", "DEPTHWISE_CONV_2D", "MEAN", "FULLY_CONNECTED"]
+    assert operators(source.path) == layers
+    run = export.load_tflite(source.path)
+    more = np.concatenate([X, -X])
+    for rows in (1, 4, 5, 8):  # the file has 4
+        np.testing.assert_allclose(run(more[:rows]), folded(more[:rows]), rtol=1e-4, atol=1e-5)
+    assert export.read_manifest(export.manifest(source) and source.path)["artifact"]["bytes"]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 8])
+def test_all_rows_come_in_batches_of_one_size(rows):
+    feed = {"a": np.arange(rows), "b": np.ones((rows, 2))}
+    parts = list(in_parts(feed, 4))
+    assert {v.shape for part in parts for v in part.values()} == {(4,), (4, 2)}
+    together = np.concatenate([part["a"] for part in parts])
+    np.testing.assert_array_equal(together, np.minimum(np.arange(len(together)), rows - 1))
+    assert len(together) - rows < 4
+
+
+def test_inputs_and_results_have_names_and_dtypes(tmp_path):
+    pytest.importorskip("litert_converter")
+    images = RANDOM.integers(0, 255, X.shape).astype(np.uint8)
+    tokens = RANDOM.integers(0, 9, (4, 5)).astype(np.int32)
+    table = RANDOM.normal(size=(9, 3)).astype(np.float32)
+
+    def fn(x, unread):
+        seen = (x["images"].astype(jnp.float32) / 58).mean((1, 2))
+        read = jnp.asarray(table)[x["tokens"]].mean(1)
+        return {"sum": seen + read, "label": jnp.argmax(read, -1).astype(jnp.int32)}
+
+    x = {"tokens": tokens, "images": images}
+    names = ("pixels", "words", "b")
+    done = export.tflite(fn, (x, tokens), tmp_path / "f.tflite", inputs=names)
+    run, expected = export.load_tflite(done.path), fn(x, tokens)
+    for got in (run(images, tokens, tokens), run({"b": tokens, "words": tokens, "pixels": images})):
+        assert list(got) == ["label", "sum"]
+        np.testing.assert_array_equal(got["label"], expected["label"])
+        np.testing.assert_allclose(got["sum"], expected["sum"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_eight_bits(dynamic, source, tmp_path):
+    """256 levels over the range seen: a few halves of 1 / 127 add up over three layers."""
+    pytest.importorskip("ai_edge_quantizer")
+    more = np.concatenate([X, -X])[:7]
+    done = export.tflite_int8(source.path, [X, more], tmp_path / "q.tflite", dynamic=dynamic)
+    assert 1e-5 < done.relative < 0.05
+    assert [path.name for path in tmp_path.iterdir()] == ["q.tflite"]
+    assert set(done.milliseconds) == {"float32", "int8"}
+    y, want = export.load_tflite(done.path)(more), export.load_tflite(source.path)(more)
+    assert y.dtype == np.float32
+    assert np.abs(y - want).max() < 0.05 * np.abs(want).max()
+    assert bool(done.in_float) == dynamic
+
+
+def test_gates_take_a_tflite_file(source, folded, tmp_path, monkeypatch, capsys):
+    from jaxbn._cli import commands
+
+    monkeypatch.chdir(tmp_path)
+    np.savez("x.npz", X[:3])
+    for name, factor in (("a", 1), ("b", 2)):
+        export.tflite(lambda x, factor=factor: factor * folded(x), X, f"{name}.tflite")
+    told = {}
+    for other in "ab":
+        words = ["compare", "a.tflite", f"{other}.tflite", "--inputs", "x.npz", "--json"]
+        told[other] = (commands.main(words), json.loads(capsys.readouterr().out)["passed"])
+    assert told == {"a": (0, True), "b": (1, False)}
+
+
+def unknown(x):
+    return jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+
+LACKING = {
+    "a callback": (unknown, "serialization of host_callbacks is not yet implemented"),
+    "a transform": (lambda x: jnp.fft.fft(x).real, "Failed to export flatbuffer:"),
+}
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_what_tflite_lacks_is_refused(name, tmp_path):
+    pytest.importorskip("litert_converter")
+    fn, reason = LACKING[name]
+    with pytest.raises(ValueError) as error:
+        export.tflite(fn, X, tmp_path / "f")
+    assert str(error.value) == (
+        f"tflite: fn cannot be converted: {reason}; expected operations that TFLite has. Compute "
+        "them outside fn, or write jaxbn.export.stablehlo, which takes all."
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_converter_makes_something_else_of_is_not_written(tmp_path):
+    """A transposed convolution with SAME padding comes out larger."""
+    pytest.importorskip("litert_converter")
+    layer = nn.ConvTranspose(2, (3, 3), (2, 2))
+    variables = layer.init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match="tflite: the file's result has shape "):
+        export.tflite(lambda x: layer.apply(variables, x), X, tmp_path / "f")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_and_inputs_that_do_not_fit_are_refused(source, tmp_path):
+    path = tmp_path / "file"
+    for content in (b"", b"hello", b"\x1c\0\0\0TFL3" + b"x" * 100, source.path.read_bytes()[:500]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError) as error:
+            export.load_tflite(path)
+        assert str(error.value).startswith(f"load_tflite: LiteRT cannot read {path}: ")
+    run = export.load_tflite(source.path)
+    for inputs, got in (
+        ([X[:, :4]], "input float32 [4, 4, 8, 3]"),
+        ([X.astype(np.float64)], "input float64 [4, 8, 8, 3]"),
+        ([X[:0]], "input float32 [0, 8, 8, 3]"),
+        ([X, X], "input float32 [4, 8, 8, 3]"),
+        ([{"x": X}], "x float32 [4, 8, 8, 3]"),
+        ([np.float32(1)], "input float32 []"),
+        ([], "nothing"),
+    ):
+        with pytest.raises(ValueError) as error:
+            run(*inputs)
+        assert str(error.value) == (
+            f"load_tflite: {source.path} cannot run on {got}; expected input float32 [4, 8, 8, 3]."
+        )
+    pytest.importorskip("ai_edge_quantizer")
+    with pytest.raises(ValueError) as error:
+        export.tflite_int8(source.path, [], path)
+    assert str(error.value) == (
+        "tflite_int8: no batches to calibrate with, expected some real inputs; write "
+        "jaxbn.export.tflite_int8(source, [x], path)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "package", "extra"),
+    [
+        (export.tflite, "litert_converter", "'jaxbn[tflite]'"),
+        (export.saved_model, "tensorflow", "'jaxbn[saved-model]'"),
+    ],
+)
+def test_a_missing_package_is_named(call, package, extra, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError) as error:
+        call(jnp.sin, X, tmp_path / "f")
+    assert str(error.value) == (
+        f"{call.__name__}: needs the package {package}, which is not installed; write pip install "
+        f"{extra}."
+    )
+
+
+# SavedModel
+
+
+def test_a_saved_model_is_the_function_at_any_batch_size(folded, tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    done = export.saved_model(
+        lambda x: {"logits": folded(x["image"]), "label": jnp.argmax(folded(x["image"]), -1)},
+        {"image": X},
+        tmp_path / "net",
+    )
+    assert done.relative < 1e-5
+    files = [path for path in done.path.rglob("*") if path.is_file()]
+    assert done.bytes == sum(path.stat().st_size for path in files)
+    serve = tf.saved_model.load(str(done.path)).signatures["serving_default"]
+    got = serve(image=tf.constant(X[:3]))
+    np.testing.assert_allclose(got["logits"], folded(X[:3]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_folder_and_its_manifest(tmp_path):
+    path = tmp_path / "net"
+    (path / "variables").mkdir(parents=True)
+    (path / "variables" / "data").write_bytes(b"abc")
+    note = export.manifest(export.Exported(path, 3, 0.0, 0.0))
+    assert note == tmp_path / "net.manifest.json"
+    assert export.read_manifest(path)["artifact"]["bytes"] == 3
+    (path / "variables" / "data").write_bytes(b"abd")
+    with pytest.raises(ValueError, match="the file has changed; export it again"):
+        export.read_manifest(path)
+
+
+def test_a_saved_model_takes_a_new_folder(tmp_path):
+    (tmp_path / "net").mkdir()
+    with pytest.raises(FileExistsError) as error:
+        export.saved_model(jnp.sin, X, tmp_path / "net")
+    assert str(error.value) == f"saved_model: {tmp_path}/net is there already; name a new folder."
+
+
+def test_a_saved_model_that_cannot_be_is_not_written(tmp_path):
+    pytest.importorskip("tensorflow")
+
+    def fn(x):
+        return x if x.shape[0] > 3 else x[:3]
+
+    with pytest.raises(ValueError) as error:
+        export.saved_model(fn, X, tmp_path / "net")
+    text = str(error.value)
+    assert text.startswith("saved_model: fn cannot be traced with sizes B, 8, 8, 3: ")
+    assert text.endswith("for this size alone, write sizes='4, 8, 8, 3'.")
+    with pytest.raises(ValueError, match="values of the function's result are not finite"):
+        export.saved_model(jnp.sqrt, X, tmp_path / "net")
+    assert list(tmp_path.iterdir()) == []
