@@ -159,6 +159,8 @@ def swap(
     found = {path: layer for path, layer in layers.nnx_layers(model) if path in chosen}
     _check_last(to, {path: layer.axis for path, layer in found.items()})
     for path, layer in found.items():
+        _check_tables(path, layer, to)
+    for path, layer in found.items():
         new = _new_nnx_norm(layer, to, grouped[path])
         nnx_classes.exchange(layer, type(new))
         vars(layer).clear()
@@ -253,6 +255,7 @@ def _as_batch_norms(
     found = {path: layer for path, layer in layers.nnx_layers(model) if path in chosen}
     for path, layer in found.items():
         _check_own_call(path, layer)
+        _check_tables(path, layer, to)
     for layer in found.values():
         _exchange_nnx(layer, to, options)
     return Swapped(model, None, report)
@@ -306,6 +309,7 @@ def _linen_batch_norm(path: str, layer: Any, to: str, options: Mapping[str, Any]
     import jaxbn.linen
 
     _check_own_call(path, layer)
+    _check_tables(path, layer, to)
     cls: Any = nn.BatchNorm if to == "flax" else jaxbn.linen.BatchNorm
     names = {field.name for field in dataclasses.fields(cls)} - {"parent", "name"}
     kept = {name: getattr(layer, name) for name in names if hasattr(layer, name)}
@@ -361,6 +365,18 @@ def _flax_call(cls: Any) -> Callable[..., jax.Array]:
         return finish(y, self.activation, residual)
 
     return __call__
+
+
+def _check_tables(path: str, layer: Any, to: str) -> None:
+    """Refuses a layer whose domains or classes the new norm cannot have."""
+    names = {"flax": ("domains", "classes"), "batch": ()}.get(to, ("affine_per_domain", "classes"))
+    for name in names:
+        if held := getattr(layer, name, None):
+            raise ValueError(
+                f"swap: layer {path!r} has {name}={held}, which Flax's norms do not have; leave "
+                f"the layer out by where=, or take the arrays of one, as "
+                f"jax.tree.map(lambda v: v[0], batch_stats) does, into a model without them."
+            )
 
 
 def _check_own_call(path: str, layer: Any) -> None:
@@ -442,6 +458,7 @@ def _apply_swapped(
         if call.path not in groups:
             return run(call.train), None
         _check_last(to, {call.path: call.layer.axis}, call.x)
+        _check_tables(call.path, call.layer, to)
         # The norm works in the old layer's scope, so it finds scale and bias under their paths.
         norm = getattr(nn, NORMS[to])(
             **_kept_options(call.layer, to, groups[call.path]),
@@ -484,6 +501,8 @@ def _swapped_call(cls: Any, to: str) -> Callable[..., jax.Array]:
         update_stats: bool = True,
         renorm: Any = None,
         weights: Any = None,
+        domain: Any = None,
+        labels: Any = None,
     ) -> jax.Array:
         _check_last(to, {}, x)
         y = cls.__call__(self, x, mask=_full_mask(mask, weights, x))
