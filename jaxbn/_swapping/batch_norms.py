@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxbn._inspection import layers, nnx_classes, stand_ins
 from jaxbn._inspection.layers import Layer
 from jaxbn._op.batch_norm import finish
-from jaxbn._swapping.swapped import Swapped, SwappedLayer, names
+from jaxbn._swapping.swapped import Swapped, SwappedLayer, check_tables, names
 from jaxbn._text import listed
 
 
@@ -50,6 +50,7 @@ def as_batch_norms(
     found = {path: layer for path, layer in layers.nnx_layers(model) if path in chosen}
     for path, layer in found.items():
         _check_own_call(path, layer)
+        check_tables(path, layer, to)
     for layer in found.values():
         _exchange_nnx(layer, to, options)
     return Swapped(model, None, report)
@@ -103,6 +104,7 @@ def _linen_batch_norm(path: str, layer: Any, to: str, options: Mapping[str, Any]
     import jaxbn.linen
 
     _check_own_call(path, layer)
+    check_tables(path, layer, to)
     cls: Any = nn.BatchNorm if to == "flax" else jaxbn.linen.BatchNorm
     fields = {field.name for field in dataclasses.fields(cls)} - {"parent", "name"}
     kept = {name: getattr(layer, name) for name in fields if hasattr(layer, name)}

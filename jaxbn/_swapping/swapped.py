@@ -1,4 +1,4 @@
-"""What `swap` returns."""
+"""What `swap` returns, and the tables that no norm of Flax's has."""
 
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ class SwappedLayer(NamedTuple):
 
 
 class Swapped(NamedTuple):
-    """What `swap` returns."""
+    """What `swap` returns, and the tables that no norm of Flax's has."""
 
     model: Any  # for linen, a function to call in place of net.apply; or the nnx model
     variables: Any  # linen's, with the statistics that the new norms have; None for nnx
@@ -23,3 +23,15 @@ class Swapped(NamedTuple):
 def names(held: Any) -> tuple[str, ...]:
     """The names of what a layer has, of its `Params` or `State`."""
     return tuple(name for name, v in held._asdict().items() if v is not None)
+
+
+def check_tables(path: str, layer: Any, to: str) -> None:
+    """Refuses a layer whose domains or classes the new norm cannot have."""
+    tables = {"flax": ("domains", "classes"), "batch": ()}.get(to, ("affine_per_domain", "classes"))
+    for name in tables:
+        if held := getattr(layer, name, None):
+            raise ValueError(
+                f"swap: layer {path!r} has {name}={held}, which Flax's norms do not have; leave "
+                f"the layer out by where=, or take the arrays of one, as "
+                f"jax.tree.map(lambda v: v[0], batch_stats) does, into a model without them."
+            )

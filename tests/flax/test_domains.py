@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import jaxbn
+from jaxbn import calls, convert, health, watch
 from tests.support.messages import message
 
 X = jax.random.normal(jax.random.key(0), (8, 5, 3)) * 2 + 1
@@ -277,3 +278,182 @@ def test_recalibration_is_of_the_rows_of_each_domain(model, given):
         for path in want:
             row = {name: v[k] for name, v in got[path].items()}
             chex.assert_trees_all_close(row, want[path]._asdict(), rtol=1e-4, atol=1e-5)
+
+
+def trained_twice():
+    """Variables of a net whose domains 0 and 2 have learned, in the running average."""
+    net = Wide()
+    variables = net.init(jax.random.key(0), X, 0)
+    for domain in (0, 2):
+        _, updates = net.apply(variables, X, domain, mutable=["batch_stats"])
+        variables = {**variables, **updates}
+    return net, variables
+
+
+class Wide(nn.Module):
+    affine: bool = False
+
+    @nn.compact
+    def __call__(self, x, domain, train=True):
+        norm = jaxbn.linen.BatchNorm(
+            domains=3,
+            affine_per_domain=self.affine,
+            momentum=0.0,
+            use_running_average=not train,
+            name="norm",
+        )
+        return norm(nn.Dense(8)(x), domain=domain)
+
+
+class WideNnx(nnx.Module):
+    def __init__(self, affine=False):
+        rngs = nnx.Rngs(0)
+        self.dense = nnx.Linear(3, 8, rngs=rngs)
+        self.norm = jaxbn.nnx.BatchNorm(8, domains=3, affine_per_domain=affine, rngs=rngs)
+
+    def __call__(self, x, domain):
+        return self.norm(self.dense(x), domain=domain)
+
+
+def test_checks_and_figures_are_of_the_domains_in_the_batch():
+    net, variables = trained_twice()
+    _, seen = calls.hooked_apply(net.apply)(variables, X, 2)
+    found = health.check(variables, seen)
+    assert not [f for f in found if f.kind in ("stale", "few_values")]
+    off = jax.tree.map(lambda v: v.at[2].add(30.0), variables["batch_stats"])
+    (stale,) = [
+        f for f in health.check({**variables, "batch_stats": off}, seen) if f.kind == "stale"
+    ]
+    assert stale.channels == tuple(range(16, 24))  # those of domain 2
+    assert health.gap(net.apply, variables, X, 2).first is None
+    opened = health.gap(net.apply, {**variables, "batch_stats": off}, X, 2).first
+    assert opened.cause.kind == "stale"
+
+    _, seen = watch.linen(net.apply)(variables, X, 2)
+    figures = watch.metrics(watch.records(seen, variables))["norm"]
+    assert figures["batch_count"] == 40
+    assert figures["batch_var_min"] > 0
+    assert figures["symmetric_kl_max"] < 1e-6
+
+
+@pytest.mark.parametrize("domain", [2, "array"])
+@pytest.mark.parametrize("affine", [False, True])
+def test_fold_takes_one_domain(domain, affine):
+    net = Wide(affine)
+    variables = net.init(jax.random.key(0), X, 0)
+    stats = jax.tree.map(lambda v: v + jnp.arange(3.0)[:, None], variables["batch_stats"])
+    variables = {**variables, "batch_stats": stats}
+    domain = jnp.asarray(2) if domain == "array" else domain
+
+    def served(x):
+        return net.apply(variables, x, domain, train=False)
+
+    folded, report = jaxbn.fold(served, X)
+    assert [site.folded for site in report.sites] == [True]
+    np.testing.assert_allclose(folded(X), served(X), rtol=1e-5, atol=1e-5)
+
+
+def test_fold_keeps_a_norm_whose_domain_is_an_input():
+    net, variables = trained_twice()
+    folded, report = jaxbn.fold(lambda x, k: net.apply(variables, x, k, train=False), X, DOMAIN)
+    assert [site.folded for site in report.sites if "norm" in site.name] == [False]
+    want = net.apply(variables, X, DOMAIN, train=False)
+    np.testing.assert_allclose(folded(X, DOMAIN), want, rtol=1e-5, atol=1e-5)
+
+
+def test_freeze_keeps_all_domains():
+    net, variables = trained_twice()
+    frozen = jaxbn.freeze(net.apply, variables, allow_untrained=True)
+    y, updates = frozen(variables, X, DOMAIN, mutable=["batch_stats"])
+    chex.assert_trees_all_equal(updates["batch_stats"], variables["batch_stats"])
+    np.testing.assert_array_equal(y, net.apply(variables, X, DOMAIN, train=False))
+    model = jaxbn.freeze(WideNnx(), allow_untrained=True)
+    before = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+    model(X, DOMAIN)
+    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)), before)
+
+
+def test_linen_to_nnx_and_back():
+    _, variables = trained_twice()
+    model = WideNnx()
+    model, _ = convert.linen_to_nnx(variables, model, rename={"Dense_0": "dense"})
+    np.testing.assert_array_equal(model.norm.mean[...], variables["batch_stats"]["norm"]["mean"])
+    back, _ = convert.nnx_to_linen(model, variables, rename={"dense": "Dense_0"})
+    chex.assert_trees_all_equal(back, variables)
+
+
+ONE = "as jax.tree.map(lambda v: v[0], batch_stats) does"
+REFUSED = {
+    "to_torch": (
+        lambda: convert.to_torch(trained_twice()[1]),
+        "to_torch: the source does not fit the target; nothing was converted.\n"
+        + "\n".join(
+            f"  batch_stats/norm/{name} is (3, 8), and PyTorch's norms have one axis: of several "
+            f"domains (or classes, or layers of a scan), take one, {ONE}"
+            for name in ("mean", "var")
+        ),
+    ),
+    "from_torch": (
+        lambda: convert.from_torch(
+            {
+                "norm.weight": np.ones(8, np.float32),
+                "norm.bias": np.zeros(8, np.float32),
+                "norm.running_mean": np.zeros(8, np.float32),
+                "norm.running_var": np.ones(8, np.float32),
+            },
+            trained_twice()[1],
+            keep=["Dense_0"],
+        ),
+        "from_torch: the source does not fit the target; nothing was converted.\n"
+        + "\n".join(
+            f"  misshapen: norm.running_{name} (8,) becomes (8,), but batch_stats/norm/{name} is "
+            "(3, 8), a row for each domain: convert into the model without domains, then "
+            "jax.tree.map(lambda v: jnp.stack([v] * 3), batch_stats)"
+            for name in ("mean", "var")
+        ),
+    ),
+    "drift": (
+        lambda: health.drift(
+            trained_twice()[1],
+            [health.incoming(trained_twice()[0].apply)(trained_twice()[1], X, 0, train=False)[1]],
+        ),
+        "drift: the statistics of 'norm' have shape (3, 8), a row for each domain, but moments of "
+        "rows have shape (8, 8); for the rows of domain 0 write "
+        "health.drift(jax.tree.map(lambda v: v[0], batch_stats), batches).",
+    ),
+    **{
+        f"swap to {to}, {library}": (
+            functools.partial(lambda to, f: f(to), to, f),
+            f"swap: layer 'norm' has {name}, which Flax's norms do not have; leave the layer out "
+            f"by where=, or take the arrays of one, {ONE}, into a model without them.",
+        )
+        for to, name in (("flax", "domains=3"), ("group", "affine_per_domain=True"))
+        for library, f in (
+            ("linen", lambda to: swapped_linen(to)(X)),
+            ("nnx", lambda to: jaxbn.swap(WideNnx(True), to=to)),
+        )
+    },
+}
+
+
+def swapped_linen(to):
+    net = Wide(True)
+    apply, variables, _ = jaxbn.swap(net.apply, net.init(jax.random.key(0), X, 0), to)
+    return lambda x: apply(variables, x, 0)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_tool_without_domains_says_what_to_write(case):
+    f, expected = REFUSED[case]
+    assert message(ValueError, f).partition("\nLayers of")[0] == expected
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_a_norm_without_a_batch_takes_the_place_of_shared_affine(library):
+    if library == "linen":
+        net = Wide()
+        apply, variables, _ = jaxbn.swap(net.apply, net.init(jax.random.key(0), X, 0), "layer")
+        y = apply(variables, X, DOMAIN)
+    else:
+        y = jaxbn.swap(WideNnx(), to="layer").model(X, DOMAIN)
+    np.testing.assert_allclose(y.mean(-1), 0, atol=1e-5)

@@ -1,0 +1,120 @@
+# Images by day and by night: one network with one set of statistics for both, and with a set of
+# statistics for each.
+#
+#   python examples/domains/domains.py                       on handwritten digits
+#   python examples/domains/domains.py --data-dir DIR        on CIFAR-10
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from augment import normalize
+from data import load
+from options import Parser, one_line
+from rich import print
+from rich.table import Table
+
+import jaxbn
+
+DAY, NIGHT = 0, 1
+
+
+class Net(nn.Module):
+    width: int
+    domains: int | None  # None: one set of statistics for all
+
+    @nn.compact
+    def __call__(self, x, domain, train):  # [B, 32, 32, 3], [B] or [] → [B, 10]
+        norm = partial(
+            jaxbn.linen.BatchNorm,
+            use_running_average=not train,
+            momentum=0.95,
+            domains=self.domains,
+            activation=nn.relu,
+        )
+        domain = None if self.domains is None else domain
+        for i, c in enumerate((self.width, 2 * self.width, 4 * self.width)):
+            x = nn.Conv(c, (3, 3), 2 if i else 1, use_bias=False)(x)
+            x = norm()(x, domain=domain)
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+def seen(x, domain):
+    """Normalized images as they are by day; by night dark, and of a quarter of the contrast."""
+    night = jnp.reshape(domain == NIGHT, (-1, 1, 1, 1))
+    return jnp.where(night, 0.25 * x - 1.5, x)
+
+
+@partial(jax.jit, static_argnames=("net", "scaled"))
+def trained(net, variables, x, y, rows, domains, scaled):
+    """The variables after a step for each of rows [steps, batch], by Adam."""
+    tx = optax.adam(2e-3)
+
+    def step(carry, now):
+        variables, opt_state = carry
+        rows, domain = now
+
+        def loss(params):
+            its = {**variables, "params": params}
+            images = seen(scaled(x[rows]), domain)
+            logits, new = net.apply(its, images, domain, train=True, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]).mean(), new
+
+        grads, new = jax.grad(loss, has_aux=True)(variables["params"])
+        updates, opt_state = tx.update(grads, opt_state)
+        params = optax.apply_updates(variables["params"], updates)
+        return ({"params": params, **new}, opt_state), None
+
+    start = variables, tx.init(variables["params"])
+    return jax.lax.scan(step, start, (rows, domains))[0][0]
+
+
+def main(data_dir=None, width=8, images=25_600, batch=64, seeds=3):
+    data = load("cifar10" if data_dir else "digits", data_dir)
+    every = np.arange(min(10_000, len(data.train_y)))
+    test = np.arange(min(2000, len(data.test_y)))
+    train_x, train_y = jnp.asarray(data.train_x[every]), jnp.asarray(data.train_y[every])
+    test_x, test_y = normalize(data.test_x[test], data.mean, data.std), data.test_y[test]
+    scaled = partial(normalize, mean=data.mean, std=data.std)
+    table = Table("a batch", "tested", "one set", "a set for each", title=data.name)
+    steps = images // batch
+    of_steps = np.arange(steps) % 2
+    kinds = {
+        "of day or night": jnp.asarray(of_steps),
+        "of both": jnp.asarray(np.tile(np.arange(batch) % 2, (steps, 1))),
+    }
+    for kind, domains in kinds.items():
+        scores = {}  # (domain, sets) → of each seed
+        for sets in (None, 2):
+            net = Net(width, sets)
+            evaluate = jax.jit(partial(net.apply, train=False))
+            for seed in range(seeds):
+                rows = np.random.default_rng(seed).integers(len(train_y), size=(steps, batch))
+                before = net.init(jax.random.key(seed), test_x[:1], DAY, train=False)
+                after = trained(net, before, train_x, train_y, rows, domains, scaled)
+                for domain in (DAY, NIGHT):
+                    logits = evaluate(after, seen(test_x, jnp.asarray(domain)), domain)
+                    right = np.mean(logits.argmax(-1) == test_y)
+                    scores.setdefault((domain, sets), []).append(right)
+        for domain, name in ((DAY, "by day"), (NIGHT, "by night")):
+            cells = []
+            for sets in (None, 2):
+                of_seeds = scores[domain, sets]
+                mean, low, high = np.mean(of_seeds), min(of_seeds), max(of_seeds)
+                cells.append(f"{mean:.1%} ({low:.1%} to {high:.1%})")
+            table.add_row(kind, name, *cells)
+    print(table)
+    return table
+
+
+if __name__ == "__main__":
+    parser = Parser(prog="domains.py")
+    parser.add_argument("--data-dir", type=Path, help="CIFAR-10's binary files (else: digits)")
+    with one_line(parser):
+        main(**vars(parser.parse_args()))
