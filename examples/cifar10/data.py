@@ -211,13 +211,14 @@ def own(path: Path, say, size: int | None, most: int) -> Data:
 
 def moments(x: np.ndarray):
     """Mean and standard deviation of the bytes, per channel; 1 for the deviation of a constant."""
-    counts = np.zeros((3, 256))
-    for i in range(0, len(x), 256):
-        for c in range(3):
-            counts[c] += np.bincount(x[i : i + 256, ..., c].ravel(), minlength=256)
-    share, values = counts / counts.sum(axis=1, keepdims=True), np.arange(256.0)
-    mean = share @ values
-    std = np.sqrt(np.maximum(share @ values**2 - mean**2, 0))
+    sums, squares = np.zeros(3), np.zeros(3)  # of whole numbers, so they are exact
+    for image in x:
+        planes = np.ascontiguousarray(image.transpose(2, 0, 1), np.float64)
+        sums += planes.sum(axis=(1, 2))
+        squares += (planes**2).sum(axis=(1, 2))
+    count = len(x) * x.shape[1] * x.shape[2]
+    mean = sums / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
     return tuple(mean.tolist()), tuple(np.where(std > 0, std, 1).tolist())
 
 

@@ -248,10 +248,10 @@ CONFIGS = {
     "\x00\udcff": "{run}/config.json: no JSON, damaged",
     "[" * 100_000: "{run}/config.json: no JSON, damaged",
     '{"\\u001b[31mbatch": 1}': "{run}/config.json: '\\x1b[31mbatch' is no option of train.py",
-    '{"model": "a\\nb"}': '{run} has --model "a\\nb", not resnet9',
-    '{"model": "resnet9"}': "{run}/config.json: does not say api, batch, block, cutout, data, "
-    "devices, dtype, epochs, eval_batch, lr, scan_epoch, schedule, seed, smoothing, watch_every, "
-    "weight_decay, width",
+    '{"model": "a\\nb"}': "{run} has --model a\\nb, not resnet9",
+    '{"model": "resnet9"}': "{run}/config.json: does not say about, api, batch, block, cutout, "
+    "data, devices, dtype, epochs, eval_batch, flip, ghost_rows, image_size, lr, norm, scan_epoch, "
+    "schedule, seed, smoothing, stem, watch_every, weight_decay, width",
     None: "{run} is no run of train.py: it has no config.json",
 }
 
