@@ -764,7 +764,7 @@ BUGS = (
     Bug(
         "a mask has the axes of x",
         "jaxbn/health/_rows.py",
-        '    mask, weights = check_cells("drift", call.mask, call.weights, x)\n',
+        "    mask, weights = check_cells(name, call.mask, call.weights, x)\n",
         "    mask, weights = call.mask, call.weights\n",
         "health/test_drift.py::test_a_mask_without_an_axis_of_rows_is_one_for_all_rows",
     ),
@@ -1085,6 +1085,34 @@ BUGS = (
         "[batches] if isinstance(batches, Mapping) else batches",
         "batches",
         "health/test_drift.py::test_drift_is_the_stream_merged",
+    ),
+    Bug(
+        "each of two spreads has the whole chance",
+        "jaxbn/health/_shards.py",
+        "    chances = chance, 1 - chance / 2\n",
+        "    chances = chance, 1 - chance\n",
+        "health/test_shards.py::test_the_spread_is_that_of_an_analysis_of_variance",
+    ),
+    Bug(
+        "one layer of equal means is taken for copies",
+        "jaxbn/health/_shards.py",
+        "    if not all(finding.figure < finding.threshold for finding in repeated):",
+        "    if not any(finding.figure < finding.threshold for finding in repeated):",
+        "health/test_shards.py::test_one_layer_of_equal_means_is_no_repetition",
+    ),
+    Bug(
+        "sds of a shard about its own mean",
+        "jaxbn/health/_shards.py",
+        "    center = devices.total((of_means.count * of_means.mean).sum(-1), pool)\n",
+        "    center = (of_means.count * of_means.mean).sum(-1)\n",
+        "health/test_shards.py::test_shards_on_every_road_are_those_of_numpy[shard_map]",
+    ),
+    Bug(
+        "a row behind the mask counts",
+        "jaxbn/health/_shards.py",
+        "*rows.count.shape) > 0\n",
+        "*rows.count.shape) >= 0\n",
+        "health/test_shards.py::test_shards_on_every_road_are_those_of_numpy[jit]",
     ),
     Bug(
         "the order of rows is not tried",
