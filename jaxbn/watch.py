@@ -4,17 +4,25 @@ A jitted step returns a `Record` for each layer, O(C) numbers, as an auxiliary r
 `metrics` turns each record into a few figures, which `jaxbn.writers` write.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import GetAttrKey
 
 from jaxbn._inspection import hooks
-from jaxbn._inspection.layers import find, is_nnx, nnx_layers
+from jaxbn._inspection.layers import find, is_nnx, join, nnx_layers, plain
+from jaxbn._inspection.sketch import quantiles
+from jaxbn._op.axes import wide
+from jaxbn._op.pooling import merge
 from jaxbn._op.state import Moments, Params, State
 from jaxbn.health._distances import distance, seen_in, values_of
+from jaxbn.health._findings import Limits
+from jaxbn.health._shards import Shards, bounds, by_shard, spread
 
 EPSILON = 1e-5  # Flax's
 
@@ -24,16 +32,85 @@ class Record(NamedTuple):
 
     >>> from jaxbn import watch
     >>> watch.Record._fields
-    ('batch', 'state', 'params', 'grads')
+    ('batch', 'state', 'params', 'grads', 'shards', 'kernel', 'quantiles')
     """
 
     batch: Moments  # of the layer's input, pooled over devices as the layer pools
     state: State
     params: Params
     grads: Params  # dscale and dbias; None for one that is not known
+    shards: Shards | None = None  # of the layer's input, if the step is watched with `shards=`
+    kernel: "Kernel | None" = None  # before the layer, if `records` gets `kernels=`
+    quantiles: jax.Array | None = None  # of the layer's input, if watched with `histogram=`
 
 
-def linen(apply: Callable[..., Any], on: bool = True) -> Callable[..., tuple[Any, Any]]:
+class Kernel(NamedTuple):
+    """How large the kernel before a layer is, and its gradient.
+
+    >>> from jaxbn import watch
+    >>> watch.Kernel._fields
+    ('norm', 'grad_norm')
+    """
+
+    norm: jax.Array  # [], Euclidean
+    grad_norm: jax.Array  # []
+
+
+class Observed(NamedTuple):
+    """What one layer saw in a step that is watched with options; without, `Moments` alone.
+
+    >>> from jaxbn import watch
+    >>> watch.Observed._fields
+    ('batch', 'shards', 'quantiles')
+    """
+
+    batch: Moments
+    shards: Shards | None = None  # with `shards=`; of the first call, if a layer is called twice
+    quantiles: jax.Array | None = None  # with `histogram=`; of the first call
+
+
+@functools.cache  # nnx.jit compiles a step again for a new hook
+def _hook(shards: int | tuple[str, ...] | None, histogram: bool) -> hooks.Hook:
+    def observe(call: hooks.Call, run: Callable[[bool], jax.Array]) -> tuple[jax.Array, Observed]:
+        y, batch = hooks.batch_moments(call, run)
+        return y, Observed(
+            batch,
+            None if shards is None else by_shard(call, shards),
+            quantiles(call) if histogram else None,
+        )
+
+    return observe
+
+
+def _observing(call: str, shards: Any, histogram: bool) -> dict[str, Any]:
+    """The keywords of `hooked_apply` and `hooked_nnx` for what is to be observed."""
+    if shards is None and not histogram:
+        return {}
+    names = (shards,) if isinstance(shards, str) else shards
+    named = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
+    numbered = isinstance(shards, int) and shards > 0
+    if shards is not None and not (numbered or (named and shards)):
+        raise ValueError(
+            f"{call}: shards={shards!r}, expected the number of parts that the rows are split "
+            f"into, or the names of mapped axes; write shards=jax.device_count(), or "
+            f'shards="data" under shard_map and pmap.'
+        )
+    hook = _hook(tuple(names) if named else shards, bool(histogram))
+    return {"hook": hook, "combine": _both_calls}
+
+
+def _both_calls(a: Observed, b: Observed) -> Observed:
+    """What a layer that is called twice saw. The rows of a second call are not independent."""
+    return a._replace(batch=merge(a.batch, b.batch))
+
+
+def linen(
+    apply: Callable[..., Any],
+    on: bool = True,
+    *,
+    shards: int | str | Sequence[str] | None = None,
+    histogram: bool = False,
+) -> Callable[..., tuple[Any, Any]]:
     """A linen model's `apply` that also returns the moments of each layer's input.
 
     Call it in the jitted training step, and give the moments to `records`. One step serves with
@@ -43,13 +120,22 @@ def linen(apply: Callable[..., Any], on: bool = True) -> Callable[..., tuple[Any
       apply: `model.apply`, or a function that passes its keywords on to it.
       on: False calls apply itself, which compiles to the program without watching, and returns {}
         for the moments.
+      shards: also record what each shard of the batch holds, for `jaxbn.health.shards` and the
+        spread in `metrics`. Under jit, the number of consecutive, equal parts of the rows:
+        `jax.device_count()`, or `jax.process_count()` to compare hosts. Under shard_map, pmap and
+        vmap, the mapped axes of which each device has a part. Rows are on axis 0 of each layer's x.
+      histogram: also record how the values of each layer's x are distributed: 64 values that are
+        equally probable, from a sample of some 4096. The histogram is `x` in `channels`, and in
+        TensorBoard.
 
     Returns:
-      A function with apply's arguments that returns `(what apply returns, path → Moments)`.
+      A function with apply's arguments that returns `(what apply returns, path → Moments)`; with
+      shards or histogram, path → `Observed`.
 
     Raises:
       TypeError: apply is a model, its variables, or anything else that is not a function.
-      ValueError: when called with on=True, apply passed through no batch norm layer.
+      ValueError: shards are neither a number above 0 nor axes; or when called with on=True, apply
+        passed through no batch norm layer, or the rows do not divide into shards.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> from jaxbn import watch
@@ -64,7 +150,7 @@ def linen(apply: Callable[..., Any], on: bool = True) -> Callable[..., tuple[Any
     hooks.check_apply("watch.linen", apply, "watch.linen(model.apply), or watch.nnx(model) of nnx")
     if not on:
         return lambda *args, **kwargs: (apply(*args, **kwargs), {})
-    hooked = hooks.hooked_apply(apply)
+    hooked = hooks.hooked_apply(apply, **_observing("watch.linen", shards, histogram))
 
     def watched(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         out, seen = hooked(*args, **kwargs)
@@ -80,7 +166,13 @@ def linen(apply: Callable[..., Any], on: bool = True) -> Callable[..., tuple[Any
 
 
 @contextmanager
-def nnx(model: Any, on: bool = True) -> Iterator[dict[str, Any]]:
+def nnx(
+    model: Any,
+    on: bool = True,
+    *,
+    shards: int | str | Sequence[str] | None = None,
+    histogram: bool = False,
+) -> Iterator[dict[str, Any]]:
     """A context for calls of an nnx model that collects the moments of each layer's input.
 
     Open it in the jitted training step, around `nnx.value_and_grad`, and give the moments to
@@ -89,13 +181,17 @@ def nnx(model: Any, on: bool = True) -> Iterator[dict[str, Any]]:
     Args:
       model: an nnx model, which is called as usual.
       on: False does nothing and leaves the dict empty.
+      shards: as in `linen`.
+      histogram: as in `linen`.
 
     Yields:
-      A dict that is filled when the context ends: path → `Moments`.
+      A dict that is filled when the context ends: path → `Moments`; with shards or histogram,
+      path → `Observed`.
 
     Raises:
       TypeError: model is not an nnx model.
-      ValueError: with on=True, the model has no batch norm layer, or none was called.
+      ValueError: with on=True, the model has no batch norm layer, or none was called; or shards
+        are wrong as in `linen`.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
@@ -120,7 +216,7 @@ def nnx(model: Any, on: bool = True) -> Iterator[dict[str, Any]]:
             f"BatchNorm or jaxbn.nnx.BatchNorm in the model; write watch.nnx(model, on=False) for "
             f"a model without them."
         )
-    with hooks.hooked_nnx(model) as seen:
+    with hooks.hooked_nnx(model, **_observing("watch.nnx", shards, histogram)) as seen:
         yield seen
     if not seen:
         raise ValueError(
@@ -129,23 +225,122 @@ def nnx(model: Any, on: bool = True) -> Iterator[dict[str, Any]]:
         )
 
 
-def records(seen: Mapping[str, Moments], variables: Any, grads: Any = None) -> dict[str, Record]:
+def kernels(model: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
+    """The kernel before each batch norm layer: path of the layer → path of the kernel.
+
+    Use it once before the training loop, and give the result to `records`, for `kernel_grad_norm`
+    and `effective_rate` in `metrics`. The model is traced and does not run.
+
+    Args:
+      model: linen's `model.apply`, or an nnx model.
+      *args: of a call of the model: for linen, variables and a batch; for nnx, a batch.
+      **kwargs: of the call, `mutable=["batch_stats"]` say.
+
+    Returns:
+      Path → path, for the layers whose x is the result of one convolution or dense layer, with or
+      without a bias. A layer after an activation or a sum is left out, as is one in `nn.scan`.
+
+    Raises:
+      TypeError: model is neither of the two.
+
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> from jaxbn import watch
+    >>> model = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=False)])
+    >>> variables = model.init(jax.random.key(0), jnp.eye(2))
+    >>> watch.kernels(model.apply, variables, jnp.eye(2), mutable=["batch_stats"])
+    {'layers_1': 'layers_0/kernel'}
+    """
+    from jaxbn._folding.program import trace  # slow to import
+
+    if is_nnx(model):
+        from flax import nnx
+
+        graphdef, tree = nnx.split(model)
+
+        def inputs(tree: Any) -> dict[str, Any]:
+            with hooks.hooked_nnx(copy := nnx.merge(graphdef, tree), _input, _first) as seen:
+                copy(*args, **kwargs)
+            return dict(seen)
+    else:
+        hooks.check_apply("watch.kernels", model, "watch.kernels(model.apply, variables, x)")
+        (tree, *args), hooked = args, hooks.hooked_apply(model, _input, _first)
+
+        def inputs(tree: Any) -> dict[str, Any]:
+            return hooked(tree, *args, **kwargs)[1]
+
+    program = trace(inputs, [tree], lambda _: True)
+    paths = dict(zip(program.inputs, _leaves(tree), strict=True))
+    made = {i: op for op in program.ops for i in op.outputs}
+    inputs_of = jax.tree.unflatten(program.tree, program.outputs)
+    found = {layer: _kernel_of(x, made, paths) for layer, x in inputs_of.items()}
+    return {layer: kernel for layer, kernel in found.items() if kernel is not None}
+
+
+def _input(call: hooks.Call, run: Callable[[bool], jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return run(call.train), call.x
+
+
+def _first(a: Any, b: Any) -> Any:
+    return a
+
+
+def _kernel_of(x: int, made: Mapping[int, Any], paths: Mapping[int, str]) -> str | None:
+    """The path of the kernel that x is the result of; None if x is something else."""
+    from jaxbn._folding.chains import CONTRACTIONS, LAYOUT
+
+    op = made.get(x)
+    if op is None:
+        return None
+    if op.name in LAYOUT:
+        return _kernel_of(op.inputs[0], made, paths)
+    if op.name == "add":  # of a bias, which is no result of a kernel
+        terms = {_kernel_of(i, made, paths) for i in op.inputs} - {None}
+        return terms.pop() if len(terms) == 1 else None
+    if op.name not in CONTRACTIONS:
+        return None
+    for operand in op.inputs[::-1]:
+        while operand in made and made[operand].name in LAYOUT:
+            operand = made[operand].inputs[0]
+        if operand in paths:
+            return paths[operand].removeprefix("params/")
+    return None
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """Path → leaf, in JAX's order."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(plain(tree))
+    # The attribute of one of Flax's boxes is not part of the path.
+    keys = ([k for k in path if not isinstance(k, GetAttrKey)] for path, _ in leaves)
+    named = (join("", *(getattr(k, "key", getattr(k, "idx", k)) for k in path)) for path in keys)
+    return dict(zip(named, (leaf for _, leaf in leaves), strict=True))
+
+
+def records(
+    seen: Mapping[str, Moments | Observed],
+    variables: Any,
+    grads: Any = None,
+    *,
+    kernels: Mapping[str, str] | None = None,
+) -> dict[str, Record]:
     """The `Record` of every layer that saw a batch: path → `Record`.
 
     Call it at the end of the jitted training step, and return the result beside the loss.
 
     Args:
-      seen: path → `Moments`, from `linen` or `nnx`. With `jaxbn.batch_norm`, make the dict yourself
-        from `jaxbn.moments(x)`.
+      seen: path → `Moments` or `Observed`, from `linen` or `nnx`. With `jaxbn.batch_norm`, make
+        the dict yourself from `jaxbn.moments(x)`.
       variables: linen's `{"params": …, "batch_stats": …}`, or the nnx model.
       grads: gradients of the loss, in the structure of the parameters; None leaves them out.
+      kernels: path of a layer → path of the kernel before it, from `jaxbn.watch.kernels`, for the
+        norms of the kernel and of its gradient; None leaves them out.
 
     Returns:
       Path → `Record`, for the paths in seen; {} if seen is empty.
 
     Raises:
       TypeError: seen is not a dict, path → `Moments`.
-      ValueError: variables hold no running statistics for a layer in seen.
+      ValueError: variables hold no running statistics for a layer in seen; or kernels came without
+        grads, or name a kernel that the parameters do not have.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> from jaxbn import watch
@@ -156,7 +351,8 @@ def records(seen: Mapping[str, Moments], variables: Any, grads: Any = None) -> d
     >>> recorded["bn"].grads.scale.tolist()
     [1.0, 1.0]
     """
-    _check_by_path("records", seen, Moments, "watch.records(seen, variables, grads)", "watch.linen")
+    write = "watch.records(seen, variables, grads)"
+    _check_by_path("records", seen, (Moments, Observed), write, "watch.linen")
     found = find(variables)
     if missing := sorted(set(seen) - set(found)):
         raise ValueError(
@@ -169,18 +365,47 @@ def records(seen: Mapping[str, Moments], variables: Any, grads: Any = None) -> d
     if isinstance(variables, Mapping):
         stats = variables.get("batch_stats", variables)
     slopes = find({"params": {} if grads is None else grads, "batch_stats": stats})
+    observed = {path: v if isinstance(v, Observed) else Observed(v) for path, v in seen.items()}
+    norms = {} if not seen or kernels is None else _kernel_norms(kernels, variables, grads)
     return {
-        path: Record(batch, found[path].state, found[path].params, slopes[path].params)
-        for path, batch in seen.items()
+        path: Record(
+            batch=of.batch,
+            state=found[path].state,
+            params=found[path].params,
+            grads=slopes[path].params,
+            shards=of.shards,
+            kernel=norms.get(path),
+            quantiles=of.quantiles,
+        )
+        for path, of in observed.items()
     }
 
 
-def _check_by_path(call: str, by_path: Any, kind: type, write: str, source: str) -> None:
-    """Raises unless `by_path` is a dict, path → `kind`; the error says where to get such a dict."""
-    if not isinstance(by_path, Mapping) or not all(isinstance(v, kind) for v in by_path.values()):
+def _kernel_norms(kernels: Mapping[str, str], variables: Any, grads: Any) -> dict[str, Kernel]:
+    """Path of a layer → the norms of the kernel before the layer, and of its gradient."""
+    weights = variables.get("params", {}) if isinstance(variables, Mapping) else variables
+    weights, slopes = _leaves(weights), _leaves(grads)
+    if missing := sorted(set(kernels.values()) - (weights.keys() & slopes.keys())):
+        raise ValueError(
+            f"watch.records: variables or grads have no {missing}, expected the parameters of the "
+            f"model that watch.kernels was called for, and their gradients; write "
+            f"watch.records(seen, variables, grads, kernels=kernels)."
+        )
+
+    def norm(v: jax.Array) -> jax.Array:
+        return jnp.sqrt((jnp.abs(v.astype(wide(v.dtype))) ** 2).sum())
+
+    return {layer: Kernel(norm(weights[k]), norm(slopes[k])) for layer, k in kernels.items()}
+
+
+def _check_by_path(
+    call: str, by_path: Any, kinds: tuple[type, ...], write: str, source: str
+) -> None:
+    """Raises unless `by_path` is a dict, path → kind; the error says where to get such a dict."""
+    if not isinstance(by_path, Mapping) or not all(isinstance(v, kinds) for v in by_path.values()):
         raise TypeError(
-            f"watch.{call}: called with {_types(by_path)}, expected a dict, path → {kind.__name__} "
-            f"of each layer, as {source} gives; write {write}."
+            f"watch.{call}: called with {_types(by_path)}, expected a dict, path → "
+            f"{kinds[0].__name__} of each layer, as {source} gives; write {write}."
         )
 
 
@@ -203,7 +428,8 @@ def channels(record: Record) -> Channels:
 
     Returns:
       Name → [C] or [layers · C], without the arrays that are None. Of a layer with domains, batch
-      and running statistics are those of the domains in this batch.
+      and running statistics are those of the domains in this batch. `x` has [64], values of the
+      layer's input that are equally probable, if the step was watched with `histogram=True`.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> from jaxbn import watch
@@ -221,6 +447,7 @@ def channels(record: Record) -> Channels:
         "bias": record.params.bias,
         "dscale": record.grads.scale,
         "dbias": record.grads.bias,
+        "x": record.quantiles,
     }
     flat = {
         name: np.asarray(v, complex if np.iscomplexobj(v) else float).reshape(-1)
@@ -260,14 +487,18 @@ def metrics(records: Mapping[str, Record]) -> dict[str, dict[str, float]]:
     >>> figures["batch_var_min"], round(figures["mean_over_sd_max"], 3)
     (4.0, 2.0)
     """
-    _check_by_path("metrics", records, Record, "watch.metrics(records)", "watch.records")
+    _check_by_path("metrics", records, (Record,), "watch.metrics(records)", "watch.records")
     with np.errstate(all="ignore"):  # figures show overflows and NaNs
         return {path: _figures(record) for path, record in jax.device_get(dict(records)).items()}
 
 
 def _figures(record: Record) -> dict[str, float]:
-    arrays = channels(record)
+    arrays: dict[str, Any] = {**channels(record)}
     arrays["count"] = np.asarray(values_of(record.batch))
+    if record.shards is not None:
+        arrays["shards"] = record.shards
+    if record.kernel is not None:
+        arrays["kernel"] = record.kernel
     return {
         name: float(metric.of(*(arrays[need] for need in metric.needs)))
         for name, metric in METRICS.items()
@@ -284,7 +515,9 @@ class Metric(NamedTuple):
     """
 
     help: str
-    needs: tuple[str, ...]  # the names of the arrays, as in `channels`, or "count"
+    needs: tuple[
+        str, ...
+    ]  # the names of the arrays, as in `channels`; or "count", "shards", "kernel"
     of: Callable[..., Any]  # of these arrays
 
 
@@ -330,5 +563,30 @@ METRICS = {
         "Moments and running statistics that are NaN or infinite.",
         _BOTH,
         lambda *v: sum(np.count_nonzero(~np.isfinite(part)) for part in v),
+    ),
+    "shard_mean_spread": Metric(
+        "RMS distance of the shards' means over what chance gives.",
+        ("shards",),
+        lambda shards: spread(shards.mean),
+    ),
+    "shard_sd_spread": Metric(
+        "RMS distance of the shards' sds over what chance gives.",
+        ("shards",),
+        lambda shards: spread(shards.sd),
+    ),
+    "shard_spread_limit": Metric(
+        "Spread above which shards are skewed.",
+        ("shards",),
+        lambda shards: bounds(shards, Limits().shards)[1],
+    ),
+    "kernel_grad_norm": Metric(
+        "Euclidean norm of the gradient of the kernel before the layer.",
+        ("kernel",),
+        lambda kernel: kernel.grad_norm,
+    ),
+    "effective_rate": Metric(
+        "Norm of the gradient of the kernel before the layer over the norm of the kernel.",
+        ("kernel",),
+        lambda kernel: kernel.grad_norm / kernel.norm,
     ),
 }

@@ -235,7 +235,7 @@ BUGS = (
     Bug(
         "replicated statistics beside sharded features",
         "jaxbn/_op/arguments.py",
-        "(sharded_as(v.astype(wide(v.dtype)), x, axes.features) for",
+        "(sharded_as(v.astype(wide(v.dtype)), x, like) for",
         "(v.astype(wide(v.dtype)) for",
         f"{ROAD}[Explicit-features-jit-functional-replicated]",
     ),
@@ -271,8 +271,8 @@ BUGS = (
     Bug(
         "statistics as narrow as they came",
         "jaxbn/_op/arguments.py",
-        "sharded_as(v.astype(wide(v.dtype)), x, axes.features)",
-        "sharded_as(v, x, axes.features)",
+        "sharded_as(v.astype(wide(v.dtype)), x, like)",
+        "sharded_as(v, x, like)",
         "op/test_batch_norm.py::test_a_state_stored_narrow_arrives_at_the_truth[0.999-bfloat16]",
     ),
     Bug(
@@ -449,8 +449,8 @@ BUGS = (
     Bug(
         "weights count as a mask",
         "jaxbn/_op/moments.py",
-        "    w = weights.astype(jnp.finfo(kind).dtype)",
-        "    w = mask.astype(jnp.finfo(kind).dtype)",
+        "    w = weights.astype(jnp.finfo(wide(x.dtype)).dtype)",
+        "    w = mask.astype(jnp.finfo(wide(x.dtype)).dtype)",
         "op/test_weights.py::test_moments_equal_the_oracle[conv2d]",
     ),
     Bug(
@@ -491,8 +491,8 @@ BUGS = (
     Bug(
         "hooks forget the weights of a call",
         "jaxbn/_inspection/hooks.py",
-        "layer.axis_name, groups, call.weights)",
-        "layer.axis_name, groups)",
+        "        call.weights,\n        call.domain,",
+        "        None,\n        call.domain,",
         "op/test_weights.py::test_the_modules_and_recalibration_take_them_from_the_call",
     ),
     Bug(
@@ -610,7 +610,7 @@ BUGS = (
     Bug(
         "an nnx layer of another size speaks of params.scale",
         "jaxbn/nnx.py",
-        "        if features != mean.shape:",
+        "        if features != mean.shape[0 if self.domains is None else 1 :]:",
         "        if False:",
         "test_first_day.py::test_an_nnx_layer_of_another_size_speaks_of_its_own_arguments[True]",
     ),
@@ -673,8 +673,11 @@ BUGS = (
     Bug(
         "every part of a concatenation takes the first share",
         "jaxbn/_folding/rewrite.py",
-        "for part in parts]\n",
-        "for part in [parts[0][..., : p.shape[-1]] for p in parts]]\n",
+        "return [Known(part, part.shape, constant.dtype) for part in parts]\n",
+        "return [\n"
+        "        Known(part, part.shape, constant.dtype)\n"
+        "        for part in [parts[0][..., : p.shape[-1]] for p in parts]\n"
+        "    ]\n",
         "folding/test_fold_around.py::test_a_norm_after_a_concatenation_goes_into_every_kernel[-1]",
     ),
     Bug(
@@ -778,7 +781,7 @@ BUGS = (
     Bug(
         "a mask has the axes of x",
         "jaxbn/health/_rows.py",
-        '    mask, weights = check_cells("drift", call.mask, call.weights, x)\n',
+        "    mask, weights = check_cells(name, call.mask, call.weights, x)\n",
         "    mask, weights = call.mask, call.weights\n",
         "health/test_drift.py::test_a_mask_without_an_axis_of_rows_is_one_for_all_rows",
     ),
@@ -1134,6 +1137,34 @@ BUGS = (
         "[batches] if isinstance(batches, Mapping) else batches",
         "batches",
         "health/test_drift.py::test_drift_is_the_stream_merged",
+    ),
+    Bug(
+        "each of two spreads has the whole chance",
+        "jaxbn/health/_shards.py",
+        "    chances = chance, 1 - chance / 2\n",
+        "    chances = chance, 1 - chance\n",
+        "health/test_shards.py::test_the_spread_is_that_of_an_analysis_of_variance",
+    ),
+    Bug(
+        "one layer of equal means is taken for copies",
+        "jaxbn/health/_shards.py",
+        "    if not all(finding.figure < finding.threshold for finding in repeated):",
+        "    if not any(finding.figure < finding.threshold for finding in repeated):",
+        "health/test_shards.py::test_one_layer_of_equal_means_is_no_repetition",
+    ),
+    Bug(
+        "sds of a shard about its own mean",
+        "jaxbn/health/_shards.py",
+        "    center = devices.total((of_means.count * of_means.mean).sum(-1), pool)\n",
+        "    center = (of_means.count * of_means.mean).sum(-1)\n",
+        "health/test_shards.py::test_shards_on_every_road_are_those_of_numpy[shard_map]",
+    ),
+    Bug(
+        "a row behind the mask counts",
+        "jaxbn/health/_shards.py",
+        "*rows.count.shape) > 0\n",
+        "*rows.count.shape) >= 0\n",
+        "health/test_shards.py::test_shards_on_every_road_are_those_of_numpy[jit]",
     ),
     Bug(
         "the order of rows is not tried",

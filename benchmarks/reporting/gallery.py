@@ -319,13 +319,13 @@ def stale():
 
 
 def failures():
-    """Nine failures: test accuracy with the failure, and after its cure."""
+    """Fourteen failures: test accuracy with the failure, and after its cure."""
     rows = [
         (re.search(r"\[(.*?)\]", row[0])[1], 100 * number(row[3]), 100 * number(row[5]))
         for row in table("docs/troubleshooting.md", "failure")
     ]
     return before_and_after(
-        rows, "Nine failures and their cures", "test accuracy, %, mean of 10 seeds"
+        rows, "Fourteen failures and their cures", "test accuracy, %, mean of 10 seeds"
     )
 
 

@@ -1,8 +1,11 @@
 # A served model that says when the data is no longer what it was trained on.
 #
 #   python examples/drift/served.py       handwritten digits; from the sixth window on they fade
+#   python examples/drift/served.py --port 9464 --wait 15     also for Prometheus: a window a scrape
+#   curl http://127.0.0.1:9464/metrics                        while it runs
 
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
@@ -16,7 +19,7 @@ from command import Parser, between
 from sklearn.datasets import load_digits
 
 import jaxbn
-from jaxbn import health
+from jaxbn import health, writers
 
 RNG = np.random.default_rng(0)
 
@@ -52,7 +55,14 @@ def trained(model, x, y, steps=200):
     return variables
 
 
-def main(windows=10, window=128):
+def main(windows=10, window=128, port=None, wait=0.0):
+    # Prometheus asks for the verdict on the last window, whenever it likes; without a port, nobody.
+    with writers.open([] if port is None else ["prometheus"], ".", port=port or 0) as log:
+        print(*log.writers, sep="\n", end="\n" if log.writers else "")
+        return serve(log, windows, window, wait)
+
+
+def serve(log, windows, window, wait):
     x, y = load_digits(return_X_y=True)
     x = (x.reshape(-1, 8, 8, 1) / 16).astype(np.float32)
     order = RNG.permutation(len(x))
@@ -76,26 +86,34 @@ def main(windows=10, window=128):
             total = health.merge(total, health.seen(variables, seen))
             hits += list(logits.argmax(-1) == y[request])
         verdict = health.decide(total, reference=reference)
+        log.write(i, verdict)
         decisions.append((light, float(np.mean(hits)), verdict))
         worst = max(verdict.layers, key=lambda layer: layer.figure / layer.threshold)
         print(
             f"light {light:.1f}  accuracy {np.mean(hits):6.1%}  "
             f"{'ALARM' if verdict.alarm else 'ok':5}  {worst.layer}: beyond the tolerance by "
-            f"{worst.figure:.1f} standard errors, alarm at {worst.threshold:.1f}"
+            f"{worst.figure:.1f} standard errors, alarm at {worst.threshold:.1f}",
+            flush=True,
         )
+        time.sleep(wait)
     return decisions
 
 
 if __name__ == "__main__":
     parser = Parser(
         prog="served.py",
-        description="A served model that says when the data is no longer what it was trained on.",
+        description="A served model that says when its data has drifted.",
         examples=[
             "python examples/drift/served.py",
-            "python examples/drift/served.py --windows 6",
-            "python examples/drift/served.py --windows 14",
+            "python examples/drift/served.py --windows 20",
+            "python examples/drift/served.py --port 9464 --wait 15",
         ],
     )
-    light = between(int, 1, 14)
-    parser.add_argument("--windows", type=light, default=10, help="the sixth is darker (10)")
-    main(**vars(parser.parse_args()))
+    windows = between(int, 1)
+    parser.add_argument("--windows", type=windows, default=10, metavar="N", help="decisions (10)")
+    parser.add_argument("--port", type=int, help="serve the verdicts to Prometheus at this port")
+    parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="a window (0)")
+    try:
+        main(**vars(parser.parse_args()))
+    except (OSError, OverflowError, ModuleNotFoundError) as error:
+        parser.error(error)

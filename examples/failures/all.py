@@ -14,6 +14,11 @@ FAILURES = (
     "torch_momentum",
     "large_means",
     "padding",
+    "tiny_batches",
+    "ranks_differ",
+    "skewed_shards",
+    "converted",
+    "drift_alarm",
 )
 HEAD = "| failure | finding | by | test accuracy | cure | after |\n|---|---|---|---|---|---|"
 

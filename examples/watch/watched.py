@@ -37,7 +37,8 @@ def step(variables, key, watched):
     y = jnp.sin(x).sum(axis=1)  # [B]
 
     def loss(params):
-        (out, updates), seen = watch.linen(model.apply, on=watched)(
+        # Are rows 0 to 63 like rows 64 to 127, and so on? As if four devices had loaded them.
+        (out, updates), seen = watch.linen(model.apply, on=watched, shards=4)(
             {**variables, "params": params}, x, mutable=["batch_stats"]
         )
         return jnp.square(out - y).mean(), (updates, seen)

@@ -51,9 +51,9 @@ def find(tree: Any) -> dict[str, Layer]:
     """
     if isinstance(tree, Mapping) and tree and all(isinstance(v, Layer) for v in tree.values()):
         return dict(tree)
-    tree = _plain(tree)
-    stats = _plain(tree.get("batch_stats", tree)) if isinstance(tree, Mapping) else tree
-    weights = _plain(tree.get("params", {})) if stats is not tree else stats
+    tree = plain(tree)
+    stats = plain(tree.get("batch_stats", tree)) if isinstance(tree, Mapping) else tree
+    weights = plain(tree.get("params", {})) if stats is not tree else stats
     return {
         path: Layer(_params_of(_at(weights, path)), state_of(node)) for path, node in _nodes(stats)
     }
@@ -218,8 +218,13 @@ def nnx_layers(model: Any) -> Iterator[tuple[str, Any]]:
             yield join("", *path), module
 
 
-def _plain(tree: Any) -> Any:
-    """The arrays of an nnx module or state as a tree of dicts; any other tree as it is."""
+def plain(tree: Any) -> Any:
+    """The arrays of an nnx module or state as a tree of dicts; any other tree as it is.
+
+    >>> from jaxbn import layers
+    >>> layers.plain({"scale": 1.0})
+    {'scale': 1.0}
+    """
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return tree

@@ -2,8 +2,8 @@
 
 `check` and `summary` look at the arrays of the layers, `lint` at how a network is put together.
 `gap` runs a model on a batch. `drift` looks at a stream of served data, `serving` at the function
-that serves. All give `Finding`s, each with a remedy, by the thresholds in `Limits`. `advise` tells
-which norm suits a batch.
+that serves, `shards` at the parts of a batch that devices load. All give `Finding`s, each with a
+remedy, by the thresholds in `Limits`. `advise` tells which norm suits a batch.
 """
 
 from jaxbn.health._advise import Advice, advise
@@ -16,6 +16,7 @@ from jaxbn.health._layer import of_layer
 from jaxbn.health._lint import lint
 from jaxbn.health._rows import Seen, incoming, merge, seen
 from jaxbn.health._serving import serving
+from jaxbn.health._shards import Shards, shards
 
 __all__ = [
     "KINDS",
@@ -30,6 +31,7 @@ __all__ = [
     "Row",
     "Seen",
     "Setting",
+    "Shards",
     "advise",
     "check",
     "decide",
@@ -44,6 +46,7 @@ __all__ = [
     "of_layer",
     "seen",
     "serving",
+    "shards",
     "summary",
     "worst_first",
 ]

@@ -45,6 +45,9 @@ KINDS = {  # kind → what its figure is; the worst kinds first
     "exploding": "largest |scale| or |bias|",
     "dead": "smallest sd of the normalized x, or smallest |scale| beside the layer's rms",
     "few_values": "values per channel behind the batch's statistics",
+    # From `jaxbn.health.shards`:
+    "skewed_shards": "RMS distance of the shards' means or sds over what chance gives",
+    "repeated_shards": "RMS distance of the shards' means or sds over what chance gives",
     # From `jaxbn.health.gap`:
     "padding": "share of the cells that are padding",
     "unbiased": "excess of eval's sd over train's, which n / (n - 1) causes",
@@ -95,6 +98,7 @@ class Limits(NamedTuple):
     replica: float = 0.0  # replicas are copies, so they must not differ at all
     gap: float = 0.25  # relative RMS between train and eval output, in size like `divergence`
     gap_noise: float = 6.0  # divided by rows, added to gap²: 4 times the 3 / 2 of Gaussian rows
+    shards: float = 1e-5  # chance that a layer of sound shards is called skewed, at one look
     bessel: float = 0.05  # sqrt(n / (n - 1)) - 1, which 10 values or fewer exceed
 
 

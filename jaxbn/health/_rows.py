@@ -50,15 +50,35 @@ def row_moments(call: hooks.Call, run: Callable[[bool], jax.Array]) -> tuple[jax
     >>> rows.mean.shape, float(rows.mean[0, 0]), float(rows.var[0, 0])
     ((1, 1), 2.0, 1.0)
     """
+    return run(False), rows_of_call("drift", call)
+
+
+def rows_of_call(name: str, call: hooks.Call) -> Moments:
+    """The moments of each row of a layer's x: count [rows], mean and var [C, rows].
+
+    Args:
+      name: of the public call, for errors.
+      call: the call of the layer; its mask and weights count.
+
+    Raises:
+      ValueError: features are on axis 0, or there is no row.
+
+    >>> import jaxbn, jax.numpy as jnp
+    >>> from jaxbn import calls
+    >>> from jaxbn.health import _rows
+    >>> call = calls.Call(jaxbn.linen.BatchNorm(), jnp.array([[[1.0], [3.0]]]), None, False)
+    >>> _rows.rows_of_call("drift", call).mean.tolist()
+    [[2.0]]
+    """
     x = call.x
-    features = resolve("drift", x, call.layer.axis).features
+    features = resolve(name, x, call.layer.axis).features
     if 0 in features or x.shape[0] == 0:
         raise ValueError(
-            f"drift: x of a batch norm layer has shape {x.shape} with features on axis "
+            f"{name}: x of a batch norm layer has shape {x.shape} with features on axis "
             f"{call.layer.axis}, expected rows (images) on axis 0, and at least one."
         )
     axis = tuple(a - 1 for a in features)
-    mask, weights = check_cells("drift", call.mask, call.weights, x)
+    mask, weights = check_cells(name, call.mask, call.weights, x)
 
     def by_row(v: jax.Array | None) -> jax.Array | None:
         if v is None:
@@ -68,7 +88,7 @@ def row_moments(call: hooks.Call, run: Callable[[bool], jax.Array]) -> tuple[jax
     of_a_row = jax.vmap(
         lambda x, mask, weights: moments(x, axis, mask, weights=weights), out_axes=-1
     )
-    return run(False), of_a_row(x, by_row(mask), by_row(weights))
+    return of_a_row(x, by_row(mask), by_row(weights))
 
 
 def incoming(model: Any) -> Callable[..., tuple[Any, dict[str, Moments]]]:
@@ -178,10 +198,17 @@ def _seen(state: State, rows: Moments, epsilon: float) -> Seen:
     sd = jnp.sqrt(var + epsilon)
     off = rows.mean - state.mean[..., None].astype(rows.mean.dtype)
     shift, spread = off / sd.astype(off.dtype), (rows.var + jnp.abs(off) ** 2 - var) / sd**2
-    return Seen((weight**2).sum(-1), _over_rows(weight, shift.real), _over_rows(weight, spread))
+    return Seen((weight**2).sum(-1), over_rows(weight, shift.real), over_rows(weight, spread))
 
 
-def _over_rows(weight: jax.Array, v: jax.Array) -> Moments:
+def over_rows(weight: jax.Array, v: jax.Array) -> Moments:
+    """The moments [C] of v [C, rows], each row by its weight.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxbn.health import _rows
+    >>> _rows.over_rows(jnp.array([[1.0, 1.0, 0.0]]), jnp.array([[1.0, 3.0, 9.0]])).mean.tolist()
+    [2.0]
+    """
     total = weight.sum(-1)
     share = weight / jnp.where(total > 0, total, 1)[..., None]
     mean = (share * v).sum(-1)

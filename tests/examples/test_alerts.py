@@ -45,6 +45,7 @@ THRESHOLDS = {  # alert → what it holds the figure against
     "JaxbnExplodingScale": (">", LIMITS.exploding),
     "JaxbnExplodingBias": (">", LIMITS.exploding),
     "JaxbnDeadScale": ("<", LIMITS.dead_scale),
+    "JaxbnSkewedShards": (">", 1),
     "JaxbnDrift": (">", 0),
 }
 LINES = {  # figure → the value at which a panel's line is
@@ -55,6 +56,7 @@ LINES = {  # figure → the value at which a panel's line is
     "running_var_min": 0,
     "scale_abs_max": LIMITS.exploding,
     "bias_abs_max": LIMITS.exploding,
+    "drift_alarm": 1,
 }
 
 
@@ -129,7 +131,7 @@ def test_dashboard_and_alerts_call_a_run_by_one_label(config):
     labels = set(job["static_configs"][0]["labels"])
     dashboard = (FOLDER / "grafana.json").read_text()
     used = set(re.findall(r"(\w+)=~|{{(\w+)}}", dashboard))
-    assert {name for pair in used for name in pair if name} == labels | {"layer"}
+    assert {name for pair in used for name in pair if name} == labels | {"layer", "__name__"}
 
 
 def test_lines_in_the_dashboard_are_thresholds_of_health():

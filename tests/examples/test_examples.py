@@ -75,6 +75,13 @@ BAD = [
         "drift/false_alarms.py --windows 9",
         "argument --windows: 9 is out of range, must be at least 10",
     ),
+    (
+        "drift/served.py --port 65536",
+        "Prometheus: cannot listen at 127.0.0.1:65536 (OverflowError: bind(): port must be "
+        "0-65535.), expected an address of this machine and a port that is free; write port=0 for "
+        "any free one.",
+    ),
+    ("drift/served.py --windows x", "argument --windows: invalid int value: 'x'"),
     ("convert/zoo.py --tiny --torchvision", "--tiny has no networks of torchvision's"),
     ("convert/torch_roundtrip.py {}/no x", "{0}/no: No such file or directory: {0}/no"),
     (

@@ -1,6 +1,7 @@
 """Incoming data against running statistics: moments, their merge, false alarms and power."""
 
 import importlib
+import urllib.request
 from pathlib import Path
 
 import flax.linen as nn
@@ -289,13 +290,27 @@ def example(monkeypatch):
     return importlib.import_module
 
 
-def test_the_served_model_says_when_the_light_fades(example, capsys):
+def test_the_served_model_says_when_the_light_fades(example, capsys, monkeypatch):
+    served, out, scrapes = example("served"), [], []
+
+    def between_two_windows(_):
+        out.append(capsys.readouterr().out)
+        with urllib.request.urlopen(out[0].split("\n")[0], timeout=30) as answer:
+            scrapes.append(answer.read().decode())
+
+    monkeypatch.setattr(served.time, "sleep", between_two_windows)
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam
-        decisions = example("served").main(windows=8)
+        decisions = served.main(windows=8, port=0)
+    for i, (scrape, (*_, verdict)) in enumerate(zip(scrapes, decisions, strict=True)):
+        assert f"jaxbn_step {i}.0\n" in scrape
+        for layer in verdict.layers:
+            of_layer = f'{{layer="{layer.layer}"}}'
+            assert f"jaxbn_layer_drift_alarm{of_layer} {float(layer.alarm)}\n" in scrape
+            assert f"jaxbn_layer_drift_figure{of_layer} {layer.figure}\n" in scrape
     assert [verdict.alarm for *_, verdict in decisions] == [False] * 5 + [True] * 3
     hits = [hits for _, hits, _ in decisions]
     clean, dark = np.mean(hits[:5]), np.mean(hits[5:])
-    assert capsys.readouterr().out.count("ALARM") == 3
+    assert "".join(out).count("ALARM") == 3
     assert clean > dark + 0.1
 
 

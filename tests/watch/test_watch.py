@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -166,6 +167,61 @@ def test_the_functional_core_is_watched_by_moments_of_its_own_taking():
     np.testing.assert_allclose(record.grads.bias, np.full(5, 16), rtol=1e-6)
 
 
+class Block(linen.Module):
+    """Norms after a convolution, after a dense layer in bfloat16, after a sum, and after relu."""
+
+    @linen.compact
+    def __call__(self, x):
+        def norm(name):
+            return linen.BatchNorm(use_running_average=False, name=name)
+
+        x = norm("of_conv")(linen.Conv(3, (2, 2), name="conv")(x))
+        h = linen.Dense(3, dtype=jnp.bfloat16, name="dense")(x)
+        h = norm("of_dense")(h.astype(jnp.float32))
+        return norm("of_relu")(jax.nn.relu(norm("of_sum")(x + h)))
+
+
+def test_kernels_are_those_whose_result_a_layer_gets():
+    x = jnp.ones((2, 3, 3, 1))
+    model = Block()
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    assert watch.kernels(model.apply, variables, x, mutable=["batch_stats"]) == {
+        "of_conv": "conv/kernel",
+        "of_dense": "dense/kernel",
+    }
+    of_nnx = Nnx(nnx.BatchNorm, nnx.Rngs(0))
+    assert watch.kernels(of_nnx, X) == {"norms/0": "dense/kernel"}
+    assert not hasattr(of_nnx.norms[0], "jaxbn_path")  # a copy was hooked
+
+
+@pytest.mark.parametrize("api", STEPS)
+def test_a_record_has_the_norms_of_the_kernel_before(api):
+    if api == "linen":
+        model = Linen(linen.BatchNorm)
+        variables = model.init(jax.random.key(0), X)
+        kernels = watch.kernels(model.apply, variables, X, mutable=["batch_stats"])
+        params, grads = variables["params"], jax.tree.map(lambda v: 2 * v, variables["params"])
+        kernel = params["Dense_0"]["kernel"]
+    else:
+        variables = Nnx(nnx.BatchNorm, nnx.Rngs(0))
+        kernels = watch.kernels(variables, X)
+        grads = jax.tree.map(lambda v: 2 * v, nnx.state(variables, nnx.Param))
+        kernel = variables.dense.kernel[...]
+    ((path, _),) = kernels.items()
+    seen = {path: jaxbn.moments(jnp.asarray(X[:, :4]))}
+    record = watch.records(seen, variables, grads, kernels=kernels)[path]
+    norm = np.linalg.norm(np.asarray(kernel, float))
+    np.testing.assert_allclose(record.kernel, (norm, 2 * norm), rtol=1e-6)
+    assert watch.metrics({path: record})[path]["effective_rate"] == pytest.approx(2)
+    for wrong, missing in (({path: "no"}, ["no"]), (kernels, list(kernels.values()))):
+        of = grads if missing == ["no"] else None
+        assert message(ValueError, watch.records, seen, variables, of, kernels=wrong) == (
+            f"watch.records: variables or grads have no {missing}, expected the parameters of the "
+            f"model that watch.kernels was called for, and their gradients; write "
+            f"watch.records(seen, variables, grads, kernels=kernels)."
+        )
+
+
 # --- figures ----------------------------------------------------------------------------------
 
 
@@ -176,6 +232,13 @@ def kl(m, v, n, w):
     log_q = -((x - n) ** 2) / (2 * w) - np.log(w) / 2
     p = np.exp(log_p) / np.sqrt(2 * np.pi)
     return np.sum(p * (log_p - log_q)) * (x[1] - x[0])
+
+
+def rms_ratio(of_rows):
+    """RMS over channels of the distance between 4 shards over that expected of 8 rows each."""
+    between = 8 * of_rows.mean.var(1, ddof=1)
+    within = (8 * of_rows.var).sum(1) / 28
+    return np.mean(between / within) ** 0.5
 
 
 def test_metrics_are_what_their_help_says():
@@ -214,6 +277,12 @@ def test_metrics_are_what_their_help_says():
         "dscale_norm": sum(v["dscale"] ** 2) ** 0.5,
         "dbias_norm": sum(v["dbias"] ** 2) ** 0.5,
         "nonfinite": 0,
+        "shard_mean_spread": rms_ratio(record.shards.mean),
+        "shard_sd_spread": rms_ratio(record.shards.sd),
+        # Of 4 shards with 8 rows each; half of the chance for the means, half for the sds.
+        "shard_spread_limit": scipy.stats.f.isf(1e-5 / 2, 3, 28) ** 0.5,
+        "kernel_grad_norm": 3,
+        "effective_rate": 3 / 4,
     }
     assert list(got) == list(watch.METRICS) == list(expected)
     assert got == pytest.approx(expected, rel=1e-6)
@@ -224,7 +293,7 @@ def test_metrics_of_odd_layers_show_what_is_odd():
     zeros, nan = np.zeros(3, np.float32), np.array([0, np.nan, np.inf], np.float32)
     none = jaxbn.Params(None, None)
     odd = {
-        "bare": record_of(3)._replace(params=none, grads=none),
+        "bare": record_of(3)._replace(params=none, grads=none, shards=None, kernel=None),
         "dead": record_of(3, bm=zeros, bv=zeros, rm=zeros, rv=zeros),
         "nan": record_of(3, bm=nan),
         "complex": record_of(3, bm=np.array([3 + 4j] * 3, np.complex64), bv=zeros + 1),
@@ -233,7 +302,9 @@ def test_metrics_of_odd_layers_show_what_is_odd():
     }
     got = watch.metrics(odd)
     assert set(watch.METRICS) - set(got["bare"]) == {
-        *("scale_abs_min", "scale_abs_max", "bias_abs_max", "dscale_norm", "dbias_norm")
+        *("scale_abs_min", "scale_abs_max", "bias_abs_max", "dscale_norm", "dbias_norm"),
+        *("shard_mean_spread", "shard_sd_spread", "shard_spread_limit"),
+        *("kernel_grad_norm", "effective_rate"),
     }
     assert (got["dead"]["mean_over_sd_max"], got["dead"]["symmetric_kl_max"]) == (0, 0)
     assert got["nan"]["nonfinite"] == 2

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import jaxbn
-from jaxbn import watch, writers
+from jaxbn import health, watch, writers
 from jaxbn.writers import _prometheus
 from tests.support.messages import message
 from tests.support.watching import record_of
@@ -90,6 +90,14 @@ def test_tensorboard_has_every_figure_and_the_histograms(tmp_path):
     names = {"batch_mean", "batch_var", "running_mean", "running_var"}
     names |= {"scale", "bias", "dscale", "dbias"}
     assert set(values) == {f"{n}/{p or '.'}" for n in names for p in RECORDS} - {"batch_mean/nan"}
+
+
+def test_tensorboard_has_the_histogram_of_the_input(tmp_path):
+    with writers.open(["tensorboard"], tmp_path) as log:
+        log.write(0, {"bn": record_of(3)._replace(quantiles=np.arange(64, dtype=np.float32))})
+    values = {v.tag: v for event in events(tmp_path) for v in event.summary.value}
+    assert values["x/bn"].histo.num == 64
+    assert (values["x/bn"].histo.min, values["x/bn"].histo.max) == (0, 63)
 
 
 def test_two_event_files_of_one_second_are_two(tmp_path):
@@ -201,7 +209,7 @@ def test_a_verdict_on_served_data_is_written(tmp_path):
     state = {"bn": jaxbn.State(jnp.zeros(4), jnp.ones(4), None)}
     x = 0.5 + rng.normal(size=(256, 4)).astype(np.float32)
     rows = jax.vmap(jaxbn.moments, out_axes=-1)(jnp.asarray(x))
-    drift = jaxbn.health.drift(state, [{"bn": rows}])
+    drift = health.drift(state, [{"bn": rows}])
     assert drift.alarm
     with writers.open(["jsonl", "prometheus", "tensorboard"], tmp_path, port=0) as log:
         log.write(3, drift)
@@ -219,9 +227,12 @@ def test_a_verdict_on_served_data_is_written(tmp_path):
 
 def test_the_dashboard_reads_what_is_exported_all_of_it():
     dashboard = json.loads((ROOT / "examples" / "watch" / "grafana.json").read_text())
+    layer = health.LayerDrift("bn", True, *range(6))
+    exported = set()
     with writers.open(["prometheus"], ".", port=0) as log:
-        log.write(0, {"bn": record_of(3)})
-        exported = {name for name, _, _ in SAMPLE.findall(scrape(log.writers[0].url))}
+        for figures in ({"bn": record_of(3)}, health.Drift(True, (layer,), (), {})):
+            log.write(0, figures)
+            exported |= {name for name, _, _ in SAMPLE.findall(scrape(log.writers[0].url))}
     read = set()
     for panel in dashboard["panels"]:
         assert panel["targets"]
@@ -231,7 +242,10 @@ def test_the_dashboard_reads_what_is_exported_all_of_it():
             assert names <= exported, target["expr"]
             read |= names
     for variable in dashboard["templating"]["list"]:
-        names = set(re.findall(r"jaxbn_\w+", str(variable.get("query"))))
+        query = str(variable.get("query"))
+        several = re.search(r'__name__=~"(\w+)\((.*)\)"', query)  # a beginning, and some ends
+        names = {several[1] + end for end in several[2].split("|")} if several else set()
+        names |= set(re.findall(r"jaxbn_\w+\b(?!\()", query))
         assert names <= exported
     assert read == exported
     ids = [panel["id"] for panel in dashboard["panels"]]
@@ -261,8 +275,8 @@ def test_the_benchmark_spreads_a_record_over_the_steps_from_one_to_the_next(monk
 
     model = importlib.import_module("model")
     monkeypatch.setitem(model.RESNETS, "resnet18", {"blocks": (1,), "bottleneck": False})
-    for api in ("linen", "nnx"):
-        times = watching.measure(api, "tiny", str(tmp_path / api))
+    for api, shards in (("linen", 4), ("nnx", None)):
+        times = watching.measure(api, "tiny", str(tmp_path / api), shards)
         assert {name: len(v) for name, v in times.items()} == dict.fromkeys(times, 2)
         assert set(times) == {"plain", "watched", "written"}
         assert (tmp_path / api / "watch.jsonl").exists()
@@ -270,7 +284,8 @@ def test_the_benchmark_spreads_a_record_over_the_steps_from_one_to_the_next(monk
     taken = {name: np.full(3, value) for name, value in taken.items()}
     monkeypatch.setattr(watching, "measure", lambda *_: taken)
     (table,) = watching.run("tiny")
-    assert table.rows == [[api, 1000, 1.5, 250, 1.5, "1.50 to 1.50"] for api in ("linen", "nnx")]
+    names = ["linen", "linen, 4 shards", "nnx", "nnx, 4 shards"]
+    assert table.rows == [[name, 1000, 1.5, 250, 1.5, "1.50 to 1.50"] for name in names]
 
 
 # --- failure ----------------------------------------------------------------------------------
@@ -397,7 +412,7 @@ def test_what_is_no_record_is_refused():
         "Log.write: no records, expected the records of a watched step; write "
         "watch.linen(model.apply, on=True), or watch.nnx(model, on=True), in that step."
     )
-    for wrong, what in (({"bn": 0.5}, "dict"), ([], "list"), (jaxbn.health.Gap, "type")):
+    for wrong, what in (({"bn": 0.5}, "dict"), ([], "list"), (health.Gap, "type")):
         assert message(TypeError, writers.Log([]).write, 0, wrong) == (
             f"Log.write: called with {what}, expected path → watch.Record, or a health.Drift; "
             f"write log.write(step, watch.records(seen, variables, grads))."
