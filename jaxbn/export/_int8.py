@@ -168,6 +168,7 @@ def int8(
 
 
 def arrays_of(results: Any) -> list[np.ndarray]:
+    """The results of a session, one array or several by name, as a list."""
     return list(results.values()) if isinstance(results, dict) else [results]
 
 
