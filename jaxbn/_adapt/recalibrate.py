@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import numbers
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -31,6 +32,7 @@ def recalibrate(
     where: Where = "*",
     variance: str = "pooled",
     unbiased: bool | None = None,
+    momentum: float = 0.0,
     axis_name: str | Sequence[str] | None = None,
     limit: int | None = None,
     progress: bool | None = None,
@@ -43,8 +45,8 @@ def recalibrate(
     weights. Use `recalibrate` when the present weights differ from those: after averaging weights
     (SWA, EMA), or for data of another domain (AdaBN). Every batch passes through the model once.
     Each layer normalizes the batch by the batch's own moments, as in training. The old statistics
-    have no influence, and no parameter changes. Wu & Johnson 2021, "Rethinking 'Batch' in
-    BatchNorm", section 3 (precise BN).
+    have no influence, unless `momentum` keeps some of them, and no parameter changes. Wu & Johnson
+    2021, "Rethinking 'Batch' in BatchNorm", section 3 (precise BN).
 
     Args:
       apply: `apply(model, batch)`, in training or eval mode. The layers normalize by the batch in
@@ -62,6 +64,11 @@ def recalibrate(
       unbiased: whether var is multiplied by n / (n - 1). With "pooled" n is the number of values
         in the data set, with "mean" the number in the batch. None: each layer's own setting; a
         plain `State` has none and counts as False.
+      momentum: the fraction of the old statistics to keep: mean and var become
+        `momentum * old + (1 - momentum) * new`. With 0 the old statistics have no influence, not
+        even NaN. Use it for few images of another domain, as `N / (N + n)`: the old statistics
+        weigh as much as N images beside these n (Schneider et al. 2020, "Improving robustness
+        against common corruptions by covariate shift adaptation", section 2).
       axis_name: mapped axis or axes to pool over at the end, if the layers do not pool themselves.
       limit: use at most this many batches.
       progress: whether to show a bar; None shows a bar if stderr is a terminal.
@@ -73,7 +80,7 @@ def recalibrate(
       own, so one call may recalibrate one domain.
 
     Raises:
-      TypeError: apply does not take or return what is said above.
+      TypeError: apply does not take or return what is said above, or momentum is no number.
       ValueError: there is no layer or no batch, a batch has another shape, a batch has moments that
         are not finite, or no value reaches a layer. Nothing was changed then. Under jit nothing
         can be raised for moments that are not finite; a layer skips that batch.
@@ -90,6 +97,13 @@ def recalibrate(
     call = "recalibrate"
     if variance not in ("pooled", "mean"):
         raise ValueError(f'{call}: variance={variance!r}, expected "pooled" or "mean".')
+    number = isinstance(momentum, numbers.Real)
+    if not number or not 0 <= momentum <= 1:
+        raise (ValueError if number else TypeError)(
+            f"{call}: momentum={momentum!r}, expected the fraction of the old statistics to keep, "
+            f"a number in [0, 1]; write momentum=N / (N + n) for n images beside old statistics "
+            f"that weigh as N images."
+        )
     if limit is not None and limit < 1:
         raise ValueError(f"{call}: limit={limit}, expected at least 1 batch, or None for all.")
     chosen = select(call, model, where)
@@ -113,7 +127,7 @@ def recalibrate(
             f"run these layers, or every cell was masked. Run them, or leave them out by where=."
         )
     new = {
-        path: _state(layer.state, total[path], variance == "pooled", pool, count)
+        path: _state(layer.state, total[path], variance == "pooled", momentum, pool, count)
         for path, layer in chosen.items()
     }
     return layers.replace(model, new)
@@ -228,14 +242,25 @@ def _bessel(n: jax.Array, unbiased: jax.Array) -> jax.Array:
     return jnp.where(unbiased & (n > 1), n / jnp.where(n > 1, n - 1, 1), jnp.ones_like(n))
 
 
-def _state(old: State, observed: Observed, pooled: bool, pool: Pool | None, batches: int) -> State:
+def _state(
+    old: State,
+    observed: Observed,
+    pooled: bool,
+    momentum: float,
+    pool: Pool | None,
+    batches: int,
+) -> State:
     m = across(observed.moments, pool)
     var = m.var * _bessel(m.count, observed.unbiased) if pooled else m.var
-    # A channel that a mask hides in every batch keeps its old statistics.
-    mean, var = (
-        jnp.where(m.count > 0, new, devices.spread(before.astype(new.dtype), new))
-        for new, before in ((m.mean, old.mean), (var, old.var))
-    )
+
+    def step(before: jax.Array, new: jax.Array) -> jax.Array:
+        before = devices.spread(before.astype(new.dtype), new)
+        if momentum:  # NaN stays NaN when it is multiplied by 0
+            new = momentum * before + (1 - momentum) * new
+        # A channel that a mask hides in every batch keeps its old statistics.
+        return jnp.where(m.count > 0, new, before)
+
+    mean, var = step(old.mean, m.mean), step(old.var, var)
     count = old.count
     if count is not None:  # [domains] of several domains; one without a row keeps its own
         count = jnp.asarray(count)

@@ -233,6 +233,34 @@ def test_statistics_of_before_play_no_part(kind):
     unchanged(fresh, jaxbn.recalibrate(apply, jaxbn.reset(spoilt), BATCHES))
 
 
+@pytest.mark.parametrize("kind", ["linen", "nnx", "functional"])
+def test_momentum_is_the_fraction_of_the_old_statistics_that_is_kept(kind):
+    apply, model, second = make(kind)
+    path_of = {"first": C, second: 4}
+    olds = {path: jaxbn.State(*RNG.uniform(1, 2, (2, n)), None) for path, n in path_of.items()}
+    model = layers.replace(model, olds)
+    news = layers.find(jaxbn.recalibrate(apply, make(kind)[1], BATCHES))
+    got = layers.find(jaxbn.recalibrate(apply, model, BATCHES, momentum=0.75))
+    for path, old in olds.items():
+        new = news[path].state
+        close(got[path].state, *(0.75 * a + 0.25 * b for a, b in zip(old[:2], new, strict=False)))
+
+
+def test_one_layer_at_a_time_each_sees_what_the_blend_before_it_passes_on():
+    """As Schneider et al. 2020 have it: a layer answers by the blend of its own input's moments."""
+    apply, model, _ = make("linen")
+    olds = {"first": jaxbn.State(*RNG.uniform(1, 2, (2, C)), None)}
+    olds["second"] = jaxbn.State(*RNG.uniform(1, 2, (2, 4)), None)
+    model, x = layers.replace(model, olds), BATCHES[0].astype(np.float64)
+    kernel = dense_of(model)
+    for path in ("first", "second"):
+        model = jaxbn.recalibrate(apply, model, BATCHES[:1], where=path, momentum=0.75)
+        mean, var = (0.75 * v for v in olds[path][:2])
+        mean, var = mean + 0.25 * x.mean(0), var + 0.25 * x.var(0)
+        close(layers.find(model)[path].state, mean, var)
+        x = (x - mean) / np.sqrt(var + 1e-5) @ kernel if path == "first" else x
+
+
 def test_reset_leaves_other_layers_as_they_are():
     apply, model, _ = make("linen")
     model = jaxbn.recalibrate(apply, model, BATCHES)
@@ -451,6 +479,20 @@ WRONG = {
         {"variance": "sum"},
         'recalibrate: variance=\'sum\', expected "pooled" or "mean".',
     ),
+    "momentum": (
+        BATCHES,
+        {"momentum": 1.5},
+        "recalibrate: momentum=1.5, expected the fraction of the old statistics to keep, a number "
+        "in [0, 1]; write momentum=N / (N + n) for n images beside old statistics that weigh as N "
+        "images.",
+    ),
+    "momentum of no number": (
+        BATCHES,
+        {"momentum": None},
+        "recalibrate: momentum=None, expected the fraction of the old statistics to keep, a number "
+        "in [0, 1]; write momentum=N / (N + n) for n images beside old statistics that weigh as N "
+        "images.",
+    ),
     "limit": (
         BATCHES,
         {"limit": 0},
@@ -478,7 +520,7 @@ def test_bad_input_changes_nothing(kind, what):
     apply, model, second = make(kind)
     before = copies(model)
     batches, options, message = WRONG[what]
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(TypeError if "no number" in what else ValueError) as error:
         jaxbn.recalibrate(apply, model, batches, **options)
     given, sorted_ = ["first", second], sorted(["first", second])
     assert str(error.value) == message.replace("GIVEN", str(given)).replace("SORTED", str(sorted_))
