@@ -240,6 +240,24 @@ def test_export_writes_a_manifest(net, capsys):
 # serving
 
 
+@pytest.mark.parametrize("more", [[], ["--int8"]], ids=["float", "int8"])
+def test_a_tflite_file_through_the_gates(more, net, capsys):
+    """A file of one batch size is verified on other numbers of rows, and on one row alone."""
+    pytest.importorskip("ai_edge_quantizer")
+    x = net.batches()[0]
+    np.savez("more.npz", np.concatenate([x, x[:3]]))
+    assert run(capsys, "export", "net.msgpack", "net.tflite", MODEL, *more)[0] == 0
+    words = ["verify", "net.tflite", "--against", "net.msgpack", MODEL, "--inputs", "more.npz"]
+    status, out, err = run(capsys, *words, "--bound", "0.1" if more else "1e-4")
+    assert (status, err, out.splitlines()[0]) == (
+        0,
+        "",
+        "net.tflite against net.msgpack: passed",
+    )
+    assert "no manifest" not in out
+    assert run(capsys, *words, "--bound", "1e-9")[0] == 1
+
+
 def test_serving_as_a_command(net, capsys, tmp_path):
     (tmp_path / "modes.py").write_text(
         "from net import *\nN = network\n"
