@@ -14,7 +14,8 @@ A map of the package; `help(jaxbn.NAME)` has arguments and an example of each na
     the optimizer     labels, decay_mask
     serving           fold, FoldReport, FoldError; export.stablehlo, export.onnx, export.int8
     other libraries   convert.from_torch, from_keras, from_haiku, from_equinox, to_torch
-    what is wrong     health.check, health.gap, health.drift, health.lint; health.advise: which norm
+    what is wrong     health.check, health.gap, health.drift, health.lint, health.shards;
+                      health.advise: which norm
     a training run    watch.linen, watch.nnx; writers.open
     tools of your own calls (hooks on norm layers), layers (norm layers in a tree)
 

@@ -241,7 +241,7 @@ def kernels(model: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
       without a bias. A layer after an activation or a sum is left out, as is one in `nn.scan`.
 
     Raises:
-      TypeError: model is neither of the two.
+      TypeError: model is neither of the two, or the arguments of the call are missing.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> from jaxbn import watch
@@ -263,10 +263,15 @@ def kernels(model: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
             return dict(seen)
     else:
         hooks.check_apply("watch.kernels", model, "watch.kernels(model.apply, variables, x)")
-        (tree, *args), hooked = args, hooks.hooked_apply(model, _input, _first)
+        if not args:
+            raise TypeError(
+                "watch.kernels: called with apply alone, expected the arguments of a call of the "
+                "model; write watch.kernels(model.apply, variables, x)."
+            )
+        (tree, *batch), hooked = args, hooks.hooked_apply(model, _input, _first)
 
         def inputs(tree: Any) -> dict[str, Any]:
-            return hooked(tree, *args, **kwargs)[1]
+            return hooked(tree, *batch, **kwargs)[1]
 
     program = trace(inputs, [tree], lambda _: True)
     paths = dict(zip(program.inputs, _leaves(tree), strict=True))

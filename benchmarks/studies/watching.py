@@ -2,11 +2,12 @@
 
 The CIFAR example's own step, plain and watched, two programs of which a loop calls the second at
 every 50th step; and the record of the second written by all three writers; without and with the
-spread of the batch's shards. CPU time of this process, all of its threads, so that what else the
-machine does counts little; the plain and the watched step take turns. On an accelerator, where that
-is not what a step takes, wall time.
+options of `watch`. CPU time of this process, all of its threads, so that what else the machine does
+counts little; the plain and the watched step take turns. On an accelerator, where that is not what
+a step takes, wall time.
 """
 
+import functools
 import itertools
 import pathlib
 import sys
@@ -21,7 +22,8 @@ from benchmarks.reporting import report
 from jaxbn import writers
 
 EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "cifar10"
-EVERY, SHARDS = 50, 4
+EVERY = 50
+OPTIONS = {"": {}, ", shards and histogram": {"shards": 4, "histogram": True}}
 SIZES = {"tiny": (4, 4, 2), "usual": (64, 16, 9), "full": (64, 128, 15)}  # width, batch, rounds
 
 
@@ -55,7 +57,7 @@ def seconds(call, *arguments):
     return clock() - begun, out
 
 
-def measure(api: str, size: str, folder: str, shards: int | None = None) -> dict[str, np.ndarray]:
+def measure(api: str, size: str, folder: str, **options) -> dict[str, np.ndarray]:
     """Seconds [rounds] of the plain step, of the watched one, and of writing its record."""
     width, batch, rounds = SIZES[size]
     made = make(api, width)
@@ -64,8 +66,8 @@ def measure(api: str, size: str, folder: str, shards: int | None = None) -> dict
     labels = rng.integers(0, 10, batch, np.int32)
     state = jax.jit(made.init)(jax.random.key(0))
     plain = jax.jit(made.train).lower(state, images, labels).compile()
-    watched = jax.jit(made.train, static_argnames=("watched", "shards"))
-    watched = watched.lower(state, images, labels, watched=True, shards=shards).compile()
+    watched = jax.jit(functools.partial(made.train, watched=True, **options))
+    watched = watched.lower(state, images, labels).compile()
     times = {"plain": [], "watched": [], "written": []}
     with writers.open(writers.NAMES, folder, every=EVERY, port=0) as log:
         for i in range(-1, rounds):  # one to warm up
@@ -80,16 +82,17 @@ def measure(api: str, size: str, folder: str, shards: int | None = None) -> dict
 
 def run(size="usual") -> list[report.Table]:
     rows = []
-    for api, shards in itertools.product(("linen", "nnx"), (None, SHARDS)):
+    for api, (named, options) in itertools.product(("linen", "nnx"), OPTIONS.items()):
         with tempfile.TemporaryDirectory() as folder:
-            t = measure(api, size, folder, shards)
+            t = measure(api, size, folder, **options)
         plain = np.median(t["plain"])
         extra = (t["watched"] - t["plain"] + t["written"]) / plain  # [rounds], steps a record
         low, middle, high = np.percentile(100 * extra / EVERY, [25, 50, 75])
         ratio = np.median(t["watched"] / t["plain"])
         spread = f"{low:.2f} to {high:.2f}"
-        name = api if shards is None else f"{api}, {shards} shards"
-        rows.append([name, 1e3 * plain, ratio, 1e3 * np.median(t["written"]), middle, spread])
+        rows.append(
+            [api + named, 1e3 * plain, ratio, 1e3 * np.median(t["written"]), middle, spread]
+        )
     width, batch, rounds = SIZES[size]
     clock = "CPU time of the process" if jax.default_backend() == "cpu" else "wall time"
     return [

@@ -64,7 +64,7 @@ class Loop:
         self.steps, self.batch, self.dtype = steps, batch, dtype
         self.rows = len(data.train_y)  # without the padding
         self.count = self.rows // batch  # steps an epoch; what is left over waits for the next
-        self.shards = mesh.size if mesh.size > 1 else None  # one device has nothing to compare
+        self.watching = {"shards": mesh.size} if mesh.size > 1 else {}
         self.scaling = {"mean": data.mean, "std": data.std}
         self.augment = partial(augment, **self.scaling, flip=data.flip, cutout=cutout)
         everywhere, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "data"))
@@ -87,7 +87,7 @@ class Loop:
     def _train_step(self, state, key, x, y, i, watched=False):
         """Step `i` of the epoch that `x` [steps, B, H, W, 3] and `y` [steps, B] hold."""
         images = self.augment(jax.random.fold_in(key, i), x[i]).astype(self.dtype)
-        state, loss, logits, seen = self.steps.train(state, images, y[i], watched, self.shards)
+        state, loss, logits, seen = self.steps.train(state, images, y[i], watched, **self.watching)
         return state, (loss, jnp.mean(logits.argmax(axis=-1) == y[i])), seen
 
     def _train_epoch(self, state, key, x, y):

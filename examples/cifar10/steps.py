@@ -6,8 +6,8 @@
 #   logits(state, images)        → logits                     running statistics, any batch
 #   params(state)                → its parameters             to look at
 #
-# `seen` is what the norm layers saw and learned in this step, with watched=True; else {}. With
-# shards=N it also has what each of N parts of the batch is like.
+# `seen` is what the norm layers saw and learned in this step, with watched=True; else {}. `more`
+# are the options of jaxbn.watch: shards=N also compares N parts of the batch.
 # `state` is a pytree of arrays that nobody but its owner looks into.
 
 from typing import Any, NamedTuple
@@ -37,9 +37,9 @@ class Linen:
         # Norms of one sample have no statistics.
         return State(params, variables.get("batch_stats", {}), self.tx.init(params))
 
-    def train(self, state: State, images, labels, watched=False, shards=None):
+    def train(self, state: State, images, labels, watched=False, **more):
         def loss(params):
-            (logits, new), seen = watch.linen(self.model.apply, on=watched, shards=shards)(
+            (logits, new), seen = watch.linen(self.model.apply, on=watched, **more)(
                 {"params": params, "batch_stats": state.batch_stats},
                 images,
                 train=True,
@@ -77,14 +77,14 @@ class Nnx:
     def init(self, key) -> nnx.State:
         return nnx.state(self.make(key))
 
-    def train(self, state: nnx.State, images, labels, watched=False, shards=None):
+    def train(self, state: nnx.State, images, labels, watched=False, **more):
         model, optimizer = nnx.merge(self.graphdef, state)
 
         def loss(model):
             logits = model(images, train=True)  # updates the running statistics in place
             return self.loss(logits, labels), logits
 
-        with watch.nnx(model, on=watched, shards=shards) as seen:
+        with watch.nnx(model, on=watched, **more) as seen:
             (value, logits), grads = nnx.value_and_grad(loss, has_aux=True)(model)
         seen = watch.records(seen, model, grads)
         optimizer.update(model, grads)

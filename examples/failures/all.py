@@ -2,6 +2,7 @@
 
 from importlib import import_module
 
+import jax
 from failure import several, spread, with_seeds
 
 FAILURES = (
@@ -35,6 +36,7 @@ def row(results):
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 8)  # for the ranks of ranks_differ
     seeds = with_seeds(__doc__).parse_args().seeds
     print(HEAD)
     for name in FAILURES:

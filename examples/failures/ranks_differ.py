@@ -36,7 +36,7 @@ def run(norm, seed):
     variables = train(ranks(net), {**fresh, "batch_stats": of_ranks}, (x, y))
     of_ranks = variables["batch_stats"]
     first = {**variables, "batch_stats": jax.tree.map(lambda v: v[0], of_ranks)}
-    mesh = Mesh(jax.devices()[:RANKS], "ranks")  # a row a device, as pmap returns it
+    mesh = Mesh(jax.devices("cpu")[:RANKS], "ranks")  # a row a device, as pmap returns it
     return evaluate(net, first, *test), health.check(
         {**variables, "batch_stats": jax.device_put(of_ranks, NamedSharding(mesh, P("ranks")))}
     )

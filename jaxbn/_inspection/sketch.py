@@ -43,9 +43,9 @@ def quantiles(call: Call) -> jax.Array:
             cells = devices.parts(cells, name, pool.groups)
         cells = devices.gather(cells, pool) if pool.axis_name else cells
     cells = jnp.sort(cells.ravel())  # NaN last
-    valid = (~jnp.isnan(cells)).sum()
-    place = (jnp.arange(QUANTILES) + 0.5) / QUANTILES * valid
-    return jnp.where(valid > 0, cells[place.astype(int)], jnp.nan)
+    valid = (~jnp.isnan(cells)).sum(dtype=np.int32)
+    middles = jnp.asarray(np.arange(1, 2 * QUANTILES, 2, np.int32))  # of QUANTILES equal parts
+    return jnp.where(valid > 0, cells[middles * valid // (2 * QUANTILES)], jnp.nan)
 
 
 def _some(v: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -192,6 +192,14 @@ def test_kernels_are_those_whose_result_a_layer_gets():
     of_nnx = Nnx(nnx.BatchNorm, nnx.Rngs(0))
     assert watch.kernels(of_nnx, X) == {"norms/0": "dense/kernel"}
     assert not hasattr(of_nnx.norms[0], "jaxbn_path")  # a copy was hooked
+    assert message(TypeError, watch.kernels, model.apply) == (
+        "watch.kernels: called with apply alone, expected the arguments of a call of the model; "
+        "write watch.kernels(model.apply, variables, x)."
+    )
+    assert message(TypeError, watch.kernels, model, variables, x) == (
+        "watch.kernels: called with Block, expected a linen model's apply; write "
+        "watch.kernels(model.apply, variables, x)."
+    )
 
 
 @pytest.mark.parametrize("api", STEPS)
