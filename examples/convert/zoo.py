@@ -74,7 +74,7 @@ def torchs_export(name, x, path):
     torch.onnx.export(model, (example,), path, dynamo=True, external_data=False, verbose=False)
 
 
-def fastest(runs, calls=7):
+def fastest(runs, calls=15):
     """The fastest call of each in milliseconds, called in turns."""
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(calls):

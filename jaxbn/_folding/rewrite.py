@@ -216,7 +216,7 @@ class Rewrite:
         if chain.trivial or not any(part.arithmetic for part in parts):
             return None
         alone = self._emit(op.inputs[0], chain)
-        ends = [part.ops[-1].outputs[0] if part.ops else part.base for part in parts]
+        ends = [p.ops[-1].outputs[0] if p.ops else p.base for p in parts]
         site = whole.site
         self._row(str(site), site.op, True, _what(chain), chain.base, ends, alone, axis)
         results = run(op, alone(self.array(chain.base)))

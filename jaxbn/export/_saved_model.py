@@ -12,8 +12,10 @@ from jaxbn._extras import need
 from jaxbn._text import first_line
 from jaxbn.export._checked_file import Case, Exported, inference_inputs, written
 from jaxbn.export._signature import examples_of, flat_args, names_of, shapes_of, untraceable
+from jaxbn.export._stablehlo import PLATFORMS
 
 SIGNATURE = "serving_default"
+STABLEHLO = "1.10.0"  # what is written: TensorFlow 2.21 reads up to 1.13, jax 0.12 writes 1.18
 
 
 def saved_model(
@@ -60,7 +62,9 @@ def saved_model(
         raise FileExistsError(f"saved_model: {path} is there already; name a new folder.")
     args, leaves, structure = flat_args(x)
     leaves = inference_inputs("saved_model", fn, args, leaves, "tensorflow")
-    tf, jax2tf = need("saved_model", "tensorflow"), need("saved_model", "jax.experimental.jax2tf")
+    from jax.extend import mlir  # slow to import
+
+    tf = need("saved_model", "tensorflow")
 
     def flat(*leaves: Any) -> Any:
         return fn(*jax.tree.unflatten(structure, leaves))
@@ -74,30 +78,38 @@ def saved_model(
     ins = names_of("saved_model", "inputs", inputs, whole)
     outs = names_of("saved_model", "outputs", outputs, results)
 
-    converted = jax2tf.convert(
-        lambda *leaves: jax.tree.leaves(flat(*leaves)),
-        polymorphic_shapes=[", ".join(map(str, s.shape)) for s in shapes],
-        native_serialization_platforms=("cpu", "cuda", "tpu"),
-        with_gradient=False,
-    )
+    def free(shape: Sequence[Any]) -> list[int | None]:
+        return [n if isinstance(n, int) else None for n in shape]
+
     specs = [
-        tf.TensorSpec([n if isinstance(n, int) else None for n in s.shape], s.dtype, name)
-        for s, name in zip(shapes, ins, strict=True)
+        tf.TensorSpec(free(s.shape), s.dtype, name) for s, name in zip(shapes, ins, strict=True)
     ]
+    jitted = jax.jit(lambda *leaves: jax.tree.leaves(flat(*leaves)), keep_unused=True)
+    try:
+        program = jax.export.export(jitted, platforms=PLATFORMS)(*shapes)
+        module = mlir.deserialize_portable_artifact(program.mlir_module_serialized)
+        module = mlir.serialize_portable_artifact(module, STABLEHLO)
+    except Exception as error:
+        raise ValueError(
+            f"saved_model: fn cannot be converted: {first_line(error)}; expected operations that "
+            f"StableHLO {STABLEHLO} has; write jaxbn.export.stablehlo, which takes all."
+        ) from error
 
     def serve(*arrays: Any) -> dict[str, Any]:
-        return dict(zip(outs, converted(*arrays), strict=True))
+        results = tf.raw_ops.XlaCallModule(
+            args=arrays,
+            version=program.calling_convention_version,
+            module=module,
+            Sout=[free(v.shape) for v in program.out_avals],
+            Tout=[tf.as_dtype(v.dtype) for v in program.out_avals],
+            platforms=[name.upper() for name in PLATFORMS],
+        )
+        return dict(zip(outs, results, strict=True))
 
     def write(file: Path) -> None:
-        module = tf.Module()
-        module.serve = tf.function(serve, input_signature=specs, autograph=False)
-        try:
-            tf.saved_model.save(module, os.fspath(file), signatures={SIGNATURE: module.serve})
-        except Exception as error:
-            raise ValueError(
-                f"saved_model: fn cannot be converted: {first_line(error)}; expected operations "
-                f"that JAX can export; write jaxbn.export.stablehlo, which names the operation."
-            ) from error
+        holder = tf.Module()
+        holder.serve = tf.function(serve, input_signature=specs, autograph=False)
+        tf.saved_model.save(holder, os.fspath(file), signatures={SIGNATURE: holder.serve})
 
     def cases(file: Path) -> Iterator[Case]:
         call = tf.saved_model.load(os.fspath(file)).signatures[SIGNATURE]

@@ -48,13 +48,15 @@ def tflite_int8(
     >>> export.tflite_int8("nothing.tflite", [], "int8.tflite")
     Traceback (most recent call last):
         ...
-    FileNotFoundError: load_tflite: no TFLite file at nothing.tflite
+    FileNotFoundError: tflite_int8: no TFLite file at nothing.tflite
     """
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"tflite_int8: no TFLite file at {source}")
+    quantizer = need("tflite_int8", "ai_edge_quantizer.quantizer")
+    recipe = need("tflite_int8", "ai_edge_quantizer.recipe")
     original = load_tflite(source)
     feeds = [feed_of(batch, [*original.inputs]) for batch in batches]
     reference = run_or_refuse("tflite_int8", original, feeds)
-    quantizer = need("tflite_int8", "ai_edge_quantizer.quantizer")
-    recipe = need("tflite_int8", "ai_edge_quantizer.recipe")
 
     def write(file: Path) -> None:
         small, ranges = quantizer.Quantizer(os.fspath(source)), None

@@ -678,6 +678,20 @@ MISSING = {
     "jax2onnx": [(lambda: export.onnx(jnp.sin, np.ones((1, 2)), "b"), "onnx", "'jaxbn[export]'")],
     "onnx": [(lambda: export.onnx(jnp.sin, np.ones((1, 2)), "b"), "onnx", "'jaxbn[export]'")],
     "onnxruntime": [(lambda: export.session("a.msgpack"), "session", "'jaxbn[export]'")],
+    "litert_converter": [
+        (lambda: export.tflite(jnp.sin, np.ones((1, 2)), "b"), "tflite", "'jaxbn[tflite]'")
+    ],
+    "ai_edge_litert": [(lambda: export.load_tflite("a.msgpack"), "load_tflite", "'jaxbn[tflite]'")],
+    "ai_edge_quantizer": [
+        (lambda: export.tflite_int8("a.msgpack", [], "b"), "tflite_int8", "'jaxbn[tflite]'")
+    ],
+    "tensorflow": [
+        (
+            lambda: export.saved_model(jnp.sin, np.ones((1, 2)), "b"),
+            "saved_model",
+            "'jaxbn[saved-model]'",
+        )
+    ],
 }
 
 

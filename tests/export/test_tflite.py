@@ -1,7 +1,6 @@
 """TFLite and SavedModel: they compute what the function computes, or are not written."""
 
 import json
-import sys
 
 import flax.linen as nn
 import jax
@@ -71,7 +70,7 @@ def test_all_rows_come_in_batches_of_one_size(rows):
     assert {v.shape for part in parts for v in part.values()} == {(4,), (4, 2)}
     together = np.concatenate([part["a"] for part in parts])
     np.testing.assert_array_equal(together, np.minimum(np.arange(len(together)), rows - 1))
-    assert len(together) - rows < 4
+    assert 0 <= len(together) - rows < 4
 
 
 def test_inputs_and_results_have_names_and_dtypes(tmp_path):
@@ -185,23 +184,6 @@ def test_files_and_inputs_that_do_not_fit_are_refused(source, tmp_path):
     assert str(error.value) == (
         "tflite_int8: no batches to calibrate with, expected some real inputs; write "
         "jaxbn.export.tflite_int8(source, [x], path)."
-    )
-
-
-@pytest.mark.parametrize(
-    ("call", "package", "extra"),
-    [
-        (export.tflite, "litert_converter", "'jaxbn[tflite]'"),
-        (export.saved_model, "tensorflow", "'jaxbn[saved-model]'"),
-    ],
-)
-def test_a_missing_package_is_named(call, package, extra, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ModuleNotFoundError) as error:
-        call(jnp.sin, X, tmp_path / "f")
-    assert str(error.value) == (
-        f"{call.__name__}: needs the package {package}, which is not installed; write pip install "
-        f"{extra}."
     )
 
 
