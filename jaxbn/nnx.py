@@ -1,5 +1,6 @@
 """`BatchNorm` for Flax nnx: variables to `Params` and `State`, and back."""
 
+import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -66,7 +67,7 @@ class BatchNorm(nnx.BatchNorm):
     [0.005 0.005 0.   ]
     """
 
-    @_elsewhere.takes_flax_arguments
+    @_elsewhere.names_keywords("BatchNorm", _elsewhere.ARGUMENTS)
     def __init__(
         self,
         num_features: int,
@@ -199,3 +200,7 @@ class BatchNorm(nnx.BatchNorm):
             if state.count is not None:
                 self.count.set_value(state.count)
         return y
+
+
+def __getattr__(name: str) -> Any:
+    raise _elsewhere.missing(name, sys.modules[__name__], sys._getframe(1))
