@@ -24,6 +24,7 @@ DEVICES = {  # each benchmark, and the CPU devices it sees
     "imports": 1,
     "accuracy": 8,
     "parity": 8,
+    "options": 8,
     "collectives": 8,
 }
 
@@ -53,9 +54,16 @@ def main(arguments) -> int:
         "--tiny", action="store_const", dest="size", const="tiny", help="only to see that it runs"
     )
     parser.set_defaults(size="usual")
+    parser.add_argument(
+        "--options", action="store_true", help="of parity: every option, in place of the cases"
+    )
     parser.add_argument("--results", type=pathlib.Path, default=results.FOLDER, metavar="FOLDER")
     options = parser.parse_args(arguments)
     names = list(DEVICES) if options.names in ([], ["all"]) else options.names
+    if options.options:
+        if "parity" not in names:
+            parser.error("--options: expected it after parity, write parity --options")
+        names = ["options" if name == "parity" else name for name in names]
     for name in names:
         if name not in DEVICES:
             parser.error(f"benchmark {name!r}, expected some of: {', '.join(DEVICES)}, all")

@@ -11,7 +11,7 @@ import jax
 
 from benchmarks.reporting import report
 
-SIZED = ("op", "memory", "step", "latency", "imports")
+SIZED = ("op", "memory", "step", "latency", "imports", "options")
 
 if __name__ == "__main__":
     name, size, devices, command, load, path = sys.argv[1:]

@@ -608,6 +608,20 @@ BUGS = (
         "flax/test_update_stats.py::test_y_and_dx_are_those_of_training_and_the_statistics_stay[nnx-plain]",
     ),
     Bug(
+        "an nnx layer masks where no mask is given",
+        "jaxbn/nnx.py",
+        "            mask=mask,\n",
+        "            mask=jnp.ones((1,) * x.ndim, bool) if mask is None else mask,\n",
+        "flax/test_unused_options.py::test_modules_run_the_ops_program[train-nnx]",
+    ),
+    Bug(
+        "renormalization that is not asked for",
+        "jaxbn/_op/arguments.py",
+        "    limits = None if renorm is None else check_renorm(",
+        "    renorm = renorm or (1.0, 0.0)\n    limits = check_renorm(",
+        "flax/test_unused_options.py::test_a_program_holds_what_its_formula_needs[train]",
+    ),
+    Bug(
         "an nnx layer of another size speaks of params.scale",
         "jaxbn/nnx.py",
         "        if features != mean.shape[0 if self.domains is None else 1 :]:",
@@ -799,6 +813,21 @@ BUGS = (
         "        old = old._replace(moments=old.moments._replace(count=jnp.float32(1)))\n"
         "        both = merge(old.moments, batch._replace(count=jnp.float32(1)))\n",
         "adapt/test_recalibrate.py::test_statistics_are_those_of_one_batch_of_all[functional]",
+    ),
+    Bug(
+        "momentum of a recalibration as PyTorch has it",
+        "jaxbn/_adapt/recalibrate.py",
+        "momentum * before + (1 - momentum) * new",
+        "momentum * new + (1 - momentum) * before",
+        "adapt/test_recalibrate.py::test_momentum_is_the_fraction_of_the_old_statistics_that_is_kept"
+        "[linen]",
+    ),
+    Bug(
+        "NaN in statistics that are not kept",
+        "jaxbn/_adapt/recalibrate.py",
+        "        if momentum:",
+        "        if True:",
+        "adapt/test_recalibrate.py::test_statistics_of_before_play_no_part[linen]",
     ),
     Bug(
         "recalibration in eval mode",

@@ -372,24 +372,56 @@ def swap():
     return figure
 
 
+def ranges(axis, rows, series):
+    """For rows (label, a cell of each series): a dot at each mean, and a line over its range."""
+    for i, (name, color) in enumerate(series.items()):
+        cells = [re.findall(r"\d+\.?\d*", row[1 + i]) for row in rows]
+        mean, least, most = np.transpose([[float(v) for v in cell] for cell in cells])
+        places = np.arange(len(rows)) + 0.18 * (i - (len(series) - 1) / 2)
+        axis.hlines(places, least, most, color=color, linewidth=2)
+        axis.scatter(mean, places, color=color, s=40, zorder=3, label=name)
+    axis.set_yticks(range(len(rows)), [row[0] for row in rows])
+    axis.invert_yaxis()
+
+
 def renorm():
     """Accuracy with batch norm and with renormalization, for three kinds of batches."""
     rows = table("docs/renorm.md", "a batch of")
-    figure, axis = plots.axes(
-        "Small batches, and batches of few classes",
-        "test accuracy, %: mean and range of 3 seeds",
-        height=3,
-    )
-    for i, (_, *cells) in enumerate(rows):
-        for cell, shift, color in zip(cells, (-0.1, 0.1), (GREY, BLUE), strict=True):
-            mean, least, most = map(float, re.findall(r"[\d.]+", cell))
-            axis.hlines(i + shift, least, most, color=color, linewidth=2)
-            axis.scatter(mean, i + shift, color=color, s=60, zorder=3)
-    axis.scatter([], [], color=GREY, label="BatchNorm")
-    axis.scatter([], [], color=BLUE, label="with renorm")
+    title, x = "Small batches, and batches of few classes", "test accuracy, %: mean and range"
+    figure, axis = plots.axes(title, f"{x} of 3 seeds", height=3)
+    ranges(axis, rows, {"BatchNorm": GREY, "with renorm": BLUE})
     axis.legend(loc="lower left", frameon=False)
-    axis.set_yticks(range(len(rows)), [row[0] for row in rows])
-    axis.invert_yaxis()
+    return figure
+
+
+def tent():
+    """Errors on corrupted images by what the norms normalize by, for two sizes of a batch."""
+    found = table("docs/adapt.md", "a batch of")
+    series = {"source": GREY, "batch": "#17becf", "blend": BLUE, "TENT": RED}
+    figure = plots.figure(9, 4)
+    sizes = list(dict.fromkeys(row[0] for row in found))
+    for axis, size in zip(figure.subplots(1, len(sizes), sharey=True), sizes, strict=True):
+        ranges(axis, [row[1:] for row in found if row[0] == size], series)
+        axis.set_xlabel(f"error, %, in batches of {size}")
+        axis.grid(color=plots.GRID)
+    figure.axes[0].invert_yaxis()  # shared, and so inverted twice
+    figure.suptitle("Corrupted CIFAR-10 without labels: mean and range of 3 networks")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, ncols=4)
+    return figure
+
+
+def weights():
+    """Errors after recalibration on images of mostly one class, with weights and without."""
+    rows = table("docs/weights.md", "images")
+    figure, axis = plots.axes(
+        "Statistics of images of mostly one class",
+        "error on all classes, %: mean and range of 3 networks",
+        height=3.8,
+    )
+    names = ("source", "unweighted", "weights by guesses", "weights by labels")
+    ranges(axis, rows, dict(zip(names, (GREY, RED, "#17becf", BLUE), strict=True)))
+    figure.legend(loc="outside lower center", frameon=False, ncols=4)
     return figure
 
 
@@ -449,7 +481,8 @@ PICTURES: dict[str, Callable] = {
     for drawn in (
         *(first_steps, devices),
         *(train, predict, ship, speedrun, failures, alarms, served, false_alarms, stale),
-        *(recalibrate, finetune, renorm, swap, fold_report, torch_roundtrip, zoo, watched),
+        *(recalibrate, tent, weights, finetune, renorm, swap, fold_report, torch_roundtrip),
+        *(zoo, watched),
     )
 }
 

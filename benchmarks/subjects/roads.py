@@ -2,7 +2,8 @@
 
 A batch norm here is `bn(x, params, state, mask=, axis_name=, axis_index_groups=)`, written for
 what one device holds; `road.build(bn)` is `f(x, params, state, mask)` on the pooled batch, and
-`road.reference(bn)` is the same batch norm on one device, which it must equal.
+`road.reference(bn)` is the same batch norm on one device, which it must equal. In place of a mask
+any tree of arrays with a row for each of x's does.
 """
 
 import functools
@@ -65,7 +66,7 @@ def by_device(transform, groups=None):
 
         def whole(x, params, state, mask):
             def split(v):
-                return None if v is None else v.reshape(DEVICES, -1, *v.shape[1:])
+                return v.reshape(DEVICES, -1, *v.shape[1:])
 
             mapped = transform(
                 local,
@@ -73,8 +74,8 @@ def by_device(transform, groups=None):
                 in_axes=(0, None, None, 0),
                 out_axes=(0, None if groups is None else 0),
             )
-            y, state = mapped(split(x), params, state, split(mask))
-            return y.reshape(x.shape), state
+            y, state = mapped(split(x), params, state, jax.tree.map(split, mask))
+            return jax.tree.map(lambda v: v.reshape(x.shape), y), state
 
         return whole
 

@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__, timing
-from benchmarks.measures import accuracy, collectives, imports, latency, memory, op, parity, step
+from benchmarks.measures import (
+    accuracy,
+    collectives,
+    imports,
+    latency,
+    memory,
+    op,
+    options,
+    parity,
+    step,
+)
 from benchmarks.reporting import plots, report, results, tables, views
 from benchmarks.reporting.report import Chart, Table
 from benchmarks.studies import cost_model
@@ -94,6 +104,61 @@ def test_parity_holds_on_the_roads_and_cases_asked_for():
     tolerance = 2.0**-23 * math.sqrt(512)
     assert max(row[1] for row in by_case.rows) < tolerance
     assert [max(row[1:]) for row in by_quantity.rows] == [row[1] for row in by_case.rows]
+
+
+def test_options_equal_the_formula_on_the_roads_asked_for():
+    names = (
+        "ghost batches larger than a device's",
+        "renorm, weights",
+        "groups of devices, weights",
+    )
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        by_road, by_caller = options.run(names=names, chosen=("jit, sharded", "shard_map"))
+    refused = [[name, *(cell == "refused" for cell in row)] for name, *row in by_road.rows]
+    assert refused == [
+        [names[0], False, True],
+        [names[1], False, False],
+        [names[2], True, False],
+    ]
+    assert by_road.notes[1:] == [
+        f"{names[0]}, shard_map: batch_norm: virtual_batch_size=8 does not divide the 4 rows on "
+        f"axis 0 of x with shape (4, 4, 4, 3); write one of [1, 2, 4].",
+        f"{names[2]}, jit, sharded: batch_norm: axis_index_groups=[[0, 1, 2, 3], [4, 5, 6, 7]] "
+        f"without axis_name; groups are indices along a mapped axis, write axis_name= too, or "
+        f"virtual_batch_size= for groups of rows under jit.",
+    ]
+    # Sums over the 512 cells of a channel; weights differ by 20, and so do the terms.
+    tolerance = 2.0**-23 * math.sqrt(512) * 20
+    errors = [cell for _, *row in (*by_road.rows, *by_caller.rows) for cell in row]
+    assert max(error for error in errors if error != "refused") < tolerance
+    assert by_caller.columns == ["option", "functional", "linen", "nnx"]
+
+
+def test_the_formula_tells_every_option_from_none():
+    """So a norm that ignores an option shows in the table."""
+
+    def value(option):
+        *given, _ = options.arguments(option)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            (y, of_eval), new = options.formula(option)(*given)
+        return [y, of_eval, *(new if option.groups is None else ())]
+
+    none = options.Option()
+    for name, option in options.OPTIONS.items():
+        pairs = zip(value(option), value(none), strict=False)
+        differs = max(options.error(a, np.asarray(b)) for a, b in pairs) > 1e-5
+        assert differs == (name != "none"), name
+
+
+def test_the_command_parity_takes_options(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(__main__, "measure", lambda name, size, *_: asked.append((name, size)))
+    assert __main__.main(["parity", "--options", "--tiny", "--results", str(tmp_path)]) == 1
+    assert asked == [("options", "tiny")]
+    with pytest.raises(SystemExit):
+        __main__.main(["step", "--options"])
+    message = "--options: expected it after parity, write parity --options"
+    assert capsys.readouterr().err.endswith(f"error: {message}\n")
 
 
 def test_collectives_are_counted_with_their_bytes():
@@ -494,7 +559,7 @@ def test_a_page_that_cannot_be_filled_stays_as_it_was(page, message, folder, tmp
 def test_every_marker_of_our_pages_names_a_table_of_some_benchmark():
     known = {"accuracy", "parity", "parity-quantity", "collectives", "memory-op", "memory-step"}
     known |= {"op-float32", "op-bfloat16", "op-summary", "step", "latency", "imports", *views.VIEWS}
-    known |= {"compiled-op", "compiled-step"}
+    known |= {"compiled-op", "compiled-step", "parity-options", "parity-options-callers"}
     for page in tables.PAGES:
         for kind, _, key in tables.OPEN.findall(page.read_text()):
             assert key in (__main__.DEVICES if kind == "figure" else known)
