@@ -31,7 +31,6 @@ from jaxbn._adapt.freeze import freeze, unfreeze
 from jaxbn._adapt.parameter_labels import decay_mask, labels
 from jaxbn._adapt.recalibrate import recalibrate, reset
 from jaxbn._adapt.replicas import assert_replicated, merge_updates, sync_state
-from jaxbn._adapt.swap import swap
 from jaxbn._folding.fold import FoldError, FoldReport, fold
 from jaxbn._inspection import hooks as calls
 from jaxbn._inspection import layers
@@ -42,6 +41,7 @@ from jaxbn._op.one_value import OneValueWarning
 from jaxbn._op.pooling import merge
 from jaxbn._op.standardize import standardize
 from jaxbn._op.state import Moments, Params, State, init
+from jaxbn._swapping.swap import swap
 
 __version__ = "0.2.0"
 

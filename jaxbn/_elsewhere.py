@@ -2,11 +2,22 @@
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType, ModuleType
-from typing import ParamSpec
+from typing import Any, TypeVar, cast
 
-P = ParamSpec("P")
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Keywords of other libraries' batch norms → the keyword of `jaxbn.batch_norm`.
+KEYWORDS = {
+    "eps": "epsilon={0!r}",
+    "decay": "momentum={0!r}",
+    "decay_rate": "momentum={0!r}",
+    "training": "train={0!r}",
+    "is_training": "train={0!r}",
+    "use_running_average": "train=not use_running_average",
+    "weight": "params=jaxbn.Params(scale, bias)",
+}
 
 # Arguments of PyTorch's, Keras' and Haiku's batch norm → the argument of Flax's modules.
 ARGUMENTS = {
@@ -16,6 +27,7 @@ ARGUMENTS = {
     "center": "use_bias={0!r}",
     "create_scale": "use_scale={0!r}",
     "create_offset": "use_bias={0!r}",
+    "decay": "momentum={0!r}",
     "decay_rate": "momentum={0!r}",
     "train": "use_running_average=not train",
     "training": "use_running_average=not training",
@@ -35,9 +47,10 @@ def missing(name: str, package: ModuleType, caller: FrameType) -> Exception:
     AttributeError("module 'jaxbn' has no attribute 'init_state'")
     """
     write = instead(name)
+    here = package.__name__
     if write and caller.f_code.co_name == "_handle_fromlist":
-        return ImportError(f"cannot import name {name!r} from 'jaxbn'; {write}", name="jaxbn")
-    said = f"module 'jaxbn' has no attribute {name!r}"
+        return ImportError(f"cannot import name {name!r} from {here!r}; {write}", name=here)
+    said = f"module {here!r} has no attribute {name!r}"
     return AttributeError(f"{said}; {write}" if write else said, name=name, obj=package)
 
 
@@ -64,24 +77,30 @@ def instead(name: str) -> str:
     )
 
 
-def takes_flax_arguments(init: Callable[P, None]) -> Callable[P, None]:
-    """Wraps a module's `__init__`: another library's argument raises with the name to write.
+def names_keywords(call: str, table: Mapping[str, str]) -> Callable[[F], F]:
+    """Wraps `call`: another library's keyword raises an error with the keyword to write here.
+
+    A wrapper, because `**kwargs` in the signature would hide typing errors from type checkers.
 
     >>> from jaxbn import _elsewhere
-    >>> init = _elsewhere.takes_flax_arguments(lambda self, epsilon=1e-5: None)
-    >>> init(None, eps=1e-3)  # doctest: +ELLIPSIS
+    >>> f = _elsewhere.names_keywords("f", {"eps": "epsilon={0!r}"})(lambda epsilon=1e-5: None)
+    >>> f(eps=1e-3)
     Traceback (most recent call last):
-    TypeError: BatchNorm: eps=0.001 is no argument of Flax's, ...; write epsilon=0.001.
+    TypeError: f: eps=0.001 is another library's keyword; write epsilon=0.001.
     """
 
-    @functools.wraps(init)
-    def __init__(*args: P.args, **kwargs: P.kwargs) -> None:  # noqa: N807
-        for name in kwargs.keys() & ARGUMENTS:
-            value = kwargs[name]
-            raise TypeError(
-                f"BatchNorm: {name}={value!r} is no argument of Flax's, expected its name; write "
-                f"{ARGUMENTS[name].format(value)}."
-            )
-        init(*args, **kwargs)
+    def wrap(f: F) -> F:
+        @functools.wraps(f)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            for name in kwargs:
+                if name in table:
+                    given = kwargs[name]
+                    raise TypeError(
+                        f"{call}: {name}={given!r} is another library's keyword; write "
+                        f"{table[name].format(given)}."
+                    )
+            return f(*args, **kwargs)
 
-    return __init__
+        return cast(F, called)
+
+    return wrap

@@ -82,8 +82,13 @@ def short(names: Iterable[object], most: int = 4) -> str:
 def listed(paths: Iterable[str], most: int = 12) -> str:
     """As `short`, quoted as a list, for paths that a user may copy from an error message.
 
+    The path of a model that is one layer and nothing else is empty.
+
     >>> from jaxbn import _text
     >>> _text.listed("abc", most=2)
     "['a', 'b' and 1 more]"
+    >>> _text.listed([""])
+    "['' (the model itself)]"
     """
-    return f"[{short(map(repr, paths), most)}]"
+    quoted = (repr(path) if path else "'' (the model itself)" for path in paths)
+    return f"[{short(quoted, most)}]"

@@ -1,5 +1,6 @@
 """`BatchNorm` for Flax linen: variables to `Params` and `State`, and back."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -183,7 +184,8 @@ class BatchNorm(nn.BatchNorm):
 
 
 # Set after the class: the dataclass decorator makes `__init__` from the fields.
-BatchNorm.__init__ = _elsewhere.takes_flax_arguments(BatchNorm.__init__)  # type: ignore[method-assign]
+_named = _elsewhere.names_keywords("BatchNorm", _elsewhere.ARGUMENTS)
+BatchNorm.__init__ = _named(BatchNorm.__init__)  # type: ignore[method-assign]
 
 
 def _immutable(path: str) -> errors.ModifyScopeVariableError:
@@ -197,3 +199,7 @@ def _immutable(path: str) -> errors.ModifyScopeVariableError:
         f"learn nothing.",
     )
     return error
+
+
+def __getattr__(name: str) -> Any:
+    raise _elsewhere.missing(name, sys.modules[__name__], sys._getframe(1))

@@ -1,5 +1,6 @@
 """`BatchNorm` for Flax nnx: variables to `Params` and `State`, and back."""
 
+import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -72,7 +73,7 @@ class BatchNorm(nnx.BatchNorm):
     [0.005 0.005 0.   ]
     """
 
-    @_elsewhere.takes_flax_arguments
+    @_elsewhere.names_keywords("BatchNorm", _elsewhere.ARGUMENTS)
     def __init__(
         self,
         num_features: int,
@@ -230,3 +231,7 @@ class BatchNorm(nnx.BatchNorm):
 def _table_of(init: Initializer, before: tuple[int, ...]) -> Initializer:
     """The initializer of a table of what `init` makes, by the same random key."""
     return lambda key, shape, *more: init(key, (*before, *shape), *more)
+
+
+def __getattr__(name: str) -> Any:
+    raise _elsewhere.missing(name, sys.modules[__name__], sys._getframe(1))

@@ -47,12 +47,19 @@ def _models():
 
 
 @pytest.mark.parametrize(
-    "name", ["BatchNorm", "batchnorm", "BatchNormalization", "batch_normalization", "BatchNorm2d"]
+    ("module", "name"),
+    [
+        *((jaxbn, name) for name in ("BatchNorm", "batchnorm", "BatchNormalization")),
+        *((jaxbn, name) for name in ("batch_normalization", "BatchNorm2d")),
+        (jaxbn.linen, "BatchNorm2d"),
+        (jaxbn.nnx, "BatchNorm2d"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else v.__name__,
 )
-def test_names_of_other_libraries(name):
+def test_names_of_other_libraries(module, name):
     with pytest.raises(AttributeError) as error:
-        getattr(jaxbn, name)
-    assert str(error.value) == f"module 'jaxbn' has no attribute {name!r}; {HERE}"
+        getattr(module, name)
+    assert str(error.value) == (f"module {module.__name__!r} has no attribute {name!r}; {HERE}")
 
 
 @pytest.mark.parametrize(
@@ -99,6 +106,7 @@ def test_arguments_of_other_libraries(module, name):
         "center": "use_bias=1",
         "create_scale": "use_scale=1",
         "create_offset": "use_bias=1",
+        "decay": "momentum=1",
         "decay_rate": "momentum=1",
         "train": "use_running_average=not train",
         "training": "use_running_average=not training",
@@ -106,9 +114,7 @@ def test_arguments_of_other_libraries(module, name):
     }[name]
     with pytest.raises(TypeError) as error:
         module(**{name: 1})
-    assert str(error.value) == (
-        f"BatchNorm: {name}=1 is no argument of Flax's, expected its name; write {write}."
-    )
+    assert str(error.value) == (f"BatchNorm: {name}=1 is another library's keyword; write {write}.")
     assert name not in inspect.signature(module).parameters
 
 

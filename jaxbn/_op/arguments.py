@@ -4,11 +4,10 @@ Every check here reads shapes, dtypes and Python numbers only, so a bad call is 
 before any work, under `jit` as in eager code.
 """
 
-import functools
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +20,6 @@ from jaxbn._op.devices import Pool, sharded_as, varying_axes
 from jaxbn._op.renorm import Renorm
 from jaxbn._op.state import Moments, Params, State
 from jaxbn._op.tables import Index, Rows, rows_of, taken
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-# Keywords of other libraries' batch norms, and the keyword that means the same here.
-ELSEWHERE = {
-    "eps": "epsilon={}",
-    "training": "train={}",
-    "is_training": "train={}",
-    "use_running_average": "train=not {}",
-    "decay_rate": "momentum={}",
-}
 
 
 class Checked(NamedTuple):
@@ -144,25 +132,6 @@ def check(
         batch_axis=batch_axis,
         ghosts=ghosts,
     )
-
-
-def names_keywords(f: F) -> F:
-    """Wraps `f`: another library's keyword raises an error that names the keyword to write here.
-
-    A wrapper, because `**kwargs` in the signature would hide typing errors from type checkers.
-    """
-
-    @functools.wraps(f)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        for name, given in kwargs.items():
-            if name in ELSEWHERE:
-                raise TypeError(
-                    f"{f.__name__}: {name}={given!r} is another library's keyword; write "
-                    f"{ELSEWHERE[name].format(repr(given))}."
-                )
-        return f(*args, **kwargs)
-
-    return cast(F, call)
 
 
 class OneValueError(ValueError):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn import _elsewhere
 from jaxbn._op import arguments
 from jaxbn._op.arguments import Checked
 from jaxbn._op.axes import promote
@@ -23,7 +24,7 @@ from jaxbn._op.training import Operands, Spec, normalize_by_batch
 S = TypeVar("S", bound=State | Moments | None)  # the state goes out in the kind that came in
 
 
-@arguments.names_keywords
+@_elsewhere.names_keywords("batch_norm", _elsewhere.KEYWORDS)
 def batch_norm(
     x: jax.Array,
     params: Params | None,

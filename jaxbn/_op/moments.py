@@ -252,7 +252,7 @@ def _by_grid(
     if k & (k - 1):
         total, k = total / k, 1
     mean, var = _about(device, total, axes, x.astype(kind) * k, mask, n)
-    return mean / k, var / k**2
+    return mean / k, var / float(k) ** 2  # the square of an integer may exceed 32 bits
 
 
 def _grid(x: jax.Array, axes: Axes) -> jax.Array:

@@ -299,8 +299,10 @@ CASES = {
             ("eps", 0.001, "epsilon=0.001"),
             ("training", True, "train=True"),
             ("is_training", False, "train=False"),
-            ("use_running_average", True, "train=not True"),
+            ("use_running_average", True, "train=not use_running_average"),
+            ("decay", 0.9, "momentum=0.9"),
             ("decay_rate", 0.9, "momentum=0.9"),
+            ("weight", 1, "params=jaxbn.Params(scale, bias)"),
         )
     },
     **{

@@ -77,6 +77,26 @@ def backward(x, params, state, dy, **options):
     return y, state, *vjp(dy)
 
 
+@pytest.mark.parametrize("platform", ["cpu", *PLATFORMS])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"activation": jax.nn.relu},
+        {"virtual_batch_size": 2**13},
+        {"mask": shape((2**14, 512, 512, 1), bool)},
+    ],
+    ids=["plain", "relu", "ghosts", "mask"],
+)
+def test_more_values_than_32_bits_count(platform, options):
+    """2³² values a channel, of which a GPU's grid has 2²⁶: no number of them is an int32."""
+    x = shape((2**14, 512, 512, C), "bfloat16")
+    mask = options.get("mask")
+    static = {name: v for name, v in options.items() if name != "mask"}
+    f = jax.jit(lambda x, p, s, mask, dy: backward(x, p, s, dy, mask=mask, **static))
+    f.trace(x, PARAMS, STATE, mask, x).lower(lowering_platforms=(platform,))
+
+
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_training(dtype, platform):

@@ -1,0 +1,1 @@
+"""`swap`: other norms in place of a model's batch norms."""
