@@ -425,6 +425,27 @@ def weights():
     return figure
 
 
+def domains():
+    """Accuracy by day and by night, with one set of statistics and with one for each."""
+    rows = table("docs/domains.md", "a batch")
+    figure, axis = plots.axes(
+        "Images by day and by night",
+        "test accuracy, %: mean and range of 3 seeds",
+        height=3,
+    )
+    for i, (_, _, *cells) in enumerate(rows):
+        for cell, shift, color in zip(cells, (-0.1, 0.1), (GREY, BLUE), strict=True):
+            mean, least, most = map(float, re.findall(r"[\d.]+", cell))
+            axis.hlines(i + shift, least, most, color=color, linewidth=2)
+            axis.scatter(mean, i + shift, color=color, s=60, zorder=3)
+    axis.scatter([], [], color=GREY, label="one set")
+    axis.scatter([], [], color=BLUE, label="a set for each")
+    axis.legend(loc="lower left", frameon=False)
+    axis.set_yticks(range(len(rows)), [f"a batch {kind}, tested {when}" for kind, when, *_ in rows])
+    axis.invert_yaxis()
+    return figure
+
+
 def fold_report():
     """Operations of norms in a network, as written and folded."""
     import jax
@@ -481,8 +502,8 @@ PICTURES: dict[str, Callable] = {
     for drawn in (
         *(first_steps, devices),
         *(train, predict, ship, speedrun, failures, alarms, served, false_alarms, stale),
-        *(recalibrate, tent, weights, finetune, renorm, swap, fold_report, torch_roundtrip),
-        *(zoo, watched),
+        *(recalibrate, tent, weights, domains, finetune, renorm, swap, fold_report),
+        *(torch_roundtrip, zoo, watched),
     )
 }
 

@@ -6,9 +6,8 @@ Where each row of x has a domain of its own, the moments are those of the rows o
 
     mean[k] = Σ w x / Σ w,    var[k] = Σ w |x - mean[k]|² / Σ w,
 
-Σ running over the cells of the rows i with domain[i] = k,
-and row i is normalized by those of domain[i]. What row i takes is then [rows, C], as if the rows
-were features.
+Σ running over the cells of the rows i with domain[i] = k, and row i is normalized by those of
+domain[i]. What the rows take is then [rows, C], as if the rows were features.
 """
 
 from typing import Any, NamedTuple

@@ -14,6 +14,8 @@ from jaxbn._op.batch_norm import finish
 from jaxbn._swapping.swapped import Swapped, SwappedLayer, check_tables, names
 from jaxbn._text import listed
 
+TABLES = ("domains", "classes")  # what Flax's batch norm does not have
+
 
 def as_batch_norms(
     model: Any, variables: Any, to: str, chosen: Mapping[str, Layer], options: Mapping[str, Any]
@@ -50,7 +52,7 @@ def as_batch_norms(
     found = {path: layer for path, layer in layers.nnx_layers(model) if path in chosen}
     for path, layer in found.items():
         _check_own_call(path, layer)
-        check_tables(path, layer, to)
+        check_tables(path, layer, TABLES if to == "flax" else ())
     for layer in found.values():
         _exchange_nnx(layer, to, options)
     return Swapped(model, None, report)
@@ -104,7 +106,7 @@ def _linen_batch_norm(path: str, layer: Any, to: str, options: Mapping[str, Any]
     import jaxbn.linen
 
     _check_own_call(path, layer)
-    check_tables(path, layer, to)
+    check_tables(path, layer, TABLES if to == "flax" else ())
     cls: Any = nn.BatchNorm if to == "flax" else jaxbn.linen.BatchNorm
     fields = {field.name for field in dataclasses.fields(cls)} - {"parent", "name"}
     kept = {name: getattr(layer, name) for name in fields if hasattr(layer, name)}

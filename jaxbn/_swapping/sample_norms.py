@@ -18,6 +18,7 @@ from jaxbn._swapping.swapped import Swapped, SwappedLayer, check_tables, names
 from jaxbn._text import listed
 
 NORMS = {"group": "GroupNorm", "layer": "LayerNorm", "instance": "InstanceNorm"}
+TABLES = ("affine_per_domain", "classes")  # what these norms do not have; they need no statistics
 
 
 def as_sample_norms(
@@ -46,7 +47,7 @@ def as_sample_norms(
     found = {path: layer for path, layer in layers.nnx_layers(model) if path in chosen}
     _check_last(to, {path: layer.axis for path, layer in found.items()})
     for path, layer in found.items():
-        check_tables(path, layer, to)
+        check_tables(path, layer, TABLES)
     for path, layer in found.items():
         new = _new_nnx_norm(layer, to, grouped[path])
         nnx_classes.exchange(layer, type(new))
@@ -113,7 +114,7 @@ def _apply_swapped(
         if call.path not in groups:
             return run(call.train), None
         _check_last(to, {call.path: call.layer.axis}, call.x)
-        check_tables(call.path, call.layer, to)
+        check_tables(call.path, call.layer, TABLES)
         # The norm works in the old layer's scope, so it finds scale and bias under their paths.
         norm = getattr(nn, NORMS[to])(
             **_kept_options(call.layer, to, groups[call.path]),

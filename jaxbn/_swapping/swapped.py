@@ -1,5 +1,6 @@
-"""What `swap` returns, and the tables that no norm of Flax's has."""
+"""What `swap` returns."""
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 
@@ -13,7 +14,7 @@ class SwappedLayer(NamedTuple):
 
 
 class Swapped(NamedTuple):
-    """What `swap` returns, and the tables that no norm of Flax's has."""
+    """What `swap` returns."""
 
     model: Any  # for linen, a function to call in place of net.apply; or the nnx model
     variables: Any  # linen's, with the statistics that the new norms have; None for nnx
@@ -25,10 +26,9 @@ def names(held: Any) -> tuple[str, ...]:
     return tuple(name for name, v in held._asdict().items() if v is not None)
 
 
-def check_tables(path: str, layer: Any, to: str) -> None:
-    """Refuses a layer whose domains or classes the new norm cannot have."""
-    tables = {"flax": ("domains", "classes"), "batch": ()}.get(to, ("affine_per_domain", "classes"))
-    for name in tables:
+def check_tables(path: str, layer: Any, names: Collection[str]) -> None:
+    """Refuses a layer with domains or classes that the new norm does not have."""
+    for name in names:
         if held := getattr(layer, name, None):
             raise ValueError(
                 f"swap: layer {path!r} has {name}={held}, which Flax's norms do not have; leave "

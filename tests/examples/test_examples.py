@@ -66,6 +66,7 @@ BAD = [
     ("renorm/renorm.py --data-dir {}/no", NO_DATA),
     ("adapt/tent.py --data-dir {}/no", NO_DATA),
     ("adapt/weights.py --seeds 0", "argument --seeds: 0 is out of range, must be at least 1"),
+    ("domains/domains.py --data-dir {}/no", NO_DATA),
     ("drift/alarms.py --data-dir {}/no", NO_DATA),
     ("drift/alarms.py --run {} --width 2", "{} has no complete checkpoint"),
     ("drift/alarms.py --window 200", "--window 200: there are 180 images to draw it from"),
