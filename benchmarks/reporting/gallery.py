@@ -394,6 +394,18 @@ def renorm():
     return figure
 
 
+def domains():
+    """Accuracy by day and by night, with one set of statistics and with one for each."""
+    rows = table("docs/domains.md", "a batch")
+    rows = [(f"a batch {kind}, tested {when}", *cells) for kind, when, *cells in rows]
+    title, x = "Images by day and by night", "test accuracy, %: mean and range"
+    figure, axis = plots.axes(title, f"{x} of 3 seeds", height=3)
+    ranges(axis, rows, {"one set": GREY, "a set for each": BLUE})
+    axis.legend(loc="lower left", frameon=False)
+    axis.invert_yaxis()
+    return figure
+
+
 def tent():
     """Errors on corrupted images by what the norms normalize by, for two sizes of a batch."""
     found = table("docs/adapt.md", "a batch of")
@@ -425,23 +437,17 @@ def weights():
     return figure
 
 
-def domains():
-    """Accuracy by day and by night, with one set of statistics and with one for each."""
-    rows = table("docs/domains.md", "a batch")
+def generator():
+    """How many of the generated digits are of the class that was asked for."""
+    rows = table("docs/domains.md", "the label is")
     figure, axis = plots.axes(
-        "Images by day and by night",
-        "test accuracy, %: mean and range of 3 seeds",
-        height=3,
+        "Digits of a class", "of that class, %: mean and range of 3 seeds", height=2.5
     )
-    for i, (_, _, *cells) in enumerate(rows):
-        for cell, shift, color in zip(cells, (-0.1, 0.1), (GREY, BLUE), strict=True):
-            mean, least, most = map(float, re.findall(r"[\d.]+", cell))
-            axis.hlines(i + shift, least, most, color=color, linewidth=2)
-            axis.scatter(mean, i + shift, color=color, s=60, zorder=3)
-    axis.scatter([], [], color=GREY, label="one set")
-    axis.scatter([], [], color=BLUE, label="a set for each")
-    axis.legend(loc="lower left", frameon=False)
-    axis.set_yticks(range(len(rows)), [f"a batch {kind}, tested {when}" for kind, when, *_ in rows])
+    for i, (_, cell, _) in enumerate(rows):
+        mean, *ends = map(float, re.findall(r"[\d.]+", cell))
+        axis.hlines(i, *(ends or (mean, mean)), color=BLUE, linewidth=2)
+        axis.scatter(mean, i, color=BLUE if ends else GREY, s=60, zorder=3)
+    axis.set_yticks(range(len(rows)), [row[0] for row in rows])
     axis.invert_yaxis()
     return figure
 
@@ -501,9 +507,25 @@ PICTURES: dict[str, Callable] = {
     drawn.__name__: drawn
     for drawn in (
         *(first_steps, devices),
+<<<<<<< HEAD
         *(train, predict, ship, speedrun, failures, alarms, served, false_alarms, stale),
         *(recalibrate, tent, weights, domains, finetune, renorm, swap, fold_report),
         *(torch_roundtrip, zoo, watched),
+=======
+        *(train, ship, speedrun, failures, alarms, served, false_alarms, stale),
+        *(
+            recalibrate,
+            finetune,
+            renorm,
+            domains,
+            generator,
+            swap,
+            fold_report,
+            torch_roundtrip,
+            zoo,
+            watched,
+        ),
+>>>>>>> domains
     )
 }
 

@@ -75,7 +75,10 @@ def trained(net, variables, x, y, rows, domains, scaled):
     return jax.lax.scan(step, start, (rows, domains))[0][0]
 
 
-def main(data_dir=None, width=8, images=25_600, batch=64, seeds=3):
+KINDS = ("of day or night", "of both")
+
+
+def main(data_dir=None, width=8, images=12_800, batch=64, seeds=3, kinds=KINDS):
     data = load("cifar10" if data_dir else "digits", data_dir)
     every = np.arange(min(10_000, len(data.train_y)))
     test = np.arange(min(2000, len(data.test_y)))
@@ -84,12 +87,9 @@ def main(data_dir=None, width=8, images=25_600, batch=64, seeds=3):
     scaled = partial(normalize, mean=data.mean, std=data.std)
     table = Table("a batch", "tested", "one set", "a set for each", title=data.name)
     steps = images // batch
-    of_steps = np.arange(steps) % 2
-    kinds = {
-        "of day or night": jnp.asarray(of_steps),
-        "of both": jnp.asarray(np.tile(np.arange(batch) % 2, (steps, 1))),
-    }
-    for kind, domains in kinds.items():
+    drawn = jnp.arange(steps) % 2, jnp.tile(jnp.arange(batch) % 2, (steps, 1))
+    for kind in kinds:
+        domains = drawn[KINDS.index(kind)]
         scores = {}  # (domain, sets) → of each seed
         for sets in (None, 2):
             net = Net(width, sets)

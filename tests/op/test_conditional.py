@@ -1,5 +1,7 @@
 """Scale and bias of each row: y and gradients equal the oracle's, on every road."""
 
+from pathlib import Path
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from tests.support import cases, oracle
 from tests.support.compiling import compiled_quickly
 
 CASES = [case for case in cases.SMALL if case.name in ("features apart", "float64", "valid pixels")]
+EXAMPLES = Path(__file__).parents[2] / "examples"
 CLASSES = 5
 
 
@@ -162,3 +165,15 @@ def test_kept_for_backward_is_x(train):
     _, vjp = jax.vjp(f, x, scale)
     large = [leaf for leaf in jax.tree.leaves(vjp) if getattr(leaf, "size", 0) >= x.size]
     assert [leaf.dtype for leaf in large] == ["bfloat16"]
+
+
+def test_the_example_runs(monkeypatch):
+    """In its smallest form: a score of real digits, and of those of either generator."""
+    monkeypatch.syspath_prepend(EXAMPLES / "domains")
+    import generator
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        table = generator.main(width=2, steps=2, batch=4, seeds=1)
+    scores = [float(cell.partition("%")[0]) for cell in list(table.columns)[1].cells]
+    assert scores[0] > 90
+    assert all(0 <= score <= 100 for score in scores)
