@@ -87,8 +87,7 @@ def saved_model(
     jitted = jax.jit(lambda *leaves: jax.tree.leaves(flat(*leaves)), keep_unused=True)
     try:
         program = jax.export.export(jitted, platforms=PLATFORMS)(*shapes)
-        module = mlir.deserialize_portable_artifact(program.mlir_module_serialized)
-        module = mlir.serialize_portable_artifact(module, STABLEHLO)
+        module = mlir.serialize_portable_artifact(program.mlir_module(), STABLEHLO)
     except Exception as error:
         raise ValueError(
             f"saved_model: fn cannot be converted: {first_line(error)}; expected operations that "
