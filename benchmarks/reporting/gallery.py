@@ -402,7 +402,6 @@ def domains():
     figure, axis = plots.axes(title, f"{x} of 3 seeds", height=3)
     ranges(axis, rows, {"one set": GREY, "a set for each": BLUE})
     axis.legend(loc="lower left", frameon=False)
-    axis.invert_yaxis()
     return figure
 
 
@@ -507,25 +506,9 @@ PICTURES: dict[str, Callable] = {
     drawn.__name__: drawn
     for drawn in (
         *(first_steps, devices),
-<<<<<<< HEAD
         *(train, predict, ship, speedrun, failures, alarms, served, false_alarms, stale),
-        *(recalibrate, tent, weights, domains, finetune, renorm, swap, fold_report),
+        *(recalibrate, tent, weights, domains, generator, finetune, renorm, swap, fold_report),
         *(torch_roundtrip, zoo, watched),
-=======
-        *(train, ship, speedrun, failures, alarms, served, false_alarms, stale),
-        *(
-            recalibrate,
-            finetune,
-            renorm,
-            domains,
-            generator,
-            swap,
-            fold_report,
-            torch_roundtrip,
-            zoo,
-            watched,
-        ),
->>>>>>> domains
     )
 }
 

@@ -14,8 +14,8 @@ from task import CORRUPTIONS, Task, corrupted, run, spread
 
 import jaxbn
 
-PRIOR = 16  # images that the running statistics weigh as much as, where they are blended
-BATCHES = 100  # at most, of each size
+PRIOR = 8  # images that the running statistics weigh as much as, where they are blended
+BATCHES = 125  # at most, of each size
 RATE = 1e-3  # of TENT's Adam, for a batch of 200
 
 
@@ -24,15 +24,24 @@ def source(task, variables, batches):
     return [task.apply(variables, x) for x in batches]
 
 
-def adapted(task, variables, batches, prior=0):
-    """By the statistics of each batch, blended with those of the training (Schneider et al. 2020).
+def adapted(task, variables, batches):
+    """By the statistics of each batch (AdaBN, Li et al. 2016)."""
+    observed = partial(jaxbn.recalibrate, task.observed, variables, progress=False)
+    return [task.apply(observed([x]), x) for x in batches]
 
-    Without a prior by those of the batch alone, as AdaBN (Li et al. 2016).
+
+def blended(task, variables, batches, prior=PRIOR):
+    """By those of each batch, blended with those of the training (Schneider et al. 2020).
+
+    A layer at a time, so that each sees what the blend before it passes on.
     """
     logits = []
     for x in batches:
-        momentum = prior / (prior + len(x))
-        new = jaxbn.recalibrate(task.observed, variables, [x], momentum=momentum, progress=False)
+        new, momentum = variables, prior / (prior + len(x))
+        for path in jaxbn.layers.find(variables):  # BatchNorm_0 to BatchNorm_3, as x passes
+            new = jaxbn.recalibrate(
+                task.observed, new, [x], where=path, momentum=momentum, progress=False
+            )
         logits.append(task.apply(new, x))
     return logits
 
@@ -63,10 +72,10 @@ def tent(task, variables, batches):
     return logits
 
 
-WAYS = {"source": source, "batch": adapted, "blend": partial(adapted, prior=PRIOR), "TENT": tent}
+WAYS = {"source": source, "batch": adapted, "blend": blended, "TENT": tent}
 
 
-def main(data_dir=None, width=16, images=100_000, test=5000, sizes=(200, 16), seeds=3):
+def main(data_dir=None, width=16, images=100_000, test=5000, sizes=(200, 8), seeds=3):
     task = Task(data_dir, width, images, test)
     task.observed = partial(task.net.apply, train=False)  # one function: compiled once
     trained = [task.trained(seed) for seed in range(seeds)]

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.support.compiling import compiled_quickly
+from tests.support.compiling import as_pasted, compiled_quickly
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = {"width": 1, "images": 128, "test": 96, "seeds": 1}
@@ -16,8 +16,7 @@ SMALL = {"width": 1, "images": 128, "test": 96, "seeds": 1}
 def _beside(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES / "cifar10")
     monkeypatch.syspath_prepend(EXAMPLES / "adapt")
-    allowed = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
-    with compiled_quickly(), allowed[0], allowed[1]:
+    with as_pasted(), compiled_quickly():
         yield
 
 
@@ -64,13 +63,14 @@ def test_tent_answers_first_as_recalibration_does_and_a_large_prior_as_the_sourc
     its.observed = lambda variables, x, **options: its.net.apply(variables, x, **options)
     variables = its.trained(0)
     batches = [its.scaled(its.test_x[:48])] * 3
-    answers = {name: f(its, variables, batches) for name, f in tent.WAYS.items()}
+    ways = {"source": tent.source, "batch": tent.adapted, "TENT": tent.tent}
+    answers = {name: f(its, variables, batches) for name, f in ways.items()}
     tolerance = {"rtol": 1e-4, "atol": 1e-4}
     np.testing.assert_allclose(answers["TENT"][0], answers["batch"][0], **tolerance)
     p = [jax.nn.softmax(logits) for logits in answers["TENT"]]
     first, second, third = (-(v * np.log(v)).sum() for v in p)  # of one batch, three times
     assert first > second > third
-    prior = tent.adapted(its, variables, batches[:1], prior=1e9)
+    prior = tent.blended(its, variables, batches[:1], prior=1e9)
     np.testing.assert_allclose(prior[0], answers["source"][0], **tolerance)
 
 
@@ -78,6 +78,7 @@ def test_the_table_of_tent(monkeypatch):
     import tent
 
     monkeypatch.setattr(tent, "CORRUPTIONS", ("none", "contrast"))
+    monkeypatch.setattr(tent, "WAYS", {"source": tent.source, "TENT": tent.tent})
     table = tent.main(sizes=(48,), **SMALL)
     found = errors(table, tent.WAYS)
     assert [len(values) for values in found.values()] == [2] * len(tent.WAYS)
