@@ -32,7 +32,7 @@ def table(page: str, first: str) -> list[list[str]]:
     """The rows of a page's table by its first column's name; an empty cell as the cell above."""
     text = (ROOT / page).read_text()
     found = re.search(
-        rf"^\| {re.escape(first)} \|.*\n\|[-:| ]+\|\n((?:\|.*\n)+)", text, re.MULTILINE
+        rf"^\| {re.escape(first)} +\|.*\n\|[-:| ]+\|\n((?:\|.*\n)+)", text, re.MULTILINE
     )
     if found is None:
         raise ValueError(f"{page}: no table whose first column is {first!r}, expected one to draw.")
@@ -480,6 +480,27 @@ def fold_report():
     return figure
 
 
+def study(name: str, *tables: str):
+    """A study's picture, drawn by its script from the tables of the page."""
+    return script(f"studies/{name}").picture(*(table("docs/studies.md", t) for t in tables))
+
+
+def learning_rate():
+    """Steps to a target by learning rate, and loss and gradient ahead."""
+    ahead = [f"step length, {what} ahead" for what in ("loss", "gradient")]
+    return study("learning_rate", "learning rate", *ahead)
+
+
+def synchronized():
+    """Accuracy by what a device normalizes by."""
+    return study("synchronized", "a device normalizes by")
+
+
+def momentum():
+    """Accuracy and error of running statistics by updates."""
+    return study("momentum", "updates", "after updates")
+
+
 def watched():
     """How far running statistics are from those of the batch, by step."""
     with tempfile.TemporaryDirectory() as folder:
@@ -507,8 +528,9 @@ PICTURES: dict[str, Callable] = {
     for drawn in (
         *(first_steps, devices),
         *(train, predict, ship, speedrun, failures, alarms, served, false_alarms, stale),
-        *(recalibrate, tent, weights, domains, generator, finetune, renorm, swap, fold_report),
-        *(torch_roundtrip, zoo, watched),
+        *(recalibrate, tent, weights, domains, generator, finetune, renorm),
+        *(swap, fold_report, torch_roundtrip, zoo, watched, learning_rate, synchronized),
+        *(momentum,),
     )
 }
 

@@ -13,6 +13,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NO_DATA = "--data-dir {}/no: no test_batch.bin in it, nor in cifar-10-batches-bin/ below it"
+SEEDS = "argument --seeds: 0 is out of range, must be at least 1"
 BAD = [
     ("cifar10/ship.py {}", "{} is no run of train.py: it has no config.json"),
     ("cifar10/ship.py {}/list", "{}/list/config.json: a list, expected the options of a run"),
@@ -67,6 +68,13 @@ BAD = [
     ("adapt/tent.py --data-dir {}/no", NO_DATA),
     ("adapt/weights.py --seeds 0", "argument --seeds: 0 is out of range, must be at least 1"),
     ("domains/domains.py --data-dir {}/no", NO_DATA),
+    ("studies/learning_rate.py --data-dir {}/no", NO_DATA),
+    ("studies/momentum.py --tiny --seeds 0", SEEDS),
+    ("studies/momentum.py --picture {}", "--picture {}: expected a file in a folder that exists"),
+    (
+        "studies/momentum.py --picture {}/no/f",
+        "--picture {}/no/f: expected a file in a folder that exists",
+    ),
     ("drift/alarms.py --data-dir {}/no", NO_DATA),
     ("drift/alarms.py --run {} --width 2", "{} has no complete checkpoint"),
     ("drift/alarms.py --window 200", "--window 200: there are 180 images to draw it from"),
