@@ -34,8 +34,17 @@ def folded():
 
 
 @pytest.fixture(scope="module")
-def source(folded, tmp_path_factory):
-    pytest.importorskip("litert_converter")
+def litert():
+    return pytest.importorskip("litert_converter")
+
+
+@pytest.fixture(scope="module")
+def tf():
+    return pytest.importorskip("tensorflow")
+
+
+@pytest.fixture(scope="module")
+def source(litert, folded, tmp_path_factory):
     return export.tflite(folded, X, tmp_path_factory.mktemp("tflite") / "net.tflite")
 
 
@@ -73,8 +82,7 @@ def test_all_rows_come_in_batches_of_one_size(rows):
     assert 0 <= len(together) - rows < 4
 
 
-def test_inputs_and_results_have_names_and_dtypes(tmp_path):
-    pytest.importorskip("litert_converter")
+def test_inputs_and_results_have_names_and_dtypes(litert, tmp_path):
     images = RANDOM.integers(0, 255, X.shape).astype(np.uint8)
     tokens = RANDOM.integers(0, 9, (4, 5)).astype(np.int32)
     table = RANDOM.normal(size=(9, 3)).astype(np.float32)
@@ -134,8 +142,7 @@ LACKING = {
 
 
 @pytest.mark.parametrize("name", LACKING)
-def test_what_tflite_lacks_is_refused(name, tmp_path):
-    pytest.importorskip("litert_converter")
+def test_what_tflite_lacks_is_refused(litert, name, tmp_path):
     fn, reason = LACKING[name]
     with pytest.raises(ValueError) as error:
         export.tflite(fn, X, tmp_path / "f")
@@ -146,9 +153,8 @@ def test_what_tflite_lacks_is_refused(name, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_the_converter_makes_something_else_of_is_not_written(tmp_path):
+def test_what_the_converter_makes_something_else_of_is_not_written(litert, tmp_path):
     """A transposed convolution with SAME padding comes out larger."""
-    pytest.importorskip("litert_converter")
     layer = nn.ConvTranspose(2, (3, 3), (2, 2))
     variables = layer.init(jax.random.key(0), X)
     with pytest.raises(ValueError, match="tflite: the file's result has shape "):
@@ -190,8 +196,7 @@ def test_files_and_inputs_that_do_not_fit_are_refused(source, tmp_path):
 # SavedModel
 
 
-def test_a_saved_model_is_the_function_at_any_batch_size(folded, tmp_path):
-    tf = pytest.importorskip("tensorflow")
+def test_a_saved_model_is_the_function_at_any_batch_size(tf, folded, tmp_path):
     done = export.saved_model(
         lambda x: {"logits": folded(x["image"]), "label": jnp.argmax(folded(x["image"]), -1)},
         {"image": X},
@@ -224,9 +229,7 @@ def test_a_saved_model_takes_a_new_folder(tmp_path):
     assert str(error.value) == f"saved_model: {tmp_path}/net is there already; name a new folder."
 
 
-def test_a_saved_model_that_cannot_be_is_not_written(tmp_path):
-    pytest.importorskip("tensorflow")
-
+def test_a_saved_model_that_cannot_be_is_not_written(tf, tmp_path):
     def fn(x):
         return x if x.shape[0] > 3 else x[:3]
 
