@@ -18,8 +18,8 @@ def quantiles(call: Call) -> jax.Array:
     """Values of x that are equally probable, [QUANTILES], in order; of |x| if x is complex.
 
     They are those of a sample of cells, spread evenly over rows, positions and channels. Devices
-    whose statistics the layer pools are pooled. Cells behind the mask, and NaN, take no part; if
-    nothing is left, all values are NaN.
+    whose statistics the layer pools are pooled. Cells behind the mask, or not finite, take no part;
+    if nothing is left, all values are NaN.
 
     >>> import jaxbn, jax.numpy as jnp
     >>> from jaxbn import calls
@@ -34,18 +34,21 @@ def quantiles(call: Call) -> jax.Array:
     # Where shardings are types, JAX can neither merge sharded axes nor pick from them.
     x = devices.sharded_as(call.x, call.x, [None] * call.x.ndim)
     cells = _some(x, x.shape)
+    valid = jnp.isfinite(cells)
     if mask is not None:
         mask = devices.sharded_as(mask, mask, [None] * mask.ndim)
-        cells = jnp.where(_some(mask, x.shape), cells, jnp.nan)
+        valid &= _some(mask, x.shape) > 0
     pool = resolve("watch", layer.axis_name, layer.axis_index_groups)
+    # Zeros for what does not count, as `gather` adds: it would spread what is not finite.
+    both = jnp.stack([jnp.where(valid, cells, 0), valid.astype(jnp.float32)], -1)
     if pool is not None:
         for name in pool.mapped:
-            cells = devices.parts(cells, name, pool.groups)
-        cells = devices.gather(cells, pool) if pool.axis_name else cells
-    cells = jnp.sort(cells.ravel())  # NaN last
-    valid = (~jnp.isnan(cells)).sum(dtype=np.int32)
-    middles = jnp.asarray(np.arange(1, 2 * QUANTILES, 2, np.int32))  # of QUANTILES equal parts
-    return jnp.where(valid > 0, cells[middles * valid // (2 * QUANTILES)], jnp.nan)
+            both = devices.parts(both, name, pool.groups)
+        both = devices.gather(both, pool) if pool.axis_name else both
+    cells = jnp.sort(jnp.where(both[..., 1] > 0, both[..., 0], jnp.inf).ravel())
+    number = both[..., 1].sum().astype(np.int32)
+    middles = jnp.asarray(np.arange(1, 2 * QUANTILES, 2), np.int32)  # of QUANTILES equal parts
+    return jnp.where(number > 0, cells[middles * number // (2 * QUANTILES)], jnp.nan)
 
 
 def _some(v: jax.Array, shape: tuple[int, ...]) -> jax.Array:

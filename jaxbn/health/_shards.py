@@ -145,7 +145,7 @@ def bounds(shards: Shards, chance: float) -> tuple[float, float]:
     >>> from jaxbn.health import _shards
     >>> rows = jaxbn.Moments(np.full((1, 8), 16.0), np.zeros((1, 8)), np.ones((1, 8)))
     >>> [round(v, 2) for v in _shards.bounds(_shards.Shards(rows, rows), 1e-5)]
-    [0.12, 2.38]
+    [0.15, 2.45]
     """
     from scipy.special import fdtri  # type: ignore[import-untyped]  # jax depends on scipy
 

@@ -2,7 +2,6 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +10,7 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+import jaxbn
 from jaxbn import watch
 from jaxbn._inspection import sketch
 
@@ -21,8 +21,12 @@ MASK = RNG.random((16, 6, 1)) < 0.7
 
 
 def look(x, mask=None, axis_name=None):
-    model = nn.BatchNorm(use_running_average=False, axis_name=axis_name)
-    variables = model.init(jax.random.key(0), x)
+    model = jaxbn.linen.BatchNorm(use_running_average=False, axis_name=axis_name)
+    c = x.shape[-1]
+    variables = {
+        "params": {"scale": jnp.ones(c), "bias": jnp.zeros(c)},
+        "batch_stats": {"mean": jnp.zeros(c), "var": jnp.ones(c)},
+    }
     looked = watch.linen(model.apply, histogram=True)
     seen = looked(variables, x, mutable=["batch_stats"], mask=mask)[1]
     return watch.records(seen, variables)[""].quantiles
