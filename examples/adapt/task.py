@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from augment import normalize
 from data import load
-from options import Parser, between, one_line
+from command import Parser, between, one_line
 
 import jaxbn
 

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from augment import normalize
 from data import load
-from options import Parser, one_line
+from command import Parser, one_line
 from rich import print
 from rich.table import Table
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from options import Parser, one_line
+from command import Parser, one_line
 from rich import print
 from rich.table import Table
 from sklearn.datasets import load_digits

@@ -140,12 +140,12 @@ def initial_share(running: Any, batch: Moments, epsilon: float = 1e-5) -> float:
     0.6
     """
     seen = seen_in(batch)
-    running, batch = (
-        State(in_double(m.mean)[seen], in_double(m.var)[seen], None) for m in (running, batch)
+    (mean, var), (running_mean, running_var) = (
+        (in_double(m.mean)[seen], in_double(m.var)[seen]) for m in (batch, running)
     )
-    v = batch.var + epsilon
-    to_batch = np.stack([batch.mean / np.sqrt(v), (batch.var - 1) / v])
-    gone = np.stack([running.mean / np.sqrt(v), (running.var - 1) / v])
+    v = var + epsilon
+    to_batch = np.stack([mean / np.sqrt(v), (var - 1) / v])
+    gone = np.stack([running_mean / np.sqrt(v), (running_var - 1) / v])
     whole = np.vdot(to_batch, to_batch).real
     return float(1 - np.vdot(to_batch, gone).real / whole) if whole else 0.0
 
