@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import optax
 from augment import normalize
-from data import load
 from command import Parser, between, one_line
+from data import load
 
 import jaxbn
 

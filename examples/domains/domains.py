@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from augment import normalize
-from data import load
 from command import Parser, one_line
+from data import load
 from rich import print
 from rich.table import Table
 

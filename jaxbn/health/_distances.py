@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxbn._op.state import Moments, State
+from jaxbn._op.state import Moments
 from jaxbn.health._findings import Limits, Setting
 
 
