@@ -501,6 +501,11 @@ def momentum():
     return study("momentum", "updates", "after updates")
 
 
+def freeze_when():
+    """Accuracy after fine-tuning by what is frozen, and when."""
+    return study("freeze_when", "frozen in fine-tuning", "best rate, by what is frozen")
+
+
 def watched():
     """How far running statistics are from those of the batch, by step."""
     with tempfile.TemporaryDirectory() as folder:
@@ -530,7 +535,7 @@ PICTURES: dict[str, Callable] = {
         *(train, predict, ship, speedrun, failures, alarms, served, false_alarms, stale),
         *(recalibrate, tent, weights, domains, generator, finetune, renorm),
         *(swap, fold_report, torch_roundtrip, zoo, watched, learning_rate, synchronized),
-        *(momentum,),
+        *(momentum, freeze_when),
     )
 }
 
