@@ -15,6 +15,7 @@ from jaxbn.export._signature import examples_of, flat_args, names_of, shapes_of,
 from jaxbn.export._stablehlo import PLATFORMS
 
 SIGNATURE = "serving_default"
+XLA = "tensorflow.compiler.tf2xla.python.xla"  # as jax2tf calls StableHLO
 STABLEHLO = "1.10.0"  # what is written: TensorFlow 2.21 reads up to 1.13, jax 0.12 writes 1.18
 
 
@@ -64,7 +65,7 @@ def saved_model(
     leaves = inference_inputs("saved_model", fn, args, leaves, "tensorflow")
     from jax.extend import mlir  # slow to import
 
-    tf = need("saved_model", "tensorflow")
+    tf, xla = need("saved_model", "tensorflow"), need("saved_model", XLA)
 
     def flat(*leaves: Any) -> Any:
         return fn(*jax.tree.unflatten(structure, leaves))
@@ -95,8 +96,8 @@ def saved_model(
         ) from error
 
     def serve(*arrays: Any) -> dict[str, Any]:
-        results = tf.raw_ops.XlaCallModule(
-            args=arrays,
+        results = xla.call_module(
+            arrays,
             version=program.calling_convention_version,
             module=module,
             Sout=[free(v.shape) for v in program.out_avals],
