@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS)
 
-.PHONY: demo test lint bench docs targets targets-test release-check clean
+.PHONY: demo test lint bench docs targets targets-test tflite-test release-check clean
 
 demo: .venv/demo.done
 	$(BIN)/python examples/cifar10/train.py
@@ -32,6 +32,10 @@ targets: .venv-targets/done
 targets-test: .venv-targets/done
 	.venv-targets/bin/python -m pytest tests/accelerators
 
+# LiteRT's converter asks for older packages than the other tests.
+tflite-test: .venv-tflite/done
+	.venv-tflite/bin/python -m pytest tests/export/test_tflite.py
+
 docs: .venv/docs.done
 	$(BIN)/python docs/notebook.py
 	$(BIN)/sphinx-build --fail-on-warning docs docs/_build
@@ -41,7 +45,7 @@ release-check: .venv/release.done
 	$(BIN)/python -m tests.release $(ARGS)
 
 clean:
-	rm -rf .venv .venv-targets .pytest_cache .mypy_cache .ruff_cache docs/_build build dist
+	rm -rf .venv .venv-targets .venv-tflite .pytest_cache .mypy_cache .ruff_cache docs/_build build dist
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -72,4 +76,10 @@ clean:
 	$(PYTHON) -m venv .venv-targets
 	.venv-targets/bin/python -m pip --disable-pip-version-check install --quiet \
 		-c $(CONSTRAINTS) -e '.[bench,targets]'
+	touch $@
+
+.venv-tflite/done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-tflite
+	.venv-tflite/bin/python -m pip --disable-pip-version-check install --quiet \
+		-c $(CONSTRAINTS) -e '.[tflite]' pytest
 	touch $@
