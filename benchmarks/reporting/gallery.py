@@ -401,7 +401,7 @@ def domains():
     title, x = "Images by day and by night", "test accuracy, %: mean and range"
     figure, axis = plots.axes(title, f"{x} of 3 seeds", height=3)
     ranges(axis, rows, {"one set": GREY, "a set for each": BLUE})
-    axis.legend(loc="lower left", frameon=False)
+    axis.legend(loc="upper left", frameon=False)
     return figure
 
 
@@ -491,6 +491,11 @@ def learning_rate():
     return study("learning_rate", "learning rate", *ahead)
 
 
+def batch_size():
+    """Accuracy by the images in a batch, for three norms."""
+    return study("batch_size", "images in a batch")
+
+
 def synchronized():
     """Accuracy by what a device normalizes by."""
     return study("synchronized", "a device normalizes by")
@@ -534,7 +539,16 @@ PICTURES: dict[str, Callable] = {
         *(first_steps, devices),
         *(train, predict, ship, speedrun, failures, alarms, served, false_alarms, stale),
         *(recalibrate, tent, weights, domains, generator, finetune, renorm),
-        *(swap, fold_report, torch_roundtrip, zoo, watched, learning_rate, synchronized),
+        *(
+            swap,
+            fold_report,
+            torch_roundtrip,
+            zoo,
+            watched,
+            learning_rate,
+            batch_size,
+            synchronized,
+        ),
         *(momentum, freeze_when),
     )
 }

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from augment import normalize
-from command import Parser, one_line
+from command import Parser, between, one_line
 from data import load
 from rich import print
 from rich.table import Table
@@ -30,7 +30,7 @@ class Net(nn.Module):
     domains: int | None  # None: one set of statistics for all
 
     @nn.compact
-    def __call__(self, x, domain, train):  # [B, 32, 32, 3], [B] or [] → [B, 10]
+    def __call__(self, x, domain, train):  # [B, 16, 16, 3], [B] or [] → [B, 10]
         norm = partial(
             jaxbn.linen.BatchNorm,
             use_running_average=not train,
@@ -51,28 +51,21 @@ def seen(x, domain):
     return jnp.where(night, 0.25 * x - 1.5, x)
 
 
-@partial(jax.jit, static_argnames=("net", "scaled"))
-def trained(net, variables, x, y, rows, domains, scaled):
-    """The variables after a step for each of rows [steps, batch], by Adam."""
-    tx = optax.adam(2e-3)
+TX = optax.adam(2e-3)
 
-    def step(carry, now):
-        variables, opt_state = carry
-        rows, domain = now
 
-        def loss(params):
-            its = {**variables, "params": params}
-            images = seen(scaled(x[rows]), domain)
-            logits, new = net.apply(its, images, domain, train=True, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]).mean(), new
+@partial(jax.jit, static_argnames="net")
+def step(net, variables, opt_state, images, label, domain):
+    def loss(params):
+        its = {**variables, "params": params}
+        logits, new = net.apply(
+            its, seen(images, domain), domain, train=True, mutable=["batch_stats"]
+        )
+        return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean(), new
 
-        grads, new = jax.grad(loss, has_aux=True)(variables["params"])
-        updates, opt_state = tx.update(grads, opt_state)
-        params = optax.apply_updates(variables["params"], updates)
-        return ({"params": params, **new}, opt_state), None
-
-    start = variables, tx.init(variables["params"])
-    return jax.lax.scan(step, start, (rows, domains))[0][0]
+    grads, new = jax.grad(loss, has_aux=True)(variables["params"])
+    updates, opt_state = TX.update(grads, opt_state)
+    return {"params": optax.apply_updates(variables["params"], updates), **new}, opt_state
 
 
 KINDS = ("of day or night", "of both")
@@ -80,26 +73,32 @@ KINDS = ("of day or night", "of both")
 
 def main(data_dir=None, width=8, images=12_800, batch=64, seeds=3, kinds=KINDS):
     data = load("cifar10" if data_dir else "digits", data_dir)
-    every = np.arange(min(10_000, len(data.train_y)))
+    train = np.arange(min(10_000, len(data.train_y)))
     test = np.arange(min(2000, len(data.test_y)))
-    train_x, train_y = jnp.asarray(data.train_x[every]), jnp.asarray(data.train_y[every])
-    test_x, test_y = normalize(data.test_x[test], data.mean, data.std), data.test_y[test]
-    scaled = partial(normalize, mean=data.mean, std=data.std)
+    train_x, test_x = (
+        normalize(v[:, ::2, ::2], data.mean, data.std)  # [N, 16, 16, 3]
+        for v in (data.train_x[train], data.test_x[test])
+    )
+    train_y, test_y = data.train_y[train], data.test_y[test]
     table = Table("a batch", "tested", "one set", "a set for each", title=data.name)
     steps = images // batch
-    drawn = jnp.arange(steps) % 2, jnp.tile(jnp.arange(batch) % 2, (steps, 1))
     for kind in kinds:
-        domains = drawn[KINDS.index(kind)]
         scores = {}  # (domain, sets) → of each seed
         for sets in (None, 2):
             net = Net(width, sets)
             evaluate = jax.jit(partial(net.apply, train=False))
             for seed in range(seeds):
-                rows = np.random.default_rng(seed).integers(len(train_y), size=(steps, batch))
-                before = net.init(jax.random.key(seed), test_x[:1], DAY, train=False)
-                after = trained(net, before, train_x, train_y, rows, domains, scaled)
+                rng = np.random.default_rng(seed)
+                variables = net.init(jax.random.key(seed), test_x[:1], DAY, train=False)
+                opt_state = TX.init(variables["params"])
+                for i in range(steps):
+                    rows = rng.integers(len(train_y), size=batch)
+                    domain = jnp.asarray(i % 2 if kind == KINDS[0] else np.arange(batch) % 2)
+                    variables, opt_state = step(
+                        net, variables, opt_state, train_x[rows], train_y[rows], domain
+                    )
                 for domain in (DAY, NIGHT):
-                    logits = evaluate(after, seen(test_x, jnp.asarray(domain)), domain)
+                    logits = evaluate(variables, seen(test_x, jnp.asarray(domain)), domain)
                     right = np.mean(logits.argmax(-1) == test_y)
                     scores.setdefault((domain, sets), []).append(right)
         for domain, name in ((DAY, "by day"), (NIGHT, "by night")):
@@ -114,7 +113,18 @@ def main(data_dir=None, width=8, images=12_800, batch=64, seeds=3, kinds=KINDS):
 
 
 if __name__ == "__main__":
-    parser = Parser(prog="domains.py")
+    parser = Parser(
+        prog="domains.py",
+        description="One set of statistics for images of day and night, and a set for each.",
+        examples=[
+            "python examples/domains/domains.py",
+            "python examples/domains/domains.py --data-dir DIR",
+            "python examples/domains/domains.py --images 3200 --seeds 1",
+        ],
+    )
+    positive = between(int, 1)
     parser.add_argument("--data-dir", type=Path, help="CIFAR-10's binary files (else: digits)")
+    parser.add_argument("--images", type=positive, default=12_800, help="that each learns (12,800)")
+    parser.add_argument("--seeds", type=positive, default=3, help="networks of each kind (3)")
     with one_line(parser):
         main(**vars(parser.parse_args()))

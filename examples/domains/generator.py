@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from command import Parser, one_line
+from command import Parser, between, one_line
 from rich import print
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -117,6 +117,18 @@ def main(width=128, steps=4000, batch=64, seeds=3):
 
 
 if __name__ == "__main__":
-    parser = Parser(prog="generator.py")
+    parser = Parser(
+        prog="generator.py",
+        description="Handwritten digits of a class, by a scale and a bias for each label.",
+        examples=[
+            "python examples/domains/generator.py",
+            "python examples/domains/generator.py --steps 500 --seeds 1",
+            "python examples/domains/generator.py --width 64",
+        ],
+    )
+    positive = between(int, 1)
+    parser.add_argument("--steps", type=positive, default=4000, help="of training (4000)")
+    parser.add_argument("--width", type=positive, default=128, help="of the hidden layers (128)")
+    parser.add_argument("--seeds", type=positive, default=3, help="generators of each kind (3)")
     with one_line(parser):
         main(**vars(parser.parse_args()))

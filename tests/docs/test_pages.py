@@ -135,7 +135,13 @@ def test_the_table_of_examples_has_every_script_with_the_picture_of_the_gallery(
         *(gallery.ship, gallery.speedrun, gallery.failures, gallery.alarms, gallery.false_alarms),
         *(gallery.stale, gallery.recalibrate, gallery.finetune, gallery.swap),
         *(gallery.renorm, gallery.tent, gallery.weights),
-        *(gallery.learning_rate, gallery.synchronized, gallery.momentum, gallery.freeze_when),
+        *(
+            gallery.learning_rate,
+            gallery.batch_size,
+            gallery.synchronized,
+            gallery.momentum,
+            gallery.freeze_when,
+        ),
     ],
     ids=lambda draw: draw.__name__,
 )
