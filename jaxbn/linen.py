@@ -11,7 +11,7 @@ from flax import errors
 from flax.linen import dtypes
 
 from jaxbn import _elsewhere
-from jaxbn._op.arguments import array, check_update_stats
+from jaxbn._op.arguments import array, check_choices, check_tables, check_update_stats
 from jaxbn._op.axes import resolve, wide
 from jaxbn._op.one_value import train_anyway
 from jaxbn._op.state import Params, State
@@ -48,6 +48,12 @@ class BatchNorm(nn.BatchNorm):
         `jaxbn.batch_norm`.
       renorm: new here: `(r_max, d_max)`, batch renormalization: y in training is nearly that of
         eval, for batches of 4 to 16; see `jaxbn.batch_norm`.
+      domains: new here: the number of sets of statistics, which `domain` in the call chooses from;
+        mean and var are [domains, C].
+      affine_per_domain: new here: whether each domain has a scale and a bias of its own too,
+        [domains, C].
+      classes: new here: the number of scales and biases, [classes, C], which `labels` in the call
+        chooses from (conditional batch norm).
 
     Raises:
       TypeError, ValueError: as `jaxbn.batch_norm`, with one exception. In training on one value per
@@ -66,6 +72,9 @@ class BatchNorm(nn.BatchNorm):
     unbiased: bool = False
     activation: Callable[[jax.Array], jax.Array] | None = None
     renorm: tuple[float, float] | None = None
+    domains: int | None = None
+    affine_per_domain: bool = False
+    classes: int | None = None
 
     @nn.compact
     def __call__(
@@ -78,6 +87,8 @@ class BatchNorm(nn.BatchNorm):
         update_stats: bool = True,
         renorm: tuple[float | jax.Array, float | jax.Array] | None = None,
         weights: jax.Array | None = None,
+        domain: int | jax.Array | None = None,
+        labels: int | jax.Array | None = None,
     ) -> jax.Array:
         """Equals `batch_norm(x, …, train=not use_running_average)`; batch_stats is updated.
 
@@ -91,6 +102,9 @@ class BatchNorm(nn.BatchNorm):
             A Python bool.
           renorm: in place of the constructor's, for a schedule; may hold traced numbers.
           weights: broadcastable to x, at least 0: the share of each cell in the statistics.
+          domain: with `domains`: the set of statistics that x belongs to: an integer, or one for
+            each row of x; either may be traced. See `jaxbn.batch_norm`.
+          labels: with `classes`: the scale and bias that x takes: an integer, or one for each row.
         """
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
@@ -100,20 +114,30 @@ class BatchNorm(nn.BatchNorm):
         axes = resolve("BatchNorm", x, self.axis).features
         features = tuple(x.shape[a] for a in axes)
         stats_dtype = jnp.float32 if self.force_float32_reductions else wide(self.param_dtype)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, features, stats_dtype)
-        var = self.variable("batch_stats", "var", jnp.ones, features, stats_dtype)
+        tables = check_tables("BatchNorm", self.domains, self.affine_per_domain, self.classes)
+        check_choices("BatchNorm", self.domains, self.classes, domain, labels)
+        of_stats, of_params = (*tables.statistics, *features), (*tables.affine, *features)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, of_stats, stats_dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, of_stats, stats_dtype)
         count = None
         if self.momentum is None:
-            counter = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
+            counter = self.variable("batch_stats", "count", jnp.zeros, tables.statistics, jnp.int32)
             count = counter.value
         scale = bias = None
         if self.use_scale:
-            scale = self.param("scale", self.scale_init, features, self.param_dtype)
+            scale = self.param("scale", self.scale_init, of_params, self.param_dtype)
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, features, self.param_dtype)
+            bias = self.param("bias", self.bias_init, of_params, self.param_dtype)
 
         for name, held in (("mean", mean.value), ("var", var.value)):
-            if jnp.shape(held) != features:
+            if jnp.shape(held) == of_stats[1:] == features:
+                raise ValueError(
+                    f"BatchNorm: batch_stats/{name} has shape {features}, one set of statistics, "
+                    f"but domains={self.domains}; write "
+                    f"jax.tree.map(lambda v: jnp.stack([v] * {self.domains}), batch_stats) for "
+                    f"domains that start alike."
+                )
+            if jnp.shape(held) != of_stats:
                 raise ValueError(
                     f"BatchNorm: batch_stats/{name} has shape {jnp.shape(held)}, but x with shape "
                     f"{x.shape} has features {features} on axes {axes}; write model.init(key, x) "
@@ -148,6 +172,8 @@ class BatchNorm(nn.BatchNorm):
             residual=residual,
             renorm=self.renorm if renorm is None else renorm,
             weights=weights,
+            domain=domain,
+            labels=domain if self.affine_per_domain else labels,
             **options,
         )
         if updates:

@@ -13,7 +13,7 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
 from jaxbn import _elsewhere
 from jaxbn._inspection.hooks import PATH
-from jaxbn._op.arguments import array, check_update_stats
+from jaxbn._op.arguments import array, check_choices, check_tables, check_update_stats
 from jaxbn._op.axes import resolve
 from jaxbn._op.one_value import train_anyway
 from jaxbn._op.state import Params, State
@@ -54,6 +54,12 @@ class BatchNorm(nnx.BatchNorm):
         `jaxbn.batch_norm`.
       renorm: new here: `(r_max, d_max)`, batch renormalization: y in training is nearly that of
         eval, for batches of 4 to 16; see `jaxbn.batch_norm`.
+      domains: new here: the number of sets of statistics, which `domain` in the call chooses from;
+        mean and var are [domains, C].
+      affine_per_domain: new here: whether each domain has a scale and a bias of its own too,
+        [domains, C].
+      classes: new here: the number of scales and biases, [classes, C], which `labels` in the call
+        chooses from (conditional batch norm).
 
     Raises:
       TypeError, ValueError: as `jaxbn.batch_norm`, with one exception. In training on one value per
@@ -93,7 +99,13 @@ class BatchNorm(nnx.BatchNorm):
         unbiased: bool = False,
         activation: Callable[[jax.Array], jax.Array] | None = None,
         renorm: tuple[float, float] | None = None,
+        domains: int | None = None,
+        affine_per_domain: bool = False,
+        classes: int | None = None,
     ):
+        tables = check_tables("BatchNorm", domains, affine_per_domain, classes)
+        if tables.affine:
+            scale_init, bias_init = (_table_of(f, tables.affine) for f in (scale_init, bias_init))
         super().__init__(
             num_features,
             use_running_average=use_running_average,
@@ -118,8 +130,14 @@ class BatchNorm(nnx.BatchNorm):
         self.unbiased = unbiased
         self.activation = activation
         self.renorm = renorm
+        self.domains = domains
+        self.affine_per_domain = affine_per_domain
+        self.classes = classes
+        if tables.statistics:
+            for stat in (self.mean, self.var):
+                stat.set_value(jnp.stack([stat[...]] * tables.statistics[0]))
         if momentum is None:
-            self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
+            self.count = nnx.BatchStat(jnp.zeros(tables.statistics, jnp.int32))
 
     def __call__(
         self,
@@ -131,6 +149,8 @@ class BatchNorm(nnx.BatchNorm):
         update_stats: bool = True,
         renorm: tuple[float | jax.Array, float | jax.Array] | None = None,
         weights: jax.Array | None = None,
+        domain: int | jax.Array | None = None,
+        labels: int | jax.Array | None = None,
     ) -> jax.Array:
         """Equals `batch_norm(x, …, train=not use_running_average)`; mean and var are updated.
 
@@ -144,6 +164,9 @@ class BatchNorm(nnx.BatchNorm):
             a second pass over a batch, an adversarial step, a probe. A Python bool.
           renorm: in place of the constructor's, for a schedule; may hold traced numbers.
           weights: broadcastable to x, at least 0: the share of each cell in the statistics.
+          domain: with `domains`: the set of statistics that x belongs to: an integer, or one for
+            each row of x; either may be traced. See `jaxbn.batch_norm`.
+          labels: with `classes`: the scale and bias that x takes: an integer, or one for each row.
         """
         use_running_average = nnx.module.first_from(
             use_running_average,
@@ -153,13 +176,14 @@ class BatchNorm(nnx.BatchNorm):
             "bn(x, use_running_average=False).",
         )
         check_update_stats("BatchNorm", update_stats)
+        check_choices("BatchNorm", self.domains, self.classes, domain, labels)
         x = array("BatchNorm", "x", x)
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         mean, var = self.mean[...], self.var[...]
         axes = resolve("BatchNorm", x, self.axis).features
         features = tuple(x.shape[a] for a in axes)
-        if features != mean.shape:
+        if features != mean.shape[0 if self.domains is None else 1 :]:
             raise ValueError(
                 f"BatchNorm: num_features={self.num_features}, but x with shape {x.shape} has "
                 f"features {features} on axes {axes}; write num_features={x.shape[axes[0]]}, or "
@@ -192,6 +216,8 @@ class BatchNorm(nnx.BatchNorm):
             residual=residual,
             renorm=self.renorm if renorm is None else renorm,
             weights=weights,
+            domain=domain,
+            labels=domain if self.affine_per_domain else labels,
         )
         if update_stats and not use_running_average:
             # By set_value, since `mean[...] = ` would cast to the dtype that mean had.
@@ -200,6 +226,11 @@ class BatchNorm(nnx.BatchNorm):
             if state.count is not None:
                 self.count.set_value(state.count)
         return y
+
+
+def _table_of(init: Initializer, before: tuple[int, ...]) -> Initializer:
+    """The initializer of a table of what `init` makes, by the same random key."""
+    return lambda key, shape, *more: init(key, (*before, *shape), *more)
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxbn._inspection import hooks
 from jaxbn._inspection.layers import find, is_nnx, nnx_layers
 from jaxbn._op.state import Moments, Params, State
-from jaxbn.health._distances import distance
+from jaxbn.health._distances import distance, seen_in, values_of
 
 EPSILON = 1e-5  # Flax's
 
@@ -202,7 +202,8 @@ def channels(record: Record) -> Channels:
       record: with arrays [C], or [layers, C] of a scanned layer.
 
     Returns:
-      Name → [C] or [layers · C], without the arrays that are None.
+      Name → [C] or [layers · C], without the arrays that are None. Of a layer with domains, batch
+      and running statistics are those of the domains in this batch.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> from jaxbn import watch
@@ -221,11 +222,15 @@ def channels(record: Record) -> Channels:
         "dscale": record.grads.scale,
         "dbias": record.grads.bias,
     }
-    return {
+    flat = {
         name: np.asarray(v, complex if np.iscomplexobj(v) else float).reshape(-1)
         for name, v in arrays.items()
         if v is not None
     }
+    seen = seen_in(record.batch).reshape(-1)
+    if np.shape(record.batch.count) == np.shape(record.batch.mean) and seen.any():
+        flat |= {name: flat[name][seen] for name in _BOTH if name in flat}
+    return flat
 
 
 def metrics(records: Mapping[str, Record]) -> dict[str, dict[str, float]]:
@@ -262,7 +267,7 @@ def metrics(records: Mapping[str, Record]) -> dict[str, dict[str, float]]:
 
 def _figures(record: Record) -> dict[str, float]:
     arrays = channels(record)
-    arrays["count"] = np.asarray(record.batch.count, float).reshape(-1)
+    arrays["count"] = np.asarray(values_of(record.batch))
     return {
         name: float(metric.of(*(arrays[need] for need in metric.needs)))
         for name, metric in METRICS.items()

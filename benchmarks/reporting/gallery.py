@@ -355,19 +355,43 @@ def swap():
 def renorm():
     """Accuracy with batch norm and with renormalization, for three kinds of batches."""
     rows = table("docs/renorm.md", "a batch of")
-    figure, axis = plots.axes(
-        "Small batches, and batches of few classes",
-        "test accuracy, %: mean and range of 3 seeds",
-        height=3,
-    )
+    return ranges("Small batches, and batches of few classes", rows, ("BatchNorm", "with renorm"))
+
+
+def domains():
+    """Accuracy by day and by night, with one set of statistics and with one for each."""
+    rows = table("docs/domains.md", "a batch")
+    rows = [(f"a batch {kind}, tested {when}", *cells) for kind, when, *cells in rows]
+    names = "one set", "a set for each"
+    return ranges("Images by day and by night", rows, names, legend="upper left")
+
+
+def ranges(title, rows, names, legend="lower left"):
+    """Mean and range of each cell; rows are a name and a cell for each of two names."""
+    figure, axis = plots.axes(title, "test accuracy, %: mean and range of 3 seeds", height=3)
     for i, (_, *cells) in enumerate(rows):
         for cell, shift, color in zip(cells, (-0.1, 0.1), (GREY, BLUE), strict=True):
             mean, least, most = map(float, re.findall(r"[\d.]+", cell))
             axis.hlines(i + shift, least, most, color=color, linewidth=2)
             axis.scatter(mean, i + shift, color=color, s=60, zorder=3)
-    axis.scatter([], [], color=GREY, label="BatchNorm")
-    axis.scatter([], [], color=BLUE, label="with renorm")
-    axis.legend(loc="lower left", frameon=False)
+    for name, color in zip(names, (GREY, BLUE), strict=True):
+        axis.scatter([], [], color=color, label=name)
+    axis.legend(loc=legend, frameon=False)
+    axis.set_yticks(range(len(rows)), [row[0] for row in rows])
+    axis.invert_yaxis()
+    return figure
+
+
+def generator():
+    """How many of the generated digits are of the class that was asked for."""
+    rows = table("docs/domains.md", "the label is")
+    figure, axis = plots.axes(
+        "Digits of a class", "of that class, %: mean and range of 3 seeds", height=2.5
+    )
+    for i, (_, cell, _) in enumerate(rows):
+        mean, *ends = map(float, re.findall(r"[\d.]+", cell))
+        axis.hlines(i, *(ends or (mean, mean)), color=BLUE, linewidth=2)
+        axis.scatter(mean, i, color=BLUE if ends else GREY, s=60, zorder=3)
     axis.set_yticks(range(len(rows)), [row[0] for row in rows])
     axis.invert_yaxis()
     return figure
@@ -429,7 +453,18 @@ PICTURES: dict[str, Callable] = {
     for drawn in (
         *(first_steps, devices),
         *(train, ship, speedrun, failures, alarms, served, false_alarms, stale),
-        *(recalibrate, finetune, renorm, swap, fold_report, torch_roundtrip, zoo, watched),
+        *(
+            recalibrate,
+            finetune,
+            renorm,
+            domains,
+            generator,
+            swap,
+            fold_report,
+            torch_roundtrip,
+            zoo,
+            watched,
+        ),
     )
 }
 

@@ -68,7 +68,9 @@ def recalibrate(
 
     Returns:
       New linen variables, a new tree, or the nnx model itself, updated. mean and var are [C] in
-      float32 or wider. `count`, if the layer keeps one, is the number of batches.
+      float32 or wider. `count`, if the layer keeps one, is the number of batches. Of a layer with
+      domains, each domain has the statistics of its own rows; a domain without a row keeps its
+      own, so one call may recalibrate one domain.
 
     Raises:
       TypeError: apply does not take or return what is said above.
@@ -234,7 +236,11 @@ def _state(old: State, observed: Observed, pooled: bool, pool: Pool | None, batc
         jnp.where(m.count > 0, new, devices.spread(before.astype(new.dtype), new))
         for new, before in ((m.mean, old.mean), (var, old.var))
     )
-    count = None if old.count is None else jnp.full_like(old.count, batches)
+    count = old.count
+    if count is not None:  # [domains] of several domains; one without a row keeps its own
+        count = jnp.asarray(count)
+        seen = jnp.any(m.count > 0, tuple(range(count.ndim, m.count.ndim)))
+        count = jnp.where(seen, jnp.full_like(count, batches), count)
     return State(_placed_as(mean, old.mean), _placed_as(var, old.var), count)
 
 

@@ -27,8 +27,8 @@ class Call(NamedTuple):
     """One call of a batch norm layer, as a hook gets it.
 
     >>> from jaxbn import calls
-    >>> calls.Call._fields
-    ('layer', 'x', 'mask', 'train', 'path', 'residual', 'update_stats', 'renorm', 'weights')
+    >>> calls.Call._fields[-2:]
+    ('domain', 'labels')
     """
 
     layer: Any  # the Flax module, with axis, momentum, epsilon, axis_name
@@ -40,6 +40,8 @@ class Call(NamedTuple):
     update_stats: bool = True  # of the call; False: the layer learns nothing
     renorm: Any = None  # of the call; None: the layer's own
     weights: jax.Array | None = None  # of the call: the share of each cell in the statistics
+    domain: Any = None  # of the call: the set of statistics of x, or of each row
+    labels: Any = None  # of the call: the scale and bias of x, or of each row
 
 
 Hook = Callable[[Call, Callable[..., jax.Array]], tuple[jax.Array, Any]]
@@ -80,7 +82,8 @@ def pooled(call: Call, mask: jax.Array | None) -> Moments:
       mask: booleans that broadcast to the shape of x; None for all cells.
 
     Returns:
-      `Moments` with count [] and mean and var [C].
+      `Moments` with count [] and mean and var [C]; of a layer with domains [domains, C] each, with
+      count 0 where a domain has no row.
 
     >>> import jaxbn, jax.numpy as jnp
     >>> from jaxbn import calls
@@ -89,8 +92,16 @@ def pooled(call: Call, mask: jax.Array | None) -> Moments:
     [1.0, 0.0]
     """
     layer = call.layer
-    groups = layer.axis_index_groups
-    return moments(call.x, layer.axis, mask, layer.axis_name, groups, call.weights)
+    return moments(
+        call.x,
+        layer.axis,
+        mask,
+        layer.axis_name,
+        layer.axis_index_groups,
+        call.weights,
+        call.domain,
+        getattr(layer, "domains", None),
+    )
 
 
 def check_apply(call: str, apply: Any, write: str) -> None:

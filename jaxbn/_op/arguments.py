@@ -15,18 +15,23 @@ import numpy as np
 from jax import lax
 
 from jaxbn._op import axes as axes_
-from jaxbn._op.axes import Axes, check_dtype, is_integer, promote, wide
-from jaxbn._op.devices import Pool, sharded_as
+from jaxbn._op.axes import Axes, check_dtype, check_number, is_integer, promote, wide
+from jaxbn._op.devices import Pool, sharded_as, varying_axes
 from jaxbn._op.renorm import Renorm
 from jaxbn._op.state import Moments, Params, State
+from jaxbn._op.tables import Index, Rows, rows_of, taken
 
 
 class Checked(NamedTuple):
     """The arguments of one call of `batch_norm`, found good, in the form that the op works with."""
 
     x: jax.Array
-    params: Params  # each leaf an array or None
-    state: Any  # State in the types that both modes return; Moments; or None
+    params: Params  # each leaf an array or None; [C], or as `rows` reads them
+    state: Any  # State in the types that both modes return; Moments; or None; of the domain of x
+    table: Any  # of all domains, where x belongs to one; else as state
+    domain: Index | None  # the domain that all of x belongs to
+    domains: jax.Array | None  # [rows]: the domain of each row of x
+    rows: Rows | None  # where rows of x have a domain, a scale or a bias of their own
     axes: Axes
     momentum: Any
     epsilon: Any  # a float, or traced
@@ -59,6 +64,8 @@ def check(
     residual: Any,
     renorm: Any,
     weights: Any,
+    domain: Any,
+    labels: Any,
 ) -> Checked:
     """The arguments of `batch_norm`, or an error that says what to write."""
     x = array(call, "x", x)
@@ -68,10 +75,19 @@ def check(
     params = Params(None, None) if params is None else check_kind(call, Params, params)
     gathers = isinstance(state, Moments)
     state = state if state is None or gathers else check_kind(call, State, state)
-    check_features(call, params, state, x, axes)
     params = Params(*(None if leaf is None else jnp.asarray(leaf) for leaf in params))
+    domain = None if domain is None else check_domain(call, domain, state, x, axes)
+    any_ = params.scale is not None or params.bias is not None
+    labels = check_labels(call, labels, params, x, axes) if any_ and labels is not None else None
+    check_features(call, params, state, x, axes, domain is not None, labels is not None)
+    params, rows = by_row(params, domain, labels, x, axes)
     if isinstance(state, State):
-        state = settle(call, state, momentum, x, axes)
+        state = settle(call, state, momentum, x, axes, domain is not None)
+    elif gathers and domain is not None:
+        state = state._replace(count=spread_count(state))
+    table = state
+    if domain is not None and not np.ndim(domain):
+        state = jax.tree.map(lambda v: taken(v, domain), table)
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
     check_dtype(call, "values of y", dtype, "leave dtype out for that of x")
     check_activation(call, activation)
@@ -79,6 +95,11 @@ def check(
     mask, weights = check_cells(call, mask, weights, x)
     limits = None if renorm is None else check_renorm(call, renorm, state, x)
     pool, batch_axis, ghosts = None, 0, 0
+    if rows is not None and virtual_batch_size is not None:
+        raise ValueError(
+            f"{call}: virtual_batch_size={virtual_batch_size} where each row of x has a domain, a "
+            f"scale or a bias of its own, expected one or the other; leave virtual_batch_size out."
+        )
     if not train:
         check_eval(call, state)
     else:
@@ -87,12 +108,18 @@ def check(
         if virtual_batch_size is not None and x.size:
             batch_axis, ghosts = check_ghosts(call, x, axes, virtual_batch_size)
             values = axes.count(x) // ghosts
+        if pool is not None:
+            check_one_domain(call, domain, pool)
         if mask is None:
             check_count(call, x, values, virtual_batch_size if ghosts else None)
     return Checked(
         x=x,
         params=params,
         state=state,
+        table=table,
+        domain=None if np.ndim(domain) else domain,
+        domains=domain if np.ndim(domain) else None,
+        rows=rows,
         axes=axes,
         momentum=momentum,
         epsilon=epsilon,
@@ -131,8 +158,125 @@ def array(call: str, what: str, v: Any) -> jax.Array:
     return jnp.asarray(v)
 
 
-def check_features(call: str, params: Any, state: Any, x: jax.Array, axes: Axes) -> None:
-    """Params, and mean and var of the state, must have exactly the shape of the feature axes."""
+def check_domain(call: str, domain: Any, state: Any, x: jax.Array, axes: Axes) -> Index:
+    """A domain for all of x, or one for each row, among those of the state."""
+    features = tuple(x.shape[a] for a in axes.features)
+    size = features[0] if len(features) == 1 else features
+    if state is None:
+        raise ValueError(
+            f"{call}: domain= with state=None, but domains are sets of running statistics; start "
+            f"from params, state = jaxbn.init({size}, domains=2)."
+        )
+    shape = np.shape(state.mean)
+    if shape == features:
+        raise ValueError(
+            f"{call}: domain= with state.mean of shape {shape}, which is one set of statistics; "
+            f"write jaxbn.init({size}, domains=2) for two, or leave domain out."
+        )
+    return check_index(call, "domain", domain, shape[0] if shape else 0, x, axes)
+
+
+def check_labels(call: str, labels: Any, params: Params, x: jax.Array, axes: Axes) -> Index:
+    """A label for all of x, or one for each row, among the scales and biases of params."""
+    features = tuple(x.shape[a] for a in axes.features)
+    tables = [np.shape(leaf) for leaf in params if leaf is not None]
+    numbers = {shape[0] for shape in tables if len(shape) == 1 + len(features)}
+    if len(numbers) != 1:
+        size = features[0] if len(features) == 1 else features
+        raise ValueError(
+            f"{call}: labels= with scale and bias of shape {tables}, expected a table "
+            f"{('classes', *features)}, with a row for each label; write "
+            f"jaxbn.init({size}, classes=10), or leave labels out."
+        )
+    return check_index(call, "labels", labels, numbers.pop(), x, axes)
+
+
+def check_index(call: str, name: str, index: Any, number: int, x: jax.Array, axes: Axes) -> Index:
+    """An index into a table of `number` rows: an int for all of x, a traced one, or one a row."""
+    if not is_integer(index) or isinstance(index, bool):
+        index = array(call, name, index)
+    dtype = getattr(index, "dtype", np.dtype(int))
+    if isinstance(index, bool) or not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(
+            f"{call}: {name} has dtype {dtype}, expected an integer, or integers, one for each row "
+            f"of x; write jnp.asarray({name}, jnp.int32)."
+        )
+    rows = tuple(x.shape[a] for a in axes.reduced[:1])
+    if np.shape(index) not in ((), rows):
+        expected = f"() or {rows}, one for each row" if rows else "()"
+        raise ValueError(
+            f"{call}: {name} has shape {np.shape(index)} but x has shape {x.shape}; expected "
+            f"{expected}; write {name}=0, or jnp.full({rows[0] if rows else 1}, 0)."
+        )
+    if seen := _first(index, lambda v: (v < 0) | (v >= number)):
+        holds, what = (" holds ", "domains") if name == "domain" else (" hold ", "classes")
+        more = f"for the last, or {what}={seen[0] + 1} where they are made"
+        raise ValueError(
+            f"{call}: {name}{holds if np.shape(index) else '='}{seen[0]}, expected 0 to "
+            f"{number - 1}, one of {number} {what}; write {name}={number - 1} "
+            f"{more if seen[0] > 0 else 'for the last'}."
+        )
+    if is_integer(index):
+        return int(index)
+    return sharded_as(index, x, axes.reduced[:1]) if index.ndim else index
+
+
+def check_one_domain(call: str, domain: Index | None, pool: Pool) -> None:
+    """Refuses devices that pool their statistics and are seen to have different domains."""
+    if not isinstance(domain, jax.Array) or domain.ndim:
+        return
+    if apart := sorted(varying_axes(domain) & set(pool.axis_name)):
+        raise ValueError(
+            f"{call}: domain differs over mapped axis {apart[0]!r}, over which the statistics are "
+            f"pooled; write domain=jnp.full(len(x), domain), one for each row."
+        )
+
+
+def by_row(
+    params: Params, domain: Index | None, labels: Index | None, x: jax.Array, axes: Axes
+) -> tuple[Params, Rows | None]:
+    """Scale and bias that x takes, [C]; or as `Rows` has them, where rows of x differ."""
+    features = tuple(x.shape[a] for a in axes.features)
+
+    def is_table(leaf: jax.Array) -> bool:
+        return labels is not None and leaf.shape[1:] == features
+
+    def is_of_rows(leaf: jax.Array) -> bool:
+        return not is_table(leaf) and leaf.shape != features
+
+    each = any(np.ndim(index) for index in (domain, labels) if index is not None)
+    each |= any(is_of_rows(leaf) for leaf in params if leaf is not None)
+    rows = rows_of(axes) if each else None
+
+    def read(leaf: jax.Array | None) -> jax.Array | None:
+        if leaf is None:
+            return None
+        if rows is not None and is_of_rows(leaf):
+            return jnp.squeeze(leaf, rows.axes.reduced)
+        index = labels if is_table(leaf) else None
+        if isinstance(index, jax.Array) and index.ndim:
+            assert rows is not None
+            return rows.read(leaf, index)
+        leaf = leaf if index is None else taken(leaf, index)
+        return leaf if rows is None else rows.read(leaf, None)
+
+    return Params(*map(read, params)), rows
+
+
+def check_features(
+    call: str,
+    params: Any,
+    state: Any,
+    x: jax.Array,
+    axes: Axes,
+    domain: bool = False,
+    labels: bool = False,
+) -> None:
+    """Params, and mean and var of the state, must have exactly the shape of the feature axes.
+
+    With a domain, the state has an axis of domains before these, and with labels, params may have
+    one of classes. Scale and bias may also have the rank of x, and a row for each of x's.
+    """
     expected = tuple(x.shape[a] for a in axes.features)
     groups = {
         "params": {f"params.{name}": getattr(params, name) for name in ("scale", "bias")},
@@ -143,15 +287,29 @@ def check_features(call: str, params: Any, state: Any, x: jax.Array, axes: Axes)
         for group, leaves in groups.items()
     }
     every = {**shapes["params"], **shapes["state"]}
-    wrong = {what: shape for what, shape in every.items() if shape != expected}
+    rows = tuple(
+        n if a in (*axes.features, *axes.reduced[:1]) else 1 for a, n in enumerate(x.shape)
+    )
+
+    def fits(what: str, shape: tuple[int, ...]) -> bool:
+        of_state = what in shapes["state"]
+        table = (domain if of_state else labels) and shape[1:] == expected
+        return table or shape == expected or (not of_state and shape == rows)
+
+    wrong = {what: shape for what, shape in every.items() if not fits(what, shape)}
     if not wrong:
         return
     what, shape = next(iter(wrong.items()))
     own, other = ("params", "state") if what in shapes["params"] else ("state", "params")
     features = expected[0] if len(expected) == 1 else expected
     like = ""
+    if own == "params" and shape == (*rows[:1], *expected) != rows:
+        remedy = f"write {what}.reshape({rows}) for one in each row of x."
+    elif len(shape) > 1 and shape[1:] == expected:
+        name, which = ("domain", "sets of statistics") if own == "state" else ("labels", "of them")
+        remedy = f"write {name}=, which of the {shape[0]} {which} x takes, or one for each row."
     # All of its own leaves are of another size, and none of those beside it.
-    if shapes[other] and wrong.keys() == shapes[own].keys():
+    elif shapes[other] and wrong.keys() == shapes[own].keys():
         like = f", as {other} {'has' if other == 'state' else 'have'}"
         fresh = "[0] for fresh ones" if own == "params" else "[1] for a fresh one"
         remedy = f"pass this layer's {own} and not another's, or jaxbn.init({features}){fresh}."
@@ -165,6 +323,50 @@ def check_features(call: str, params: Any, state: Any, x: jax.Array, axes: Axes)
         f"{call}: {what} has shape {shape}, but x with shape {x.shape} has features {expected} on "
         f"axes {axes.features}{like}; {remedy}"
     )
+
+
+class Tables(NamedTuple):
+    """Sizes of the axis before the features in a Flax layer's variables; () where there is none."""
+
+    statistics: tuple[int, ...]
+    affine: tuple[int, ...]
+
+
+def check_tables(call: str, domains: Any, affine_per_domain: bool, classes: Any) -> Tables:
+    """The tables that a layer's constructor asks for."""
+    statistics, affine = (
+        () if number is None else (check_number(call, name, number),)
+        for name, number in (("domains", domains), ("classes", classes))
+    )
+    if affine_per_domain and affine:
+        raise ValueError(
+            f"{call}: affine_per_domain=True with classes={classes}, but scale and bias are by "
+            f"domain or by label; leave one of them out."
+        )
+    if affine_per_domain and not statistics:
+        raise ValueError(
+            f"{call}: affine_per_domain=True without domains; write domains=2, or classes=2 for a "
+            f"scale and a bias by labels."
+        )
+    return Tables(statistics, statistics if affine_per_domain else affine)
+
+
+def check_choices(call: str, domains: Any, classes: Any, domain: Any, labels: Any) -> None:
+    """A layer's call chooses from the tables that the layer has, and from these alone."""
+    for name, given, table, number in (
+        ("domain", domain, "domains", domains),
+        ("labels", labels, "classes", classes),
+    ):
+        if given is None and number is not None:
+            raise ValueError(
+                f"{call}: the layer has {table}={number} and its call no {name}; write "
+                f"bn(x, {name}=0), or one for each row of x."
+            )
+        if given is not None and number is None:
+            raise ValueError(
+                f"{call}: {name}= in the call of a layer without {table}; write {table}=2 in the "
+                f"constructor, or leave {name} out."
+            )
 
 
 def check_train(call: str, train: Any) -> None:
@@ -485,7 +687,9 @@ def check_kind(call: str, kind: Any, value: Any) -> Any:
     )
 
 
-def settle(call: str, state: State, momentum: Any, x: jax.Array, axes: Axes) -> State:
+def settle(
+    call: str, state: State, momentum: Any, x: jax.Array, axes: Axes, domains: bool = False
+) -> State:
     """The state in the types that both modes return, or an error that names the call.
 
     Strong types; mean and var in float32 or wider, since a narrow running average stops far from
@@ -497,6 +701,13 @@ def settle(call: str, state: State, momentum: Any, x: jax.Array, axes: Axes) -> 
             f"{call}: state.count=None with momentum=None, but the cumulative average weighs "
             f"by the updates so far; start from jaxbn.init(features), or write momentum=0.99."
         )
+    number = np.shape(state.mean)[:1] if domains else ()
+    if domains and state.count is not None and np.shape(state.count) != number:
+        raise ValueError(
+            f"{call}: state.count has shape {np.shape(state.count)}, expected {number}, the "
+            f"updates of each domain; write state._replace(count=jnp.zeros({number}, jnp.int32)), "
+            f"or start from jaxbn.init(features, domains={number[0]})."
+        )
     leaves = {"mean": jnp.asarray(state.mean), "var": jnp.asarray(state.var)}
     for name, v in leaves.items():
         if not jnp.issubdtype(v.dtype, jnp.inexact):
@@ -504,9 +715,16 @@ def settle(call: str, state: State, momentum: Any, x: jax.Array, axes: Axes) -> 
                 f"{call}: state.{name} has dtype {v.dtype}, in which no average can move; write "
                 f"state._replace({name}=state.{name}.astype(jnp.float32))."
             )
-    mean, var = (sharded_as(v.astype(wide(v.dtype)), x, axes.features) for v in leaves.values())
+    like = (*[None] * len(number), *axes.features)
+    mean, var = (sharded_as(v.astype(wide(v.dtype)), x, like) for v in leaves.values())
     kind = promote(mean.dtype, x.dtype) if jnp.iscomplexobj(x) else mean.dtype
     return State(mean.astype(kind), var, None if state.count is None else _int32(state.count))
+
+
+def spread_count(m: Moments) -> jax.Array:
+    """The count of moments of several domains, for each channel."""
+    count = jnp.asarray(m.count)
+    return jnp.broadcast_to(jnp.expand_dims(count, range(count.ndim, m.mean.ndim)), m.mean.shape)
 
 
 def _int32(count: Any) -> jax.Array:

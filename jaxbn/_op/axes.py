@@ -20,6 +20,10 @@ class Axes(NamedTuple):
         """Equals v [features] with ones where x has reduced axes, to broadcast against x."""
         return jnp.expand_dims(v, self.reduced)
 
+    def total(self, v: jax.Array) -> jax.Array:
+        """The sum of v over the reduced axes."""
+        return v.sum(self.reduced)
+
     def count(self, x: jax.Array) -> int:
         """Values of x per channel, known from the shape."""
         return math.prod(x.shape[a] for a in self.reduced)
@@ -66,6 +70,17 @@ def resolve(call: str, x: jax.Array, axis: int | Sequence[int]) -> Axes:
 def is_integer(v: Any) -> bool:
     """Whether v is an integer of Python or NumPy."""
     return isinstance(v, numbers.Integral)
+
+
+def check_number(call: str, name: str, number: Any) -> int:
+    """The number of domains or classes, or an error with the line to write."""
+    if not is_integer(number) or isinstance(number, bool) or number < 1:
+        wrong = not is_integer(number) or isinstance(number, bool)
+        raise (TypeError if wrong else ValueError)(
+            f"{call}: {name}={number!r}, expected how many there are, an integer of at least 1, or "
+            f"None for one without an axis of its own; write {name}=2."
+        )
+    return int(number)
 
 
 def check_dtype(call: str, what: str, dtype: Any, otherwise: str) -> None:

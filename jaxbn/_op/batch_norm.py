@@ -3,6 +3,7 @@
 It checks the arguments, takes the batch's moments, normalizes, and updates the running state.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from jaxbn._op.axes import promote
 from jaxbn._op.normalize import normalize_lean, rstd
 from jaxbn._op.pooling import across, merge, merge_all
 from jaxbn._op.state import Moments, Params, State, blend
+from jaxbn._op.tables import put
 from jaxbn._op.training import Operands, Spec, normalize_by_batch
 
 S = TypeVar("S", bound=State | Moments | None)  # the state goes out in the kind that came in
@@ -42,6 +44,8 @@ def batch_norm(
     residual: jax.Array | None = None,
     renorm: tuple[float | jax.Array, float | jax.Array] | None = None,
     weights: jax.Array | None = None,
+    domain: int | jax.Array | None = None,
+    labels: int | jax.Array | None = None,
 ) -> tuple[jax.Array, S]:
     """Equals `(x - mean) / sqrt(var + epsilon) * scale + bias` per channel.
 
@@ -89,6 +93,16 @@ def batch_norm(
         count is Σw, mean Σwx / Σw and var Σw|x - mean|² / Σw, over all devices; mask and weights
         multiply, and a cell of weight 0 is as one outside the mask. y and the state have
         derivatives of x, and y of the weights too. `unbiased` takes n = Σw.
+      domain: which of several sets of running statistics x belongs to, where state has mean and
+        var [domains, C], as `init(C, domains=n)` makes it: an integer for all of x, or one for
+        each row, on the first axis that is reduced; either may be traced. In training with one
+        for each row, a row is normalized by the moments of the rows of its domain, over all
+        devices. Domains without a row keep their state. A traced domain out of range changes no
+        statistics; what would be read from them is NaN, in y too.
+      labels: which of several scales and biases x takes, where params are tables [classes, C]: an
+        integer for all of x, or one for each row; either may be traced. With one that is out of
+        range y is NaN. Without labels, scale and bias may have x's rank and one for each row,
+        [rows, 1, …, C] (conditional batch norm).
 
     Returns:
       `(y, state)`: y with x's shape; the state in both modes with mean and var in float32 or
@@ -128,19 +142,26 @@ def batch_norm(
         residual=residual,
         renorm=renorm,
         weights=weights,
+        domain=domain,
+        labels=labels,
     )
-    new: Any = c.state
     if not train:
-        r = rstd(c.state.var, c.epsilon)
-        y = normalize_lean(c.x, c.state.mean, r, c.params, c.axes, c.dtype, c.mask)
-        return finish(y, activation, c.residual), new
+        axes, mean, r = c.axes, c.state.mean, rstd(c.state.var, c.epsilon)
+        if c.rows is not None:
+            axes, (mean, r) = c.rows.axes, c.rows.read_all((mean, r), c.domains)
+        y = normalize_lean(c.x, mean, r, c.params, axes, c.dtype, c.mask)
+        return finish(y, activation, c.residual), c.table
+    new: Any = c.state
     relu = activation is jax.nn.relu and not jnp.issubdtype(c.dtype, jnp.complexfloating)
-    relu &= c.weights is None
+    relu &= c.weights is None and c.rows is None
     y, moments = _by_batch(c, relu)
     if isinstance(new, Moments):
         new = _gathered(new, moments)
     elif new is not None:
-        new = blend(new, moments, c.momentum, unbiased)
+        learn = functools.partial(blend, momentum=c.momentum, unbiased=unbiased)
+        new = (learn if c.domains is None else jax.vmap(learn))(new, moments)
+    if (domain := c.domain) is not None:
+        new = jax.tree.map(lambda v, row: put(v, domain, row), c.table, new)
     return y if relu else finish(y, activation, c.residual), new
 
 
@@ -156,12 +177,21 @@ def _by_batch(c: Checked, relu: bool) -> tuple[jax.Array, Moments]:
     Returns y and the moments of all devices. With relu, y is `relu(bn(x) + residual)`.
     """
     known, traced = (c.epsilon, None) if isinstance(c.epsilon, float) else (0.0, c.epsilon)
-    near = None if c.state is None else c.state.mean
+    near = None if c.state is None or c.domains is not None else c.state.mean
     v = Operands(
-        c.x, c.params, c.mask, traced, c.residual if relu else None, near, c.renorm, c.weights
+        c.x,
+        c.params,
+        c.mask,
+        traced,
+        c.residual if relu else None,
+        near,
+        c.renorm,
+        c.weights,
+        c.domains,
     )
     if not c.ghosts:
-        return normalize_by_batch(Spec(c.axes, known, c.pool, c.dtype, relu), v)
+        number = 0 if c.domains is None else len(c.state.mean)
+        return normalize_by_batch(Spec(c.axes, known, c.pool, c.dtype, relu, c.rows, number), v)
     y, moments = _by_ghosts(Spec(c.axes, known, None, c.dtype, relu), v, c.batch_axis, c.ghosts)
     return y, across(moments, c.pool)
 

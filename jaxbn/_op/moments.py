@@ -18,6 +18,7 @@ from jaxbn._op.pooling import across, not_negative
 from jaxbn._op.primitives import Operation
 from jaxbn._op.state import Moments
 from jaxbn._op.sums import divisible, parts, real_product, total, totals
+from jaxbn._op.tables import Domains, alone, rows_of
 from jaxbn._op.tangent import summed
 
 # The pivot is the mean of every eighth position; see `_pivot`.
@@ -37,6 +38,8 @@ def moments(
     axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     weights: jax.Array | None = None,
+    domain: int | jax.Array | None = None,
+    domains: int | None = None,
 ) -> Moments:
     """Equals count, mean and biased variance of x over all axes but `axis`, pooled over devices.
 
@@ -49,6 +52,10 @@ def moments(
       axis_index_groups: pool within subgroups of that axis.
       weights: broadcastable to x, at least 0: the share that each cell has in the statistics.
         count is then Σw, mean Σwx / Σw and var Σw|x - mean|² / Σw. Mask and weights multiply.
+      domain: with `domains`: the domain that x belongs to, an integer, or one for each row on the
+        first axis that is reduced. The moments are those of each domain: count, mean and var are
+        [domains, C], with count 0 where a domain has no row.
+      domains: the number of domains.
 
     Returns:
       `Moments(count, mean, var)`: mean and var [C] in float32 or wider, exact to a few
@@ -71,7 +78,21 @@ def moments(
     where = axes_.resolve("moments", x, axis)
     mask, weights = arguments.check_cells("moments", mask, weights, x)
     pool = arguments.resolve("moments", axis_name, axis_index_groups)
-    return over_devices(x, where, mask, None, weights, pool)
+    if domain is None and domains is None:
+        return over_devices(x, where, mask, None, weights, pool)
+    if domain is None or domains is None:
+        given, other = ("domain", "domains=2") if domains is None else ("domains", "domain=0")
+        raise ValueError(
+            f"moments: {given}= alone, expected the domain of x, or of each row, and the number of "
+            f"domains; write {other} too."
+        )
+    index = arguments.check_index("moments", "domain", domain, domains, x, where)
+    if not isinstance(index, int) and index.ndim:
+        rows = Domains(rows_of(where), index, domains)
+        return over_devices(x, where, mask, None, weights, pool, rows)
+    m = over_devices(x, where, mask, None, weights, pool)
+    m = m._replace(count=devices_.spread(m.count, m.mean))
+    return Moments(*(alone(leaf, index, domains) for leaf in m))
 
 
 def over_devices(
@@ -81,8 +102,14 @@ def over_devices(
     near: jax.Array | None,
     weights: jax.Array | None,
     pool: Pool | None,
+    domains: Domains | None = None,
 ) -> Moments:
-    """The moments of x on all devices of the pool; near and mask as in `of`."""
+    """The moments of x on all devices of the pool; near and mask as in `of`.
+
+    With domains, each has its own: mean and var are [domains, C], and so is count.
+    """
+    if domains is not None:
+        return of_domains(x, domains, mask, weights, pool)
     if weights is None:
         return across(of(x, axes, mask, near), pool)
     assert mask is not None  # the cells whose weight is not 0
@@ -97,16 +124,46 @@ def under_weights(
     Differentiable in the weights too, by sums about the pooled mean. `across` would not do: of a
     device whose weights are all 0 it has no mean, and so no derivative.
     """
-    kind = wide(x.dtype)
-    w = weights.astype(jnp.finfo(kind).dtype)
+    w = weights.astype(jnp.finfo(wide(x.dtype)).dtype)
     count = devices_.total(_count(w, x, axes, w.dtype), pool)
+    return _about_the_mean(x, axes, mask, w, count, pool)
+
+
+def of_domains(
+    x: jax.Array,
+    domains: Domains,
+    mask: jax.Array | None,
+    weights: jax.Array | None,
+    pool: Pool | None,
+) -> Moments:
+    """Equals the moments of the rows of each domain, over all devices: [domains, C]."""
+    one = jnp.ones((1,) * x.ndim, bool)
+    mask = one if mask is None else mask
+    w = (mask if weights is None else weights).astype(jnp.finfo(wide(x.dtype)).dtype)
+    rows = domains.rows.axes
+    shape = tuple(x.shape[a] for a in rows.features)
+    count = jnp.broadcast_to(_count(w, x, rows, w.dtype), shape)
+    count = devices_.total(domains.added(devices_.sharded_as(count, x, rows.features)), pool)
+    return _about_the_mean(x, domains, mask, w, count, pool)
+
+
+def _about_the_mean(
+    x: jax.Array,
+    axes: Axes | Domains,
+    mask: jax.Array,
+    w: jax.Array,
+    count: jax.Array,
+    pool: Pool | None,
+) -> Moments:
+    """The moments of x under weights w, by sums about the mean of all devices."""
+    kind = wide(x.dtype)
     n = divisor(count)
     w = jnp.broadcast_to(w, x.shape)
     # Behind a weight of 0, NaN is not there. Anything else is: more weight would let it in.
     x = jnp.where(mask | jnp.isfinite(x), x.astype(kind), 0)
 
     def mean_of(v: jax.Array) -> jax.Array:
-        total = devices_.total((w.astype(v.dtype) * v).sum(axes.reduced), pool)
+        total = devices_.total(axes.total(w.astype(v.dtype) * v), pool)
         return total / n.astype(v.dtype)
 
     pivot = lax.stop_gradient(mean_of(x))

@@ -7,23 +7,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn._op.axes import check_dtype, is_integer, wide
+from jaxbn._op.axes import check_dtype, check_number, is_integer, wide
 from jaxbn._op.devices import varying_axes
 
 
 class Params(NamedTuple):
     """Trainable affine; either may be None. Its gradients are (dscale, dbias)."""
 
-    scale: jax.Array | None  # [C]
-    bias: jax.Array | None  # [C]
+    scale: jax.Array | None  # [C]; [classes, C], see `labels`; or [rows, 1, …, C] as x has rows
+    bias: jax.Array | None  # likewise
 
 
 class State(NamedTuple):
     """Running statistics, used when `train=False`."""
 
-    mean: jax.Array  # [C]
-    var: jax.Array  # [C]
-    count: jax.Array | None  # type: ignore[assignment]  # [] int32: updates so far; None: uncounted
+    mean: jax.Array  # [C]; [domains, C] of several domains
+    var: jax.Array  # likewise
+    # [] int32, [domains] of several domains: updates so far; None: uncounted
+    count: jax.Array | None  # type: ignore[assignment]
 
 
 class Moments(NamedTuple):
@@ -34,22 +35,35 @@ class Moments(NamedTuple):
     var: jax.Array  # [C], real also for complex x
 
 
-def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Params, State]:
+def init(
+    features: int | Sequence[int],
+    dtype: Any = jnp.float32,
+    *,
+    domains: int | None = None,
+    classes: int | None = None,
+) -> tuple[Params, State]:
     """Fresh `Params` (scale 1, bias 0) and `State` (mean 0, var 1, count 0).
 
     Args:
       features: size of the feature axis, or sizes of the feature axes in x's order.
       dtype: of scale and bias. Statistics have this dtype too, or float32 where dtype is
         narrower; var is real also for a complex dtype.
+      domains: the number of sets of statistics, for `domain=` of `batch_norm`: mean and var are
+        [domains, *features], count [domains]. None: one set, without that axis.
+      classes: the number of scales and biases, for `labels=` of `batch_norm`: they are
+        [classes, *features]. None: one of each, without that axis.
 
     Raises:
-      TypeError: features are no integers, or dtype is not floating or complex.
-      ValueError: a size is negative.
+      TypeError: features, domains or classes are no integers, or dtype is not floating or complex.
+      ValueError: a size is negative, or there are no domains or classes.
 
     >>> import jaxbn
     >>> params, state = jaxbn.init(64)
     >>> params.scale.shape, state.mean.shape, int(state.count)
     ((64,), (64,), 0)
+    >>> params, state = jaxbn.init(64, domains=2)
+    >>> params.scale.shape, state.mean.shape, state.count.shape
+    ((64,), (2, 64), (2,))
     """
     shape = tuple(features) if isinstance(features, Sequence) else (features,)
     integers = not isinstance(features, str) and all(map(is_integer, shape))
@@ -60,10 +74,16 @@ def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Param
         )
     dtype = jnp.dtype(dtype)
     check_dtype("init", "parameters and statistics", dtype, "leave dtype out for float32")
-    params = Params(jnp.ones(shape, dtype), jnp.zeros(shape, dtype))
-    mean = jnp.zeros(shape, wide(dtype))
-    var = jnp.ones(shape, jnp.finfo(mean.dtype).dtype)
-    return params, State(mean, var, jnp.zeros((), jnp.int32))
+    before: dict[str, tuple[int, ...]] = {"domains": (), "classes": ()}
+    for name, number in (("domains", domains), ("classes", classes)):
+        if number is not None:
+            before[name] = (check_number("init", name, number),)
+    table = (*before["classes"], *shape)
+    params = Params(jnp.ones(table, dtype), jnp.zeros(table, dtype))
+    table = (*before["domains"], *shape)
+    mean = jnp.zeros(table, wide(dtype))
+    var = jnp.ones(table, jnp.finfo(mean.dtype).dtype)
+    return params, State(mean, var, jnp.zeros(before["domains"], jnp.int32))
 
 
 def blend(state: State, moments: Moments, momentum: Any, unbiased: bool) -> State:

@@ -43,6 +43,7 @@ from jaxbn._op.moments import divisor, over_devices, sums_about
 from jaxbn._op.normalize import normalize, rstd
 from jaxbn._op.renorm import Renorm, renormalized
 from jaxbn._op.state import Moments, Params
+from jaxbn._op.tables import Domains, Rows
 from jaxbn._op.tangent import affine
 
 
@@ -54,6 +55,8 @@ class Spec(NamedTuple):
     pool: Pool | None
     dtype: jnp.dtype  # of y
     relu: bool = False  # whether y is relu of the rest
+    rows: Rows | None = None  # where each row of x has its own statistics, scale or bias
+    domains: int = 0  # the number of sets of statistics, where each row of x has its own
 
 
 class Operands(NamedTuple):
@@ -67,6 +70,7 @@ class Operands(NamedTuple):
     near: jax.Array | None = None  # the running mean: often near the batch's mean
     renorm: Renorm | None = None
     weights: jax.Array | None = None  # 0 where mask is False; without relu
+    domain: jax.Array | None = None  # [rows]: the set of statistics of each row; without relu
 
 
 # Not inlined, so that equal layers share one function and a second eager call compiles nothing.
@@ -77,12 +81,16 @@ def normalize_by_batch(spec: Spec, v: Operands) -> tuple[jax.Array, Moments]:
     Relu and residual take part only where the call asks for them. Where no device has a valid
     cell, rstd is 0, so y is bias and gradients are finite.
     """
-    return (_normalize_by_batch if v.weights is None else _normalize_by_weights)(spec, v)
+    plain = v.weights is None and spec.rows is None
+    return (_normalize_by_batch if plain else _normalize_by_weights)(spec, v)
 
 
 @functools.partial(jax.checkpoint, static_argnums=(0,), policy=only_moments)
 def _normalize_by_weights(spec: Spec, v: Operands) -> tuple[jax.Array, Moments]:
-    """As JAX differentiates it, in the weights too; kept for backward are x, weights and [C]."""
+    """As JAX differentiates it, in the weights too, or with numbers of each row's own.
+
+    Kept for backward are x, weights and the numbers of channels and rows.
+    """
     y, m, *_ = _forward(spec, v)
     return y, m
 
@@ -97,13 +105,20 @@ def _forward(
     spec: Spec, v: Operands
 ) -> tuple[jax.Array, Moments, jax.Array, Callable[[Params], Params]]:
     """Returns y, the moments, rstd, and what scale and bias are changed by."""
-    m = named(over_devices(v.x, spec.axes, v.mask, v.near, v.weights, spec.pool))
+    domains = None
+    if spec.rows is not None and v.domain is not None:
+        domains = Domains(spec.rows, v.domain, spec.domains)
+    m = named(over_devices(v.x, spec.axes, v.mask, v.near, v.weights, spec.pool, domains))
     epsilon = spec.epsilon if v.epsilon is None else v.epsilon
     r = rstd(m.var, epsilon)
     r = jnp.where(m.count > 0, r, 0)
-    change = renormalized(v.renorm, m, r, epsilon)
+    own, axes, renorm = m, spec.axes, v.renorm
+    if spec.rows is not None:
+        axes = spec.rows.axes
+        own, r, renorm = spec.rows.read_all((m, r, renorm), v.domain)
+    change = renormalized(renorm, own, r, epsilon)
     last = spec.relu and v.residual is None
-    y = normalize(v.x, m.mean, r, change(v.params), spec.axes, spec.dtype, v.mask, last)
+    y = normalize(v.x, own.mean, r, change(v.params), axes, spec.dtype, v.mask, last)
     return y if v.residual is None else jnp.maximum(y + v.residual, 0), m, r, change
 
 

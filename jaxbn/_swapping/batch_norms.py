@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from jaxbn._inspection import layers, nnx_classes, stand_ins
 from jaxbn._inspection.layers import Layer
 from jaxbn._op.batch_norm import finish
-from jaxbn._swapping.swapped import Swapped, SwappedLayer, names
+from jaxbn._swapping.swapped import Swapped, SwappedLayer, check_tables, names
 from jaxbn._text import listed
+
+TABLES = ("domains", "classes")  # what Flax's batch norm does not have
 
 
 def as_batch_norms(
@@ -50,6 +52,7 @@ def as_batch_norms(
     found = {path: layer for path, layer in layers.nnx_layers(model) if path in chosen}
     for path, layer in found.items():
         _check_own_call(path, layer)
+        check_tables(path, layer, TABLES if to == "flax" else ())
     for layer in found.values():
         _exchange_nnx(layer, to, options)
     return Swapped(model, None, report)
@@ -103,6 +106,7 @@ def _linen_batch_norm(path: str, layer: Any, to: str, options: Mapping[str, Any]
     import jaxbn.linen
 
     _check_own_call(path, layer)
+    check_tables(path, layer, TABLES if to == "flax" else ())
     cls: Any = nn.BatchNorm if to == "flax" else jaxbn.linen.BatchNorm
     fields = {field.name for field in dataclasses.fields(cls)} - {"parent", "name"}
     kept = {name: getattr(layer, name) for name in fields if hasattr(layer, name)}
@@ -126,12 +130,14 @@ def _exchange_nnx(layer: Any, to: str, options: Mapping[str, Any]) -> None:
 
     ours = isinstance(layer, jaxbn.nnx.BatchNorm)
     new = {"virtual_batch_size": None, "unbiased": False, "activation": None, "renorm": None}
+    new |= {"domains": None, "affine_per_domain": False, "classes": None}
     if to == "batch":
         nnx_classes.exchange(layer, jaxbn.nnx.BatchNorm)
         options = {**{name: v for name, v in new.items() if not hasattr(layer, name)}, **options}
     elif ours:
         nnx_classes.exchange(layer, nnx_classes.subclass(nnx.BatchNorm, "BatchNorm", _flax_call))
-        del layer.virtual_batch_size, layer.unbiased, layer.renorm
+        for name in new.keys() - {"activation"}:
+            delattr(layer, name)
     for name, value in _options_of(layer, options).items():
         setattr(layer, name, value)
     if layer.momentum is None and not hasattr(layer, "count"):

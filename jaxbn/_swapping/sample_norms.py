@@ -14,10 +14,11 @@ from jaxbn._inspection.layers import Layer
 from jaxbn._inspection.selection import Where
 from jaxbn._op.batch_norm import finish
 from jaxbn._swapping.standardized import Standardizing, convolutions_of, standardized_call
-from jaxbn._swapping.swapped import Swapped, SwappedLayer, names
+from jaxbn._swapping.swapped import Swapped, SwappedLayer, check_tables, names
 from jaxbn._text import listed
 
 NORMS = {"group": "GroupNorm", "layer": "LayerNorm", "instance": "InstanceNorm"}
+TABLES = ("affine_per_domain", "classes")  # what these norms do not have; they need no statistics
 
 
 def as_sample_norms(
@@ -45,6 +46,8 @@ def as_sample_norms(
         return Swapped(swapped, type(variables)(kept), report)
     found = {path: layer for path, layer in layers.nnx_layers(model) if path in chosen}
     _check_last(to, {path: layer.axis for path, layer in found.items()})
+    for path, layer in found.items():
+        check_tables(path, layer, TABLES)
     for path, layer in found.items():
         new = _new_nnx_norm(layer, to, grouped[path])
         nnx_classes.exchange(layer, type(new))
@@ -111,6 +114,7 @@ def _apply_swapped(
         if call.path not in groups:
             return run(call.train), None
         _check_last(to, {call.path: call.layer.axis}, call.x)
+        check_tables(call.path, call.layer, TABLES)
         # The norm works in the old layer's scope, so it finds scale and bias under their paths.
         norm = getattr(nn, NORMS[to])(
             **_kept_options(call.layer, to, groups[call.path]),
@@ -153,6 +157,8 @@ def _swapped_call(cls: Any, to: str) -> Callable[..., jax.Array]:
         update_stats: bool = True,
         renorm: Any = None,
         weights: Any = None,
+        domain: Any = None,
+        labels: Any = None,
     ) -> jax.Array:
         _check_last(to, {}, x)
         y = cls.__call__(self, x, mask=_full_mask(mask, weights, x))

@@ -1,5 +1,6 @@
 """What `swap` returns."""
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 
@@ -23,3 +24,14 @@ class Swapped(NamedTuple):
 def names(held: Any) -> tuple[str, ...]:
     """The names of what a layer has, of its `Params` or `State`."""
     return tuple(name for name, v in held._asdict().items() if v is not None)
+
+
+def check_tables(path: str, layer: Any, names: Collection[str]) -> None:
+    """Refuses a layer with domains or classes that the new norm does not have."""
+    for name in names:
+        if held := getattr(layer, name, None):
+            raise ValueError(
+                f"swap: layer {path!r} has {name}={held}, which Flax's norms do not have; leave "
+                f"the layer out by where=, or take the arrays of one, as "
+                f"jax.tree.map(lambda v: v[0], batch_stats) does, into a model without them."
+            )

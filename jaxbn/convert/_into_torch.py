@@ -74,6 +74,15 @@ def to_torch(
         layer, _, leaf = key.rpartition(".")
         slots.append(Slot(key, layer, Role(leaf, ndim=v.ndim), v.shape, v.dtype))
     found = match_arrays(tensors, slots, rename, keep)
+    norms = {slot.layer for slot in source.slots if slot.role.leaf == "mean"}
+    tables = [
+        f"{slot.path} is {slot.shape}, and PyTorch's norms have one axis: of several domains (or "
+        f"classes, or layers of a scan), take one, as jax.tree.map(lambda v: v[0], batch_stats) "
+        f"does"
+        for slot in source.slots
+        if slot.layer in norms and len(slot.shape) > 1
+    ]
+    refuse(call, tables)
     refuse(call, source.problems + found.problems)
     new = {key: np.array(found.values.get(key, v)) for key, v in given.items()}
     halves = [key for key, v in new.items() if v.dtype == jnp.bfloat16]

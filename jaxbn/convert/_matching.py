@@ -284,7 +284,7 @@ def _place(tensors: Iterable[Tensor], slots: Iterable[Slot], found: Match) -> No
         if value.shape != slot.shape:
             found.problems.append(
                 f"misshapen: {tensor.key} {tensor.array.shape} becomes {value.shape}, "
-                f"but {slot.path} is {slot.shape}"
+                f"but {slot.path} is {slot.shape}" + _several(slot, value.shape)
             )
         elif not _is_of_kind(value.dtype, slot.dtype):
             found.problems.append(
@@ -318,3 +318,13 @@ def report_of(found: Match, batch_norm: Mapping[str, Any], notes: Iterable[str])
     """The report of a match that has no problems."""
     parts = tuple(found.moves), found.by, tuple(found.dropped), tuple(found.kept)
     return Report(*parts, batch_norm, (*notes, *found.notes))
+
+
+def _several(slot: Slot, shape: tuple[int, ...]) -> str:
+    """What to write where the target holds several of the source's statistics."""
+    if slot.role.leaf not in ("mean", "var") or slot.shape[1:] != shape:
+        return ""
+    return (
+        f", a row for each domain: convert into the model without domains, then "
+        f"jax.tree.map(lambda v: jnp.stack([v] * {slot.shape[0]}), batch_stats)"
+    )

@@ -65,7 +65,9 @@ def divergence(
     `check` calls statistics stale if the quartile is above the limit. The quartile is used and not
     the mean, so that a few channels cannot decide: the statistics of a channel that is rarely
     active differ much from batch to batch. The limit grows with 1 / rows. With one row, or with
-    fewer than `limits.values` values, it is infinite: a variance of so few values says nothing.
+    fewer than `limits.values` values, it is infinite: a variance of so few values says nothing. A
+    channel without a value in the batch, as a domain without a row has, has divergence 0 and does
+    not count.
 
     Args:
       running: anything with `mean` and `var` [C].
@@ -83,17 +85,30 @@ def divergence(
     >>> round(figure, 3), round(limit, 3)
     (1.0, 0.4)
     """
-    apart = distance(running, batch, setting.epsilon).divergence
+    seen = seen_in(batch)
+    apart = np.where(seen, distance(running, batch, setting.epsilon).divergence, 0)
     rows = rows_of(batch, setting)
-    noise = limits.divergence_noise * (1 + 5 / max(apart.size, 1)) / rows
+    noise = limits.divergence_noise * (1 + 5 / max(int(seen.sum()), 1)) / rows
     enough = rows > 1 and values_of(batch) >= limits.values
     limit = limits.divergence + noise if enough else math.inf
-    return float(np.quantile(apart, 0.75)) if apart.size else 0.0, limit, apart
+    return float(np.quantile(apart[seen], 0.75)) if seen.any() else 0.0, limit, apart
 
 
 def values_of(moments: Moments) -> float:
-    """The number of values behind the moments, in the channel with the fewest."""
-    return float(np.min(in_double(moments.count), initial=np.inf))
+    """The number of values behind the moments, in the channel with the fewest but none.
+
+    0 where no channel has a value, infinite where there is no channel.
+    """
+    count = in_double(moments.count)
+    some = count[count > 0]
+    return float(some.min(initial=np.inf)) if some.size or not count.size else 0.0
+
+
+def seen_in(moments: Moments) -> np.ndarray:
+    """Whether there is a value behind each mean and var; of several domains, some may lack rows."""
+    count, shape = np.asarray(moments.count), np.shape(moments.mean)
+    count = count.reshape(count.shape + (1,) * (len(shape) - count.ndim))
+    return np.broadcast_to(count > 0, shape)
 
 
 def rows_of(moments: Moments, setting: Setting) -> float:
@@ -124,9 +139,12 @@ def initial_share(running: Any, batch: Moments, epsilon: float = 1e-5) -> float:
     >>> round(health.initial_share(running, batch), 6)
     0.6
     """
-    v = in_double(batch.var) + epsilon
-    to_batch = np.stack([in_double(batch.mean) / np.sqrt(v), (in_double(batch.var) - 1) / v])
-    gone = np.stack([in_double(running.mean) / np.sqrt(v), (in_double(running.var) - 1) / v])
+    seen = seen_in(batch)
+    mean, var = (in_double(v)[seen] for v in (batch.mean, batch.var))
+    mean_now, var_now = (in_double(v)[seen] for v in (running.mean, running.var))
+    v = var + epsilon
+    to_batch = np.stack([mean / np.sqrt(v), (var - 1) / v])
+    gone = np.stack([mean_now / np.sqrt(v), (var_now - 1) / v])
     whole = np.vdot(to_batch, to_batch).real
     return float(1 - np.vdot(to_batch, gone).real / whole) if whole else 0.0
 

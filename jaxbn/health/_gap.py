@@ -13,7 +13,7 @@ from jaxbn._inspection import hooks, layers
 from jaxbn._op.axes import resolve
 from jaxbn._op.devices import sharded_as
 from jaxbn._op.state import Moments
-from jaxbn.health._distances import divergence, rows_of, values_of
+from jaxbn.health._distances import divergence, rows_of, seen_in, values_of
 from jaxbn.health._findings import (
     ERROR,
     RECALIBRATE,
@@ -202,7 +202,8 @@ def _output_sd(layer: layers.Layer, of_x: Moments, setting: Setting) -> float:
     """The sd of y in train mode within a channel, RMS over channels: scale² var / (var + eps)."""
     var = np.asarray(of_x.var, np.float64)
     scale = 1.0 if layer.params.scale is None else np.abs(np.asarray(layer.params.scale))
-    return float(np.sqrt((scale**2 * var / (var + setting.epsilon)).mean()))
+    of_y = np.broadcast_to(scale**2 * var / (var + setting.epsilon), var.shape)
+    return float(np.sqrt(of_y.mean(where=seen_in(of_x))))
 
 
 def _rms_difference(a: jax.Array, b: jax.Array, valid: jax.Array) -> float:

@@ -195,6 +195,12 @@ def _check_fits(held: Mapping[str, layers.Layer], path: str, rows: Moments) -> N
             f"result of health.incoming(model.apply)(variables, x)[1] for these variables."
         )
     shape, features = np.shape(rows.mean), np.shape(held[path].state.mean)
+    if shape[:-1] == features[1:]:
+        raise ValueError(
+            f"drift: the statistics of {path!r} have shape {features}, a row for each domain, but "
+            f"moments of rows have shape {shape}; for the rows of domain 0 write "
+            f"health.drift(jax.tree.map(lambda v: v[0], batch_stats), batches)."
+        )
     if shape[:-1] != features:
         raise ValueError(
             f"drift: moments of {path!r} have shape {shape}, expected {(*features, 'rows')}, "

@@ -42,6 +42,7 @@ BAD = [
     ("finetune/finetune.py --data-dir {}/no", NO_DATA),
     ("swap/swap.py --data-dir {}/no", NO_DATA),
     ("renorm/renorm.py --data-dir {}/no", NO_DATA),
+    ("domains/domains.py --data-dir {}/no", NO_DATA),
     ("drift/alarms.py --data-dir {}/no", NO_DATA),
     ("drift/alarms.py --run {} --width 2", "{} has no complete checkpoint"),
     ("drift/alarms.py --window 200", "--window 200: there are 180 images to draw it from"),

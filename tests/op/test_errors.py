@@ -14,6 +14,7 @@ import jaxbn
 
 X = jnp.ones((8, 5, 3))
 PARAMS, STATE = jaxbn.init(3)
+DOMAINS = jaxbn.init(3, domains=2)[1]
 GROUPS = "must name each index of axis 'd' with size 8 once, in groups of one size; for pairs"
 GROUPS = f"{GROUPS} write [[0, 1], [2, 3], [4, 5], [6, 7]]."
 MOMENTUM = (
@@ -39,6 +40,10 @@ UNBOUND = (
 
 def call(x=X, params=PARAMS, state=STATE, **options):
     return jaxbn.batch_norm(x, params, state, **{"train": True, **options})
+
+
+def of_domains(state=DOMAINS, **options):
+    return call(state=state, **options)
 
 
 def mapped(**options):
@@ -425,6 +430,131 @@ CASES = {
         TypeError(
             "batch_norm: weights have dtype complex64, expected real numbers of at least 0; write "
             "weights=jnp.abs(weights)."
+        ),
+    ),
+    "a domain of float": (
+        lambda: of_domains(domain=1.0),
+        TypeError(
+            "batch_norm: domain has dtype float32, expected an integer, or integers, one for each "
+            "row of x; write jnp.asarray(domain, jnp.int32)."
+        ),
+    ),
+    "a domain of bool": (
+        lambda: of_domains(domain=True),
+        TypeError(
+            "batch_norm: domain has dtype bool, expected an integer, or integers, one for each row "
+            "of x; write jnp.asarray(domain, jnp.int32)."
+        ),
+    ),
+    **{
+        f"a domain of {k}, train={train}": (
+            lambda k=k, train=train: of_domains(domain=k, train=train),
+            ValueError(
+                f"batch_norm: domain={k}, expected 0 to 1, one of 2 domains; write domain=1 for "
+                f"the last{f', or domains={k + 1} where they are made' if k > 0 else ''}."
+            ),
+        )
+        for k, train in ((2, True), (-1, False), (np.int32(5), True))
+    },
+    "a domain out of range in one row": (
+        lambda: of_domains(domain=jnp.array([0, 1, 0, 1, 2, 0, 0, 0])),
+        ValueError(
+            "batch_norm: domain holds 2, expected 0 to 1, one of 2 domains; write domain=1 for the "
+            "last, or domains=3 where they are made."
+        ),
+    ),
+    "domains of other rows": (
+        lambda: of_domains(domain=jnp.zeros(5, int)),
+        ValueError(
+            "batch_norm: domain has shape (5,) but x has shape (8, 5, 3); expected () or (8,), one "
+            "for each row; write domain=0, or jnp.full(8, 0)."
+        ),
+    ),
+    "a domain without a state": (
+        lambda: call(state=None, domain=0),
+        ValueError(
+            "batch_norm: domain= with state=None, but domains are sets of running statistics; "
+            "start from params, state = jaxbn.init(3, domains=2)."
+        ),
+    ),
+    "a domain of one set": (
+        lambda: call(domain=0),
+        ValueError(
+            "batch_norm: domain= with state.mean of shape (3,), which is one set of statistics; "
+            "write jaxbn.init(3, domains=2) for two, or leave domain out."
+        ),
+    ),
+    "no domain": (
+        lambda: of_domains(),
+        ValueError(
+            "batch_norm: state.mean has shape (2, 3), but x with shape (8, 5, 3) has features (3,) "
+            "on axes (2,); write domain=, which of the 2 sets of statistics x takes, or one for "
+            "each row."
+        ),
+    ),
+    "one count for all domains": (
+        lambda: of_domains(state=DOMAINS._replace(count=jnp.int32(7)), domain=0),
+        ValueError(
+            "batch_norm: state.count has shape (), expected (2,), the updates of each domain; "
+            "write state._replace(count=jnp.zeros((2,), jnp.int32)), or start from "
+            "jaxbn.init(features, domains=2)."
+        ),
+    ),
+    "domains of rows and ghosts": (
+        lambda: of_domains(domain=jnp.zeros(8, int), virtual_batch_size=4),
+        ValueError(
+            "batch_norm: virtual_batch_size=4 where each row of x has a domain, a scale or a bias "
+            "of its own, expected one or the other; leave virtual_batch_size out."
+        ),
+    ),
+    "labels without a table": (
+        lambda: call(labels=0),
+        ValueError(
+            "batch_norm: labels= with scale and bias of shape [(3,), (3,)], expected a table "
+            "('classes', 3), with a row for each label; write jaxbn.init(3, classes=10), or leave "
+            "labels out."
+        ),
+    ),
+    "no labels": (
+        lambda: call(params=jaxbn.init(3, classes=4)[0]),
+        ValueError(
+            "batch_norm: params.scale has shape (4, 3), but x with shape (8, 5, 3) has features "
+            "(3,) on axes (2,); write labels=, which of the 4 of them x takes, or one for each row."
+        ),
+    ),
+    "labels out of range": (
+        lambda: call(params=jaxbn.init(3, classes=4)[0], labels=jnp.full(8, -1)),
+        ValueError(
+            "batch_norm: labels hold -1, expected 0 to 3, one of 4 classes; write labels=3 for the "
+            "last."
+        ),
+    ),
+    "a scale of each row without the axes of x": (
+        lambda: call(params=(jnp.ones((8, 3)), None)),
+        ValueError(
+            "batch_norm: params.scale has shape (8, 3), but x with shape (8, 5, 3) has features "
+            "(3,) on axes (2,); write params.scale.reshape((8, 1, 3)) for one in each row of x."
+        ),
+    ),
+    "moments of domains without their number": (
+        lambda: jaxbn.moments(X, domain=0),
+        ValueError(
+            "moments: domain= alone, expected the domain of x, or of each row, and the number of "
+            "domains; write domains=2 too."
+        ),
+    ),
+    "no domains": (
+        lambda: jaxbn.init(3, domains=0),
+        ValueError(
+            "init: domains=0, expected how many there are, an integer of at least 1, or None for "
+            "one without an axis of its own; write domains=2."
+        ),
+    ),
+    "domains that are no number": (
+        lambda: jaxbn.init(3, classes="4"),
+        TypeError(
+            "init: classes='4', expected how many there are, an integer of at least 1, or None for "
+            "one without an axis of its own; write classes=2."
         ),
     ),
     "weights per sample": (
