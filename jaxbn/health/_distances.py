@@ -88,7 +88,7 @@ def divergence(
     seen = seen_in(batch)
     apart = np.where(seen, distance(running, batch, setting.epsilon).divergence, 0)
     rows = rows_of(batch, setting)
-    noise = limits.divergence_noise * (1 + 5 / max(seen.sum(), 1)) / rows
+    noise = limits.divergence_noise * (1 + 5 / max(int(seen.sum()), 1)) / rows
     enough = rows > 1 and values_of(batch) >= limits.values
     limit = limits.divergence + noise if enough else math.inf
     return float(np.quantile(apart[seen], 0.75)) if seen.any() else 0.0, limit, apart
