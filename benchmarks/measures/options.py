@@ -22,6 +22,8 @@ ROWS, C = 4, 3  # on a device
 SHAPE = (ROWS * DEVICES, 4, 4, C)
 COUNT = np.int32(3)  # of the state before
 MOMENTUM, EPSILON = 0.99, 1e-5
+DOMAIN = np.arange(SHAPE[0], dtype=np.int32) % 2  # of each row; every device has rows of both
+LABELS = np.arange(SHAPE[0], dtype=np.int32) % 3
 REFUSED = "refused"
 
 
@@ -45,6 +47,14 @@ def residual(rng):
     return {"residual": np.float32(rng.normal(size=SHAPE))}
 
 
+def domain(rng):
+    return {"domain": DOMAIN}
+
+
+def labels(rng):
+    return {"labels": LABELS}
+
+
 def both(first, second):
     return lambda rng: first(rng) | second(rng)
 
@@ -52,6 +62,7 @@ def both(first, second):
 RENORM = {"renorm": (1.1, 0.3)}
 GHOSTS = {"virtual_batch_size": 2}
 RELU = {"activation": jax.nn.relu}
+DOMAINS, CLASSES = {"domains": 2}, {"classes": 3}
 OPTIONS = {
     "none": Option(),
     "mask": Option(arrays=mask),
@@ -73,6 +84,12 @@ OPTIONS = {
     "ghost batches, renorm": Option(GHOSTS | RENORM),
     "ghost batches, relu, residual": Option(GHOSTS | RELU, residual),
     "ghost batches larger than a device's": Option({"virtual_batch_size": 2 * ROWS}),
+    "domain": Option(DOMAINS | {"domain": 1}),
+    "domain of each row": Option(DOMAINS, domain),
+    "domain of each row, weights": Option(DOMAINS, both(domain, weights)),
+    "domain of each row, renorm": Option(DOMAINS | RENORM, domain),
+    "labels": Option(CLASSES, labels),
+    "domain of each row, labels": Option(DOMAINS | CLASSES, both(domain, labels)),
     "groups of devices": Option(groups=GROUPS["contiguous"]),
     "groups of devices, interleaved": Option(groups=GROUPS["interleaved"]),
     "groups of devices, weights": Option(groups=GROUPS["contiguous"], arrays=weights),
@@ -100,8 +117,9 @@ def called(caller: str, option: Option):
     """A batch norm for a road: in training, and by the same state in eval mode."""
 
     def bn(x, params, state, *, mask, **pooled):
+        count = np.full(np.shape(state[0])[:-1], COUNT)
         run = functools.partial(
-            CALLERS[caller], x, Params(*params), State(*state, COUNT), **option.keywords, **pooled
+            CALLERS[caller], x, Params(*params), State(*state, count), **option.keywords, **pooled
         )
         y, new = run(train=True, **mask)
         return (y, run(train=False, **mask)[0]), new
@@ -115,7 +133,15 @@ def formula(option: Option):
 
     def whole(x, params, state, arrays):
         w = jnp.broadcast_to(arrays.get("weights", 1.0) * arrays.get("mask", True), x.shape)
-        (scale, bias), (old_mean, old_var) = params, state
+        scale, bias = params
+        if "classes" in keywords:
+            scale, bias = scale[LABELS][:, None, None], bias[LABELS][:, None, None]
+        number = keywords.get("domains", 0)
+        domains = np.broadcast_to(keywords.get("domain", DOMAIN if number else 0), len(x))
+
+        def before(rows):
+            """Mean and var of the state that these rows, of one domain, go by."""
+            return [v[domains[rows][0]] if number else v for v in state]
 
         def moments(rows):  # [N], which take part
             share = w * rows[:, None, None, None]
@@ -127,7 +153,7 @@ def formula(option: Option):
             y = ((x - mean) / jnp.sqrt(var + EPSILON) * r + d) * scale + bias
             return keywords.get("activation", lambda y: y)(y + arrays.get("residual", 0.0))
 
-        def corrections(mean, var):
+        def corrections(mean, var, old_mean, old_var):
             r_max, d_max = keywords.get("renorm", (1.0, 0.0))
             sd = jnp.sqrt(old_var + EPSILON)
             r = jnp.clip(jnp.sqrt(var + EPSILON) / sd, 1 / r_max, r_max)
@@ -135,6 +161,7 @@ def formula(option: Option):
 
         def learned(rows):
             n, mean, var = moments(rows)
+            old_mean, old_var = before(rows)
             var = var * n / (n - 1) if keywords.get("unbiased") else var
             keep = keywords["momentum"]
             keep = COUNT / (COUNT + 1) if keep is None else keep
@@ -143,20 +170,30 @@ def formula(option: Option):
         row = np.arange(len(x))
         parts = row // keywords["virtual_batch_size"]  # that share statistics
         states = [np.ones(len(x), bool)]  # the rows that the state learns from
+        if number:
+            parts, states = domains, [domains == k for k in range(number)]
         if option.groups is not None:
             of = {device: i for i, group in enumerate(option.groups) for device in group}
             parts = np.vectorize(of.get)(row // ROWS)
             states = [parts == of[device] for device in range(DEVICES)]
-        y = jnp.zeros_like(x)
+        y = y_eval = jnp.zeros_like(x)
         for part in np.unique(parts):
             rows = parts == part
             _, mean, var = moments(rows)
-            of_part = normalized(mean, var, *corrections(mean, var))
-            y = jnp.where(rows[:, None, None, None], of_part, y)
-        new = [learned(rows) for rows in states]
-        new = jax.tree.map(lambda *v: jnp.stack(v) if option.groups else v[0], *new)
+            old = before(rows)
+            of_part = normalized(mean, var, *corrections(mean, var, *old))
+            y, y_eval = (
+                jnp.where(rows[:, None, None, None], new, v)
+                for new, v in ((of_part, y), (normalized(*old), y_eval))
+            )
+        new = [
+            learned(rows) if rows.any() else tuple(v[k] for v in state)
+            for k, rows in enumerate(states)
+        ]
+        several = option.groups or number
+        new = jax.tree.map(lambda *v: jnp.stack(v) if several else v[0], *new)
         new = new if keywords.get("update_stats", True) else state
-        return (y, normalized(old_mean, old_var)), new
+        return (y, y_eval), new
 
     return whole
 
@@ -167,7 +204,16 @@ def arguments(option: Option):
     x, dy = np.float32(rng.normal(size=(2, *SHAPE)))
     vectors = np.float32(rng.uniform(1, 2, (4, C)))
     x = 2 * x + vectors[0]
-    return x, tuple(vectors[:2]), tuple(vectors[2:]), option.arrays(rng), dy
+    params, state = (
+        tuple(table(v, option.keywords.get(rows)) for v in pair)
+        for pair, rows in ((vectors[:2], "classes"), (vectors[2:], "domains"))
+    )
+    return x, params, state, option.arrays(rng), dy
+
+
+def table(v, rows):
+    """A table [rows, C] of numbers that differ; v [C] itself without a number of rows."""
+    return v if rows is None else v * np.linspace(0.7, 1.4, rows, dtype=np.float32)[:, None]
 
 
 def step(f):

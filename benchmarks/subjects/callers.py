@@ -15,6 +15,7 @@ import jaxbn
 
 
 def functional(x, params, state, *, train, update_stats=True, **options):
+    options = {k: v for k, v in options.items() if k not in ("domains", "classes")}  # as the arrays
     y, new = jaxbn.batch_norm(x, params, state, train=train, **options)
     return y, (new if update_stats else state)[:2]
 

@@ -26,6 +26,8 @@ UNUSED = {
     "activation": None,
     "residual": None,
     "virtual_batch_size": None,
+    "domain": None,
+    "labels": None,
     "axis_name": None,
     "axis_index_groups": None,
     "unbiased": False,
