@@ -1221,7 +1221,7 @@ BUGS = (
         "jaxbn/nnx.py",
         "use_fast_variance: bool = True,",
         "use_fast_variance: bool = False,",
-        "flax/test_nnx.py::test_the_signature_is_flaxs_and_four_arguments_more",
+        "flax/test_nnx.py::test_the_signature_is_flaxs_and_seven_arguments_more",
     ),
     Bug(
         "any name passes type checkers",

@@ -262,10 +262,11 @@ def _state(
 
     mean, var = step(old.mean, m.mean), step(old.var, var)
     count = old.count
-    if count is not None:  # [domains] of several domains; one without a row keeps its own
-        count = jnp.asarray(count)
-        seen = jnp.any(m.count > 0, tuple(range(count.ndim, m.count.ndim)))
-        count = jnp.where(seen, jnp.full_like(count, batches), count)
+    if count is not None:
+        before, count = jnp.asarray(count), jnp.full_like(count, batches)
+        if before.ndim:  # [domains]; one without a row keeps its own
+            seen = jnp.any(m.count > 0, tuple(range(before.ndim, m.count.ndim)))
+            count = jnp.where(seen, count, before)
     return State(_placed_as(mean, old.mean), _placed_as(var, old.var), count)
 
 

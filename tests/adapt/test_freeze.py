@@ -343,7 +343,7 @@ def test_a_count_and_initial_values_both_say_untrained(mean, count):
     norm.count[...] = jnp.asarray(count)
     with pytest.raises(ValueError) as error:
         jaxbn.freeze(norm)
-    assert str(error.value) == FRESH.format([""])
+    assert str(error.value) == FRESH.format("['' (the model itself)]")
     norm.mean[...], norm.count[...] = jnp.ones(2), jnp.asarray(3)
     jaxbn.freeze(norm)
 

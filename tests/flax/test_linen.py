@@ -49,7 +49,8 @@ def test_every_argument_of_flax_is_there_with_its_default():
     theirs = {f.name: f.default for f in dataclasses.fields(nn.BatchNorm)}
     ours = {f.name: f.default for f in dataclasses.fields(jaxbn.linen.BatchNorm)}
     assert {name: ours[name] for name in theirs} == theirs
-    assert set(ours) - set(theirs) == {"virtual_batch_size", "unbiased", "activation", "renorm"}
+    new = {"virtual_batch_size", "unbiased", "activation", "renorm"}
+    assert set(ours) - set(theirs) == new | {"domains", "affine_per_domain", "classes"}
     undocumented = [name for name in ours if f" {name}: " not in jaxbn.linen.BatchNorm.__doc__]
     assert undocumented == ["parent", "name"]  # every module of Flax has these
 
