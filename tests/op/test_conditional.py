@@ -11,7 +11,7 @@ import pytest
 import jaxbn
 from benchmarks.subjects.roads import roads, training
 from tests.support import cases, oracle
-from tests.support.compiling import compiled_quickly
+from tests.support.compiling import as_pasted, compiled_quickly
 
 CASES = [case for case in cases.SMALL if case.name in ("features apart", "float64", "valid pixels")]
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -172,7 +172,7 @@ def test_the_example_runs(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES / "domains")
     import generator
 
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with as_pasted(), compiled_quickly():
         table = generator.main(width=2, steps=2, batch=4, seeds=1)
     scores = [float(cell.partition("%")[0]) for cell in list(table.columns)[1].cells]
     assert scores[0] > 90

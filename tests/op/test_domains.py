@@ -12,7 +12,7 @@ import pytest
 import jaxbn
 from benchmarks.subjects.roads import roads, training
 from tests.support import cases, oracle
-from tests.support.compiling import compiled_quickly
+from tests.support.compiling import as_pasted, compiled_quickly
 
 CASES = [
     case
@@ -346,7 +346,7 @@ def test_the_example_runs(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES / "domains")
     import domains
 
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with as_pasted(), compiled_quickly():
         table = domains.main(width=1, images=16, batch=8, seeds=1, kinds=("of both",))
     columns = [list(column.cells) for column in table.columns]
     assert columns[1] == ["by day", "by night"]
