@@ -440,6 +440,13 @@ BUGS = (
         "test_first_day.py::test_names_of_other_libraries[jaxbn-BatchNorm]",
     ),
     Bug(
+        "`import jaxbn` imports Pallas",
+        "jaxbn/_op/primitives.py",
+        "Primitive: Any = type(jax.lax.neg_p)",
+        "from jax.extend.core import Primitive",
+        "test_public.py::test_importing_jaxbn_imports_nothing_large",
+    ),
+    Bug(
         "the square of the grid's size is an int32",
         "jaxbn/_op/moments.py",
         "float(k) ** 2",

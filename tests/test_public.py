@@ -72,7 +72,11 @@ def test_every_module_and_public_name_is_documented(module):
         assert (getattr(loaded, name).__doc__ or "").strip(), f"{module}.{name}"
 
 
-def test_importing_jaxbn_needs_no_flax():
-    code = "import sys, jaxbn; print([m for m in ('flax', 'optax') if m in sys.modules])"
+def test_importing_jaxbn_imports_nothing_large():
+    """Neither Flax nor optax, nor `jax.extend`, which brings Pallas."""
+    code = (
+        "import sys, jax; of_jax = set(sys.modules); import jaxbn; "
+        "print([m for m in ('flax', 'optax', 'jax.extend') if m in set(sys.modules) - of_jax])"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -12,11 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxbn._op.axes import Axes
 from jaxbn._op.devices import alike, repeated
+
+# As `jax.extend.core.Primitive`, which takes 20 ms to import: `jax.extend` brings Pallas.
+Primitive: Any = type(jax.lax.neg_p)
 
 # The `device` that an operation's function sees, by the platform that JAX lowers for.
 DEVICES = {"cpu": "cpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
