@@ -1,7 +1,8 @@
-# A generator of handwritten digits that learns the class by a scale and a bias for each label in
-# its norms, beside one that gets the label with its noise.
+# A generator of small images that learns the class by a scale and a bias for each label in its
+# norms, beside one that gets the label with its noise.
 #
-#   python examples/domains/generator.py
+#   python examples/domains/generator.py                     handwritten digits, 8x8
+#   python examples/domains/generator.py --data-dir DIR      CIFAR-10, 8x8 in color
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from command import Parser, between, one_line
+from data import load
 from rich import print
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -26,10 +28,11 @@ NOISE = 16
 
 class Generator(nn.Module):
     width: int
+    pixels: int  # how many numbers an image has
     in_norms: bool  # whether the label chooses scale and bias; else it stands beside the noise
 
     @nn.compact
-    def __call__(self, z, label, train):  # [B, 16], [B] → [B, 64]
+    def __call__(self, z, label, train):  # [B, 16], [B] → [B, pixels]
         h = z if self.in_norms else jnp.concatenate([z, jax.nn.one_hot(label, 10)], -1)
         for _ in range(2):
             norm = jaxbn.linen.BatchNorm(
@@ -40,14 +43,14 @@ class Generator(nn.Module):
                 activation=nn.relu,
             )
             h = norm(nn.Dense(self.width)(h), labels=label if self.in_norms else None)
-        return nn.tanh(nn.Dense(64)(h))
+        return nn.tanh(nn.Dense(self.pixels)(h))
 
 
 class Discriminator(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, x, label):  # [B, 64], [B] → [B]
+    def __call__(self, x, label):  # [B, pixels], [B] → [B]
         for _ in range(2):
             x = nn.leaky_relu(nn.Dense(self.width)(x), 0.2)
         # Whether x is real, and whether it is of that class (Miyato & Koyama 2018).
@@ -90,16 +93,31 @@ def trained(g, d, variables, weights, x, y, key, steps, batch):
     return jax.lax.scan(step, start, jax.random.split(key, steps))[0][0]
 
 
-def main(width=128, steps=4000, batch=64, seeds=3):
-    digits = load_digits()
-    x, y = jnp.asarray(digits.data / 8 - 1, jnp.float32), jnp.asarray(digits.target)
-    judge = LogisticRegression(max_iter=200).fit(np.asarray(x), digits.target)
+def images(data_dir):
+    """(x, y, test_x, test_y): images of 8x8 as rows of numbers from -1 to 1, and their classes."""
+    if data_dir is None:
+        digits = load_digits()
+        x, y = np.float32(digits.data / 8 - 1), digits.target
+        return x, y, x, y
+    data = load("cifar10", data_dir)
+    x, test_x = (
+        np.float32(v.reshape(len(v), 8, 4, 8, 4, 3).mean((2, 4)).reshape(len(v), -1) / 127.5 - 1)
+        for v in (data.train_x[np.arange(20_000)], data.test_x[np.arange(10_000)])
+    )
+    return x, np.asarray(data.train_y[:20_000]), test_x, np.asarray(data.test_y)
+
+
+def main(data_dir=None, width=128, steps=4000, batch=64, seeds=3):
+    x, y, test_x, test_y = images(data_dir)
+    judge = LogisticRegression(max_iter=1000).fit(x, y)
     label = np.repeat(np.arange(10), 50)
-    table = Table("the label is", "right class", "sd of a pixel", title="digits")
-    real = f"{np.std(digits.data / 8 - 1, axis=0).mean():.2f}"
-    table.add_row("(real images)", f"{judge.score(np.asarray(x), digits.target):.1%}", real)
+    title = "CIFAR-10" if data_dir else "digits"
+    table = Table("the label is", "right class", "sd of a pixel", title=title)
+    real = f"{np.std(x, axis=0).mean():.2f}"
+    table.add_row("(real images)", f"{judge.score(test_x, test_y):.1%}", real)
+    x, y = jnp.asarray(x), jnp.asarray(y)
     for name, in_norms in (("beside the noise", False), ("in the norms", True)):
-        g, d = Generator(width, in_norms), Discriminator(width)
+        g, d = Generator(width, x.shape[1], in_norms), Discriminator(width)
         right, spread = [], []
         for seed in range(seeds):
             keys = jax.random.split(jax.random.key(seed), 4)
@@ -119,14 +137,15 @@ def main(width=128, steps=4000, batch=64, seeds=3):
 if __name__ == "__main__":
     parser = Parser(
         prog="generator.py",
-        description="Handwritten digits of a class, by a scale and a bias for each label.",
+        description="Images of a class, by a scale and a bias for each label.",
         examples=[
             "python examples/domains/generator.py",
             "python examples/domains/generator.py --steps 500 --seeds 1",
-            "python examples/domains/generator.py --width 64",
+            "python examples/domains/generator.py --data-dir DIR",
         ],
     )
     positive = between(int, 1)
+    parser.add_argument("--data-dir", type=Path, help="CIFAR-10's binary files (else: digits)")
     parser.add_argument("--steps", type=positive, default=4000, help="of training (4000)")
     parser.add_argument("--width", type=positive, default=128, help="of the hidden layers (128)")
     parser.add_argument("--seeds", type=positive, default=3, help="generators of each kind (3)")
