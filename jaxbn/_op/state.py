@@ -49,9 +49,9 @@ def init(
       dtype: of scale and bias. Statistics have this dtype too, or float32 where dtype is
         narrower; var is real also for a complex dtype.
       domains: the number of sets of statistics, for `domain=` of `batch_norm`: mean and var are
-        [domains, *features], count [domains]. None: one set, without that axis.
+        `[domains, *features]`, count [domains]. None: one set, without that axis.
       classes: the number of scales and biases, for `labels=` of `batch_norm`: they are
-        [classes, *features]. None: one of each, without that axis.
+        `[classes, *features]`. None: one of each, without that axis.
 
     Raises:
       TypeError: features, domains or classes are no integers, or dtype is not floating or complex.
