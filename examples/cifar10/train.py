@@ -12,6 +12,7 @@ if __name__ == "__main__":  # before the long imports: a parent needs none of th
 
 import json
 import os
+import sys
 import time
 import traceback
 from functools import partial
@@ -263,9 +264,10 @@ def finish(args, data: Data, folder: Path, console: Console, result: dict, what:
     )
     report.curves(folder / "curves.png", rows, f"{what}, seed {args.seed}")
     console.print(f"Curves: {folder}/curves.png   Metrics: {folder}/metrics.jsonl")
+    python = sys.orig_argv[0]  # `make demo` runs .venv's, which alone has the packages
     console.print(
-        f"Try next: python examples/cifar10/predict.py {folder} IMAGE, or train on images of your "
-        "own: python examples/cifar10/train.py --data FOLDER"
+        f"Try next: {python} examples/cifar10/predict.py {folder} IMAGE, or train on images of "
+        f"your own: {python} examples/cifar10/train.py --data FOLDER"
     )
 
 

@@ -152,8 +152,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(run, capsys, tmp
     assert printed[6].split() == ["│", "test", "accuracy", "│", accuracy, "│", "%", "│"]
     assert printed[-2:] == [
         f"Curves: {folder}/curves.png   Metrics: {folder}/metrics.jsonl",
-        f"Try next: python examples/cifar10/predict.py {folder} IMAGE, or train on images of your "
-        "own: python examples/cifar10/train.py --data FOLDER",
+        f"Try next: {sys.orig_argv[0]} examples/cifar10/predict.py {folder} IMAGE, or train on "
+        f"images of your own: {sys.orig_argv[0]} examples/cifar10/train.py --data FOLDER",
     ]
 
 
