@@ -384,25 +384,27 @@ def ranges(axis, rows, series):
     axis.invert_yaxis()
 
 
+def accuracies(title, rows, series, legend):
+    """A figure of `ranges`, where each cell is an accuracy; `legend` is a place in it."""
+    figure, axis = plots.axes(title, "test accuracy, %: mean and range of 3 seeds", height=3)
+    ranges(axis, rows, series)
+    axis.legend(loc=legend, frameon=False)
+    return figure
+
+
 def renorm():
     """Accuracy with batch norm and with renormalization, for three kinds of batches."""
     rows = table("docs/renorm.md", "a batch of")
-    title, x = "Small batches, and batches of few classes", "test accuracy, %: mean and range"
-    figure, axis = plots.axes(title, f"{x} of 3 seeds", height=3)
-    ranges(axis, rows, {"BatchNorm": GREY, "with renorm": BLUE})
-    axis.legend(loc="lower left", frameon=False)
-    return figure
+    series = {"BatchNorm": GREY, "with renorm": BLUE}
+    return accuracies("Small batches, and batches of few classes", rows, series, "lower left")
 
 
 def domains():
     """Accuracy by day and by night, with one set of statistics and with one for each."""
     rows = table("docs/domains.md", "a batch")
     rows = [(f"a batch {kind}, tested {when}", *cells) for kind, when, *cells in rows]
-    title, x = "Images by day and by night", "test accuracy, %: mean and range"
-    figure, axis = plots.axes(title, f"{x} of 3 seeds", height=3)
-    ranges(axis, rows, {"one set": GREY, "a set for each": BLUE})
-    axis.legend(loc="upper left", frameon=False)
-    return figure
+    series = {"one set": GREY, "a set for each": BLUE}
+    return accuracies("Images by day and by night", rows, series, "upper left")
 
 
 def tent():

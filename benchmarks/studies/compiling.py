@@ -11,6 +11,7 @@ import argparse
 import functools
 import itertools
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -94,7 +95,8 @@ def main() -> None:
     for task in tasks:
         for dtype in map(jnp.dtype, options.dtype):
             report.show(measure(task, dtype, device, options.turns))
-    report.show_environment()
+    command = " ".join(["python -m benchmarks.studies.compiling", *sys.argv[1:]])
+    report.show_environment(report.environment(command))
 
 
 if __name__ == "__main__":

@@ -113,6 +113,4 @@ def run(size="usual") -> list[report.Table]:
 if __name__ == "__main__":
     for table in run("tiny" if "--tiny" in sys.argv else "usual"):
         report.show(table)
-    environment = report.environment() | {"command": "python -m benchmarks.studies.watching"}
-    for key, value in environment.items():
-        print(f"{key:9} {value}")
+    report.show_environment(report.environment("python -m benchmarks.studies.watching"))
