@@ -93,7 +93,7 @@ def main(data, seeds=3, steps=300, batch=64, width=8, depths=DEPTHS, rates=RATES
 def picture(*tables):
     figure, axes = study.panels(
         "Where the norm of a residual block goes: mean and range of the seeds",
-        *((f"learning rate {r:g}", "convolutions", "test accuracy, %") for r in RATES[: len(tables)]),
+        *((f"learning rate {r:g}", "convolutions", "test accuracy, %") for r in RATES),
         height=4.2,
     )
     for rows, axis in zip(tables, axes, strict=True):
