@@ -977,6 +977,21 @@ BUGS = (
         "export/test_tflite.py::test_all_rows_come_in_batches_of_one_size",
     ),
     Bug(
+        "a transposed convolution is cut on the other side",
+        "jaxbn/export/_transposed.py",
+        "edges[axis], steps[axis] = (-a, -b, 0), step",
+        "edges[axis], steps[axis] = (-b, -a, 0), step",
+        "export/test_tflite.py::test_transposed_convolutions_in_the_forms_that_are_converted_rightly[SAME]",
+    ),
+    Bug(
+        "TFLite gets the zeros inside a kernel as dilation",
+        "jaxbn/export/_transposed.py",
+        '"rhs_dilation": ones, "pref',
+        '"pref',
+        "export/test_tflite.py::test_transposed_convolutions_in_the_forms_that_are_converted_rightly"
+        "[holes in the kernel]",
+    ),
+    Bug(
         "a folder that is another than its manifest's",
         "jaxbn/export/_manifest.py",
         "if found != declared:",

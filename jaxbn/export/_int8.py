@@ -234,11 +234,16 @@ def _left_out(source: Any, prepared: Path, patterns: Sequence[str]) -> list[str]
         skip_symbolic_shape=True,
         save_as_external_data=Path(f"{source}.data").exists(),
     )
-    names = [n.name for n in library.load(prepared, load_external_data=False).graph.node]
+    nodes = library.load(prepared, load_external_data=False).graph.node
+    return fitting("int8", [node.name for node in nodes], patterns)
+
+
+def fitting(call: str, names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """The names of nodes that fit a pattern of `leave_out`. Raises if a pattern fits none."""
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise ValueError(
-                f"int8: leave_out has {pattern!r}, which fits no node; expected names such as "
+                f"{call}: leave_out has {pattern!r}, which fits no node; expected names such as "
                 f"{short(names)}."
             )
     return sorted({name for p in patterns for name in fnmatch.filter(names, p)})
