@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxbn._extras import need
 from jaxbn._text import first_line, short
-from jaxbn.export._checked_file import Case, written
+from jaxbn.export._checked_file import Case, arrays_of, written
 from jaxbn.export._session import session
 
 Calibration = Literal["minmax", "entropy", "percentile"]
@@ -165,11 +165,6 @@ def int8(
         yield Case(arrays_of(got), arrays_of(reference))
 
     return Quantized(*written("int8", path, write, cases, tolerance), **report)
-
-
-def arrays_of(results: Any) -> list[np.ndarray]:
-    """The results of a session, one array or several by name, as a list."""
-    return list(results.values()) if isinstance(results, dict) else [results]
 
 
 def feed_of(batch: Any, names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -11,8 +11,8 @@ import numpy as np
 from jaxbn._extras import need
 from jaxbn._folding.program import Program, trace
 from jaxbn._text import first_line
-from jaxbn.export._checked_file import Case, Exported, inference_inputs, written
-from jaxbn.export._signature import flat_args, names_of
+from jaxbn.export._checked_file import Case, Exported, arrays_of, inference_inputs, written
+from jaxbn.export._signature import by_name, flat_args, names_of
 from jaxbn.export._transposed import results_of
 
 SIGNATURE = "serving_default"
@@ -76,8 +76,7 @@ def tflite(
             got = load_tflite(file)(dict(zip(ins, map(np.asarray, leaves), strict=True)))
         except Exception as error:
             raise _refusal(program, error) from error
-        got = got if isinstance(got, dict) else {outs[0]: got}
-        yield Case([got[name] for name in outs], jax.tree.leaves(jax.jit(flat)(*leaves)))
+        yield Case(arrays_of(got), jax.tree.leaves(jax.jit(flat)(*leaves)))
 
     return written("tflite", path, lambda file: file.write_bytes(content), cases, tolerance)
 
@@ -178,14 +177,11 @@ class Loaded:
 
     def __call__(self, *arrays: Any) -> Any:
         """The result, or a dict of several by name."""
-        by_name = len(arrays) == 1 and isinstance(arrays[0], Mapping)
-        given = dict(arrays[0] if by_name else zip(self.inputs, arrays, strict=False))
-        given = {name: np.asarray(array) for name, array in given.items()}
+        given, fits = by_name(self.inputs, arrays)
         rows = {v.shape[:1] for v in given.values()}
         free = self.by_row and rows != {(self.size,)}
         if not (
-            given.keys() == self.inputs.keys()
-            and len(arrays[0] if by_name else arrays) == len(given)
+            fits
             and all(_fits(given[name], v, free) for name, v in self.inputs.items())
             and (len(rows) == 1 or not free)
         ):

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxbn._extras import need
-from jaxbn.export._checked_file import Case, written
-from jaxbn.export._int8 import Quantized, arrays_of, feed_of, fitting, run_or_refuse, times_of
+from jaxbn.export._checked_file import Case, arrays_of, written
+from jaxbn.export._int8 import Quantized, feed_of, fitting, run_or_refuse, times_of
 from jaxbn.export._tflite import in_parts, load_tflite
 
 MOVES = {"RESHAPE", "TRANSPOSE", "SQUEEZE", "EXPAND_DIMS", "QUANTIZE", "DEQUANTIZE"}

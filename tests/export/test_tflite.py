@@ -309,6 +309,50 @@ def test_a_saved_model_is_the_function_at_any_batch_size(tf, folded, tmp_path):
     np.testing.assert_allclose(got["logits"], folded(X[:3]), rtol=1e-4, atol=1e-5)
 
 
+def test_a_saved_model_in_the_order_of_the_function(tf, tmp_path):
+    """TensorFlow sorts the names of results; the folder's order is the function's."""
+    w = RANDOM.normal(size=(3, 2)).astype(np.float32)
+    counts = RANDOM.integers(0, 9, (4, 5)).astype(np.int32)
+
+    def fn(x, counts):
+        return [x @ w, counts, x.mean((1, 2))]
+
+    names = {"inputs": ("pixels", "counts"), "outputs": ("m", "b", "a")}
+    path = export.saved_model(fn, (X, counts), tmp_path / "net", **names).path
+    run = export.load_saved_model(path)
+    for got in (run(X[:3], counts[:3]), run({"counts": counts[:3], "pixels": X[:3]})):
+        assert list(got) == ["m", "b", "a"]
+        for y, expected in zip(got.values(), fn(X[:3], counts[:3]), strict=True):
+            np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    for inputs, got in (
+        ((X,), "pixels float32 [4, 8, 8, 3]: the inputs are others"),
+        ((X, counts, X), "pixels float32 [4, 8, 8, 3], counts int32 [4, 5]: the inputs are others"),
+        ((X[:, 1:], counts), "pixels float32 [4, 7, 8, 3], counts int32 [4, 5]: "),
+        ((X, counts.astype("f")), "pixels float32 [4, 8, 8, 3], counts float32 [4, 5]: "),
+        ((), "nothing: the inputs are others"),
+    ):
+        with pytest.raises(ValueError) as error:
+            run(*inputs)
+        text = str(error.value)
+        assert text.startswith(f"load_saved_model: {path} cannot run on {got}")
+        assert text.endswith("; expected pixels float32 [any, 8, 8, 3], counts int32 [any, 5].")
+
+
+def test_what_is_no_saved_model_is_refused(tf, tmp_path):
+    with pytest.raises(FileNotFoundError) as missing:
+        export.load_saved_model(tmp_path)
+    assert str(missing.value) == f"load_saved_model: no SavedModel in the folder {tmp_path}"
+    (tmp_path / "saved_model.pb").write_bytes(b"abc")
+    with pytest.raises(ValueError) as error:
+        export.load_saved_model(tmp_path)
+    text = str(error.value)
+    assert text.startswith(f"load_saved_model: TensorFlow cannot read {tmp_path}: ")
+    assert text.endswith("; expected a folder of jaxbn.export.saved_model.")
+    tf.saved_model.save(tf.Module(), str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"; expected a folder of jaxbn.export.saved_model\.$"):
+        export.load_saved_model(tmp_path / "other")
+
+
 def test_a_folder_and_its_manifest(tmp_path):
     path = tmp_path / "net"
     (path / "variables").mkdir(parents=True)
