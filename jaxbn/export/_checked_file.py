@@ -40,6 +40,11 @@ class Case(NamedTuple):
     expected: Sequence[Any]
 
 
+def arrays_of(results: Any) -> list[np.ndarray]:
+    """The results of a file, one array or several by name, as a list."""
+    return list(results.values()) if isinstance(results, dict) else [results]
+
+
 def inference_input(call: str, fn: Any, x: Any, *packages: str) -> jax.Array:
     """Returns x as a jax array. Raises if fn is in training mode or a package is missing."""
     (x,) = inference_inputs(call, fn, (x,), (x,), *packages)

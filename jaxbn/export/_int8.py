@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxbn._extras import need
 from jaxbn._text import first_line, short
-from jaxbn.export._checked_file import Case, written
+from jaxbn.export._checked_file import Case, arrays_of, written
 from jaxbn.export._session import session
 
 Calibration = Literal["minmax", "entropy", "percentile"]
@@ -167,11 +167,6 @@ def int8(
     return Quantized(*written("int8", path, write, cases, tolerance), **report)
 
 
-def arrays_of(results: Any) -> list[np.ndarray]:
-    """The results of a session, one array or several by name, as a list."""
-    return list(results.values()) if isinstance(results, dict) else [results]
-
-
 def feed_of(batch: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
     """A batch by the names of the inputs."""
     if not isinstance(batch, Mapping):
@@ -234,11 +229,16 @@ def _left_out(source: Any, prepared: Path, patterns: Sequence[str]) -> list[str]
         skip_symbolic_shape=True,
         save_as_external_data=Path(f"{source}.data").exists(),
     )
-    names = [n.name for n in library.load(prepared, load_external_data=False).graph.node]
+    nodes = library.load(prepared, load_external_data=False).graph.node
+    return fitting("int8", [node.name for node in nodes], patterns)
+
+
+def fitting(call: str, names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """The names of nodes that fit a pattern of `leave_out`. Raises if a pattern fits none."""
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise ValueError(
-                f"int8: leave_out has {pattern!r}, which fits no node; expected names such as "
+                f"{call}: leave_out has {pattern!r}, which fits no node; expected names such as "
                 f"{short(names)}."
             )
     return sorted({name for p in patterns for name in fnmatch.filter(names, p)})

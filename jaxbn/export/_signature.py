@@ -1,6 +1,6 @@
 """The inputs and results of an exported function: names, free sizes, examples."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -76,6 +76,14 @@ def names_of(call: str, what: str, given: Sequence[str] | None, tree: Any) -> li
             f"array; write {what}=({example},)."
         )
     return names
+
+
+def by_name(names: Collection[str], arrays: Sequence[Any]) -> tuple[dict[str, np.ndarray], bool]:
+    """The arguments of a call, in order or one dict, by name; and whether they are the inputs."""
+    keyed = len(arrays) == 1 and isinstance(arrays[0], Mapping)
+    given = dict(arrays[0] if keyed else zip(names, arrays, strict=False))
+    fits = given.keys() == {*names} and (keyed or len(arrays) == len(given))
+    return {name: np.asarray(array) for name, array in given.items()}, fits
 
 
 def examples_of(leaves: Sequence[Any], shapes: Sequence[Any]) -> Iterator[tuple[list[Any], Any]]:
