@@ -807,6 +807,13 @@ BUGS = (
         "folding/test_fold.py::test_a_norm_before_padding_stays_unless_its_offset_is_zero",
     ),
     Bug(
+        "the kernel before a scan is that of a layer in each of its turns",
+        "jaxbn/_folding/program.py",
+        "        return [i if shape_of(v) != shape_of(w) else next(number) for i, v, w in pairs]",
+        "        return [i for i, v, w in pairs]",
+        "watch/test_watch.py::test_kernels_of_layers_in_scan_and_vmap_are_stacks[scan]",
+    ),
+    Bug(
         "training mode is folded",
         "jaxbn/_folding/training_mode.py",
         "elif from_rows and not longer_now:",
@@ -1524,6 +1531,13 @@ BUGS = (
         "        stride = max(stride for _, _, stride in convs)\n        if x.shape",
         "        stride = x.shape[1] // y.shape[1]\n        if x.shape",
         "examples/test_cifar10_models.py::test_linen_and_nnx_are_the_same_network[resnet18-post-imagenet-20]",
+    ),
+    Bug(
+        "a verdict takes the place of the records of its step",
+        "jaxbn/writers/_log.py",
+        "figures[layer] = figures.get(layer, {}) | of_layer",
+        "figures[layer] = of_layer",
+        "writers/test_writers.py::test_records_and_a_verdict_of_one_step_are_one_line_and_one_scrape",
     ),
     Bug(
         "all processes write",

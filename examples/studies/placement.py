@@ -68,7 +68,7 @@ class Net(nn.Module):
 
 
 # The arguments of main for --tiny.
-TINY = {"steps": 20, "width": 4, "depths": (1, 2), "rates": (0.1,)}
+TINY = {"steps": 20, "width": 4, "depths": (2,), "rates": (0.1,)}
 
 
 def main(data, seeds=3, steps=300, batch=64, width=8, depths=DEPTHS, rates=RATES):
