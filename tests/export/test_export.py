@@ -271,8 +271,16 @@ def test_a_checkpoint_is_shipped(run, example, capsys, monkeypatch):
         assert rows[stage]["accuracy"] == rows["recalibrated"]["accuracy"]
     # Two channels leave little to average over: a wide network's error is some per cent.
     assert 1e-3 < rows["ONNX int8"]["error"] < 0.5
-    files = {path.name: path.stat().st_size for path in (run / "export").iterdir()}
-    assert sorted(files) == ["model.int8.onnx", "model.onnx", "model.stablehlo"]
+    files = {path.name for path in (run / "export").iterdir()}
+    made = ["model.int8.onnx", "model.onnx", "model.stablehlo"]
+    assert files == {*made, *(f"{name}.manifest.json" for name in made)}
+    (step,) = (run / "checkpoints").iterdir()
+    for name in made:
+        manifest = export.read_manifest(run / "export" / name)
+        assert manifest["checkpoint"]["file"] == step.name
+        assert len(manifest["folded"]) == 8
+        quantized = {"source"} if "int8" in name else set()
+        assert set(manifest["errors"]) == {"fold", "artifact"} | quantized
     out = capsys.readouterr().out
     assert "…" not in out  # the table fits 80 columns
     assert all(stage in out for stage in stages)
@@ -281,7 +289,7 @@ def test_a_checkpoint_is_shipped(run, example, capsys, monkeypatch):
 def test_a_loss_of_accuracy_is_an_exit_status(example, tmp_path, capsys, monkeypatch):
     ship, _ = example
     data = ship.load("digits", None)
-    monkeypatch.setattr(ship, "read_run", lambda *args: (data, None, None))
+    monkeypatch.setattr(ship, "read_run", lambda *args: (data, None, None, None))
     good = {"accuracy": 0.9, "error": 0.0, "bytes": 1, "logits": []}
     good |= {f"p{p}_{batch}": 1.0 for p in (50, 95) for batch in ship.LATENCIES}
     rows = [{**good, "stage": name} for name in ("checkpoint", "ONNX", "ONNX int8")]
@@ -320,7 +328,7 @@ def test_a_file_beyond_tolerance_is_kept_under_another_name(example, tmp_path):
     assert stage.failure == f"int8: differs by 0.3; see {tmp_path}/model.int8.failed.onnx"
     stage = ship.exported("ONNX", path, lambda path: write(path, 1), lambda path: path.read_text)
     assert stage.failure == ""
-    assert [file.name for file in tmp_path.iterdir()] == ["model.int8.onnx"]
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, f"{path.name}.manifest.json"}
 
 
 def test_what_is_no_run_is_refused(example, tmp_path, capsys):
