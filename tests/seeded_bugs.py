@@ -1006,6 +1006,20 @@ BUGS = (
         "export/test_tflite.py::test_a_folder_and_its_manifest",
     ),
     Bug(
+        "a folder that is missing is noticed when all is done",
+        "jaxbn/export/_checked_file.py",
+        "    check_place(call, path)\n",
+        "",
+        "export/test_export.py::test_a_place_that_cannot_be_written_to_is_refused_first[onnx]",
+    ),
+    Bug(
+        "ranges are taken from values that are not finite",
+        "jaxbn/export/_int8.py",
+        "if wrong := int((~np.isfinite(batch)).sum()):",
+        "if wrong := 0:",
+        "export/test_export.py::test_int8_refuses_what_it_cannot_calibrate_with",
+    ),
+    Bug(
         "the manifest beside a folder named with a slash is not read",
         "jaxbn/_cli/commands.py",
         "    path = str(Path(path))  # a folder's may end in a slash\n",

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxbn._extras import need
+from jaxbn._files import check_place
 from jaxbn._text import first_line, short
 from jaxbn.export._checked_file import Case, arrays_of, written
 from jaxbn.export._session import session
@@ -100,6 +101,7 @@ def int8(
         ...
     FileNotFoundError: session: no ONNX file at nothing.onnx
     """
+    check_place("int8", path)
     original = session(source)
     for name, value, known in (
         ("calibration", calibration, METHODS),
@@ -111,6 +113,8 @@ def int8(
                 f"{name}={next(iter(known))!r}."
             )
     graph = need("int8", "onnx").load(os.fspath(source), load_external_data=False).graph
+    if any(node.op_type == "DequantizeLinear" for node in graph.node):
+        raise quantized("int8", source)
     weights = {tensor.name for tensor in graph.initializer}
     names = [value.name for value in graph.input if value.name not in weights]
     feeds = [feed_of(batch, names) for batch in batches]
@@ -167,6 +171,14 @@ def int8(
     return Quantized(*written("int8", path, write, cases, tolerance), **report)
 
 
+def quantized(call: str, source: Any) -> ValueError:
+    """The refusal of a source in 8 bits."""
+    return ValueError(
+        f"{call}: {source} is in 8 bits already, expected a file in float of "
+        f"jaxbn.export.{'onnx' if call == 'int8' else 'tflite'}."
+    )
+
+
 def feed_of(batch: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
     """A batch by the names of the inputs."""
     if not isinstance(batch, Mapping):
@@ -204,6 +216,11 @@ def run_or_refuse(
                 raise ValueError(
                     f"{call}: batch {i} has shape {batch.shape} but batch 0 has {first.shape}; "
                     f"expected arrays alike but for the number of rows."
+                )
+            if wrong := int((~np.isfinite(batch)).sum()):
+                raise ValueError(
+                    f"{call}: {wrong} of {batch.size} values of batch {i} are not finite, expected "
+                    f"real inputs, whose range can be taken."
                 )
     try:
         return run(feeds[0])

@@ -83,7 +83,7 @@ def onnx(
     TypeError: onnx: x is a list, expected an example batch, batch first; write jnp.asarray(x).
     """
     args, leaves, structure = flat_args(x)
-    leaves = inference_inputs("onnx", fn, args, leaves, "onnx", "onnxruntime", "jax2onnx")
+    leaves = inference_inputs("onnx", fn, args, leaves, path, "onnx", "onnxruntime", "jax2onnx")
     if opset not in OPSETS:
         raise ValueError(
             f"onnx: opset is {opset!r}, expected {OPSETS[0]} to {OPSETS[-1]}; write opset=21."

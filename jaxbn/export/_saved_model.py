@@ -69,7 +69,7 @@ def saved_model(
     if Path(path).exists():
         raise FileExistsError(f"saved_model: {path} is there already; name a new folder.")
     args, leaves, structure = flat_args(x)
-    leaves = inference_inputs("saved_model", fn, args, leaves, "tensorflow")
+    leaves = inference_inputs("saved_model", fn, args, leaves, path, "tensorflow")
     from jax.extend import mlir  # slow to import
 
     tf, xla = need("saved_model", "tensorflow"), need("saved_model", XLA)

@@ -59,6 +59,8 @@ def names_of(call: str, what: str, given: Sequence[str] | None, tree: Any) -> li
     """A name for each leaf: as given, or the keys that lead to the leaf, or a number."""
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
     word = what.removesuffix("s")
+    if not paths:
+        raise ValueError(f"{call}: fn returns no array, expected one array or several.")
     if given is None:
         keyed = (jax.tree_util.DictKey, jax.tree_util.GetAttrKey)
         names = [

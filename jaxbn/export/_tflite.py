@@ -58,7 +58,7 @@ def tflite(
     """
     args, leaves, structure = flat_args(x)
     packages = ("litert_converter", "ai_edge_litert", "flatbuffers")
-    leaves = inference_inputs("tflite", fn, args, leaves, *packages)
+    leaves = inference_inputs("tflite", fn, args, leaves, path, *packages)
 
     def flat(*leaves: Any) -> Any:
         return fn(*jax.tree.unflatten(structure, leaves))

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxbn._extras import need
+from jaxbn._files import check_place
 from jaxbn.export._checked_file import Case, arrays_of, written
-from jaxbn.export._int8 import Quantized, feed_of, fitting, run_or_refuse, times_of
+from jaxbn.export._int8 import Quantized, feed_of, fitting, quantized, run_or_refuse, times_of
 from jaxbn.export._tflite import in_parts, load_tflite
 
 MOVES = {"RESHAPE", "TRANSPOSE", "SQUEEZE", "EXPAND_DIMS", "QUANTIZE", "DEQUANTIZE"}
@@ -54,6 +55,7 @@ def tflite_int8(
         ...
     FileNotFoundError: tflite_int8: no TFLite file at nothing.tflite
     """
+    check_place("tflite_int8", path)
     if not Path(source).is_file():
         raise FileNotFoundError(f"tflite_int8: no TFLite file at {source}")
     quantizer = need("tflite_int8", "ai_edge_quantizer.quantizer")
@@ -61,8 +63,10 @@ def tflite_int8(
     original = load_tflite(source)
     feeds = [feed_of(batch, [*original.inputs]) for batch in batches]
     reference = run_or_refuse("tflite_int8", original, feeds)
-    nodes = [name for name, _, _ in _operators(Path(source).read_bytes())]
-    left = fitting("tflite_int8", nodes, leave_out)
+    nodes = [*_operators(Path(source).read_bytes())]
+    if any("INT8" in dtypes for _, _, dtypes in nodes):
+        raise quantized("tflite_int8", source)
+    left = fitting("tflite_int8", [name for name, _, _ in nodes], leave_out)
 
     def write(file: Path) -> None:
         small, ranges = quantizer.Quantizer(os.fspath(source)), None

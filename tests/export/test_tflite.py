@@ -290,6 +290,13 @@ def test_files_and_inputs_that_do_not_fit_are_refused(source, tmp_path):
         "tflite_int8: no batches to calibrate with, expected some real inputs; write "
         "jaxbn.export.tflite_int8(source, [x], path)."
     )
+    done = export.tflite_int8(source.path, [X], tmp_path / "int8")
+    with pytest.raises(ValueError) as error:
+        export.tflite_int8(done.path, [X], path)
+    assert str(error.value) == (
+        f"tflite_int8: {done.path} is in 8 bits already, expected a file in float of "
+        "jaxbn.export.tflite."
+    )
 
 
 # SavedModel
