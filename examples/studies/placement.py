@@ -91,9 +91,10 @@ def main(data, seeds=3, steps=300, batch=64, width=8, depths=DEPTHS, rates=RATES
 
 
 def picture(*tables):
+    rates = RATES[: len(tables)]
     figure, axes = study.panels(
         "Where the norm of a residual block goes: mean and range of the seeds",
-        *((f"learning rate {r:g}", "convolutions", "test accuracy, %") for r in RATES),
+        *((f"learning rate {rate:g}", "convolutions", "test accuracy, %") for rate in rates),
         height=4.2,
     )
     for rows, axis in zip(tables, axes, strict=True):

@@ -29,6 +29,7 @@ import steps
 import stop
 import train
 from checkpoint import CheckpointError, Checkpoints
+from command import one_line
 
 import jaxbn
 
@@ -393,6 +394,20 @@ def test_ctrl_c_in_a_save_waits_until_it_is_whole(undisturbed, runs, monkeypatch
     resumed = train.main(options)
     assert bits(resumed["state"]) == bits(undisturbed[1])
     assert runs.figures("interrupted") == undisturbed[0].figures("whole")
+
+
+def test_ctrl_c_before_there_is_a_run_is_one_line(runs, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "load", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        runs("early")
+    with pytest.raises(SystemExit) as other, one_line(train.options.parser()):
+        interrupted()
+    assert (stopped.value.code, other.value.code) == (130, 130)
+    assert capsys.readouterr().err == "Stopped.\n" * 2
+    assert not (runs.folder / "early").exists()
 
 
 def test_ctrl_c_of_a_run_in_the_background_is_ignored_in_a_save_too(
