@@ -1020,6 +1020,20 @@ BUGS = (
         "export/test_export.py::test_int8_refuses_what_it_cannot_calibrate_with",
     ),
     Bug(
+        "export folds before it looks where the file goes",
+        "jaxbn/_cli/commands.py",
+        '    check_place("export", dest)\n',
+        "",
+        "cli/test_gates.py::test_export_writes_a_manifest",
+    ),
+    Bug(
+        "an error of the user's model is told as one of the command",
+        "jaxbn/_cli/commands.py",
+        "    reference = _results(apply, model, x)\n",
+        "    reference = apply(model, x)\n",
+        "cli/test_gates.py::test_inputs_that_the_model_does_not_take_are_told[verify]",
+    ),
+    Bug(
         "the manifest beside a folder named with a slash is not read",
         "jaxbn/_cli/commands.py",
         "    path = str(Path(path))  # a folder's may end in a slash\n",

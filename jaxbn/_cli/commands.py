@@ -187,6 +187,7 @@ def export(args: Namespace) -> int:
     """Folds the norms of the user's model and writes a file to serve."""
     import jaxbn
     from jaxbn import export as tool
+    from jaxbn._files import check_place
 
     dest = Path(args.dest)
     if dest.suffix not in ARTIFACTS:
@@ -196,6 +197,7 @@ def export(args: Namespace) -> int:
         raise ValueError(
             f"--int8 is for .onnx and .tflite, and {printable(dest)} ends in {dest.suffix}"
         )
+    check_place("export", dest)
     fn, x, batches = _function(args)
     report = source = None
     if args.fold:
@@ -266,7 +268,7 @@ def verify(args: Namespace) -> int:
     served, manifest = _artifact(args.artifact)
     apply, model, batches = _network(args)
     x = _inputs(args, batches)
-    reference = apply(model, x)
+    reference = _results(apply, model, x)
     bounds = {"bound": args.bound, "agree": args.agree}
     outputs, beyond = comparison.results(served(x), reference, **bounds)
     row, expected = jax.tree.map(lambda v: v[:1], (x, reference))
@@ -293,7 +295,7 @@ def serving(args: Namespace) -> int:
 
     apply, model, batches = _network(args)
     x = _inputs(args, batches)
-    found = health.serving(functools.partial(apply, model), x, tolerance=args.tolerance)
+    found = health.serving(functools.partial(_results, apply, model), x, tolerance=args.tolerance)
     source = printable(args.source)
     if args.json:
         print(comparison.as_json(found, checkpoint=source))
@@ -380,6 +382,19 @@ def _first(batches: Iterable[Any], args: Namespace) -> Any:
     return x
 
 
+def _results(apply: Any, model: Any, x: Any) -> Any:
+    """What the user's model makes of x."""
+    from jaxbn._cli.users_model import called
+
+    try:
+        return apply(model, x)
+    except Exception as error:
+        raise ValueError(
+            f"the model fails on the inputs: {called(error)}; expected inputs as the model takes "
+            f"them, one array or a dict by name"
+        ) from error
+
+
 def _inputs(args: Namespace, batches: Iterable[Any] | None = None) -> Any:
     """The batch in the file that --inputs names, or else the first batch of the user's model."""
     from jaxbn._checkpoints.inputs import read_inputs
@@ -402,7 +417,8 @@ def _two_models(args: Namespace) -> tuple[Any, Any, Any]:
     if args.model:
         apply, like, batches = users_model.network(args.model)
         models = [_loaded(source, like, args)[0] for source in sources]
-        fns, x = [functools.partial(apply, model) for model in models], _inputs(args, batches)
+        fns = [functools.partial(_results, apply, model) for model in models]
+        x = _inputs(args, batches)
         kind: Any = "nnx" if is_nnx(like) else "linen"
         sources = [Contents(kind, arrays(model)) for model in models]
     else:

@@ -43,7 +43,7 @@ def network(name: str) -> Network:
     except (Exception, SystemExit) as error:  # a script may call `sys.exit()` when it is imported
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise ValueError(
-            f"network: {name} fails: {_called(error)} ({printable(frame.filename)}, line "
+            f"network: {name} fails: {called(error)} ({printable(frame.filename)}, line "
             f"{frame.lineno}); expected a function of an importable module, called as {function}()."
         ) from error
     if not isinstance(made, tuple) or len(made) != 3 or not callable(made[0]):
@@ -90,7 +90,7 @@ def load(
     return call(source.variables(), like, **options)
 
 
-def _called(error: BaseException) -> str:
+def called(error: BaseException) -> str:
     """The type of an error and its first line, on one line."""
     kind, line = type(error).__name__, first_line(error)
     return line if line.startswith(kind) else f"{kind}: {line}"

@@ -227,6 +227,11 @@ def test_compare_two_exported_files(artifact, capsys):
 
 
 def test_export_writes_a_manifest(net, capsys):
+    assert run(capsys, "export", "net.msgpack", "no/a.stablehlo", MODEL) == (
+        2,
+        "",
+        f"export: no folder {pathlib.Path('no').absolute()} to write a.stablehlo in\n",
+    )
     assert run(capsys, "export", "net.msgpack", "a.stablehlo", MODEL)[0] == 0
     told = export.read_manifest("a.stablehlo")
     assert told["folded"] == [["0 conv 3x3, 3 -> 8 Net/conv", "sub, mul, add of Net/bn"]]
@@ -391,6 +396,26 @@ def test_bad_inputs_are_refused_and_nothing_in_them_runs(kind, net, capsys):
     status = run(capsys, "serving", "net.msgpack", MODEL, "--inputs", "x.npz")
     assert status == (2, "", f"serving: {said}\n")
     assert not pathlib.Path("executed").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("verify", "net.stablehlo", "--against", "net.msgpack"),
+        ("compare", "net.msgpack", "net.msgpack"),
+        ("serving", "net.msgpack"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_inputs_that_the_model_does_not_take_are_told(words, artifact, net, capsys):
+    x = net.batches()[0][:4]
+    np.savez("x.npz", images=x, more=x)
+    assert run(capsys, *words, MODEL, "--inputs", "x.npz") == (
+        2,
+        "",
+        f"{words[0]}: the model fails on the inputs: AttributeError: 'dict' object has no "
+        "attribute 'ndim'; expected inputs as the model takes them, one array or a dict by name\n",
+    )
 
 
 def test_several_inputs_come_as_a_dict(net, capsys):
