@@ -13,7 +13,6 @@ from flax import nnx
 
 import jaxbn
 from jaxbn import calls, layers
-from tests.support.compiling import compiled_quickly
 from tests.support.networks import TinyNnx
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -23,9 +22,8 @@ TARGET = RNG.normal(size=(8, 2)).astype(np.float32)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly():
-    # Optax adds ints to floats.
-    with compiled_quickly(), jax.numpy_dtype_promotion("standard"):
+def _optax_adds_ints_to_floats():
+    with jax.numpy_dtype_promotion("standard"):
         yield
 
 

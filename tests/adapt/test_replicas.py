@@ -22,7 +22,6 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbn
 from tests.support import oracle
-from tests.support.compiling import compiled_quickly
 from tests.support.networks import NnxNet
 
 C = 5
@@ -30,12 +29,6 @@ FIX = (
     "each device trained with statistics of its own. Pool them with axis_name= in training, or "
     "once with jaxbn.sync_state(state, axis_name)."
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly():
-    with compiled_quickly():
-        yield
 
 
 def mesh(*sizes, names=("d", "model")):

@@ -20,7 +20,6 @@ from safetensors.numpy import save_file
 import jaxbn
 from jaxbn import convert
 from tests.support import oracle
-from tests.support.compiling import compiled_quickly
 from tests.support.conversion import assert_same, last, normal, refused, shapes
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples" / "cifar10"))
@@ -29,13 +28,6 @@ import model_linen
 import model_nnx
 import torch_roundtrip
 import torchvision_resnet
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly():
-    with compiled_quickly():
-        yield
-
 
 # Layouts
 

@@ -12,18 +12,12 @@ from flax import nnx
 
 import jaxbn
 from jaxbn import health
-from tests.support.compiling import as_pasted, compiled_quickly
+from tests.support.compiling import as_pasted
 from tests.support.networks import NnxNet, ResNet
 
 ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
 X = RNG.normal(1, 2, (4, 6, 6, 3)).astype(np.float32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly():
-    with compiled_quickly():
-        yield
 
 
 NORMS = {"flax": nn.BatchNorm, "jaxbn": jaxbn.linen.BatchNorm}

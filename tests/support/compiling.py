@@ -1,8 +1,21 @@
-"""How tests compile: as a user's session does, or quickly."""
+"""How tests compile: quickly, or as a user's session does."""
 
 import contextlib
+import functools
+from unittest import mock
 
 import jax
+import pytest
+from jax._src import compiler
+
+# The same collectives, fusions and buffers, as machine code that is made in a seventh of the time:
+# without MLIR on the way to LLVM, in one module, and not optimized.
+QUICKLY = {
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
 
 
 @contextlib.contextmanager
@@ -13,9 +26,29 @@ def as_pasted():
 
 @contextlib.contextmanager
 def compiled_quickly():
-    """Half of the compile time, for what is run and not read."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
+    """For what is run and not read; a call's own `compiler_options` stay."""
+    options = compiler.get_compile_options
+
+    @functools.wraps(options)
+    def quick(*args, env_options_overrides=None, **kwargs):
+        chosen = QUICKLY | dict(env_options_overrides or {})
+        return options(*args, env_options_overrides=chosen, **kwargs)
+
+    with mock.patch.object(compiler, "get_compile_options", quick):
         yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+
+
+class Compiling:
+    """A plugin: tests compile quickly, those marked `optimized` as a user's session does."""
+
+    quickly = False
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        before, self.quickly = self.quickly, item.get_closest_marker("optimized") is None
+        if self.quickly:
+            with compiled_quickly():
+                return (yield)
+        if before:
+            jax.clear_caches()  # of programs that were compiled quickly
+        return (yield)

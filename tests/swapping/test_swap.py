@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 
 import jaxbn
-from tests.support.compiling import compiled_quickly
 from tests.support.networks import NnxNet, ResNet, TinyLinen
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -21,12 +20,6 @@ X = RNG.normal(1, 2, (2, 5, 4, 16)).astype(np.float32)
 LINEN = {"flax": linen.BatchNorm, "jaxbn": jaxbn.linen.BatchNorm}
 NNX = {"flax": nnx.BatchNorm, "jaxbn": jaxbn.nnx.BatchNorm}
 SCALE, BIAS = RNG.normal(size=(2, 16)).astype(np.float32)  # negative ones too
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly():
-    with compiled_quickly():
-        yield
 
 
 def expected(x, to, groups, mask=None):

@@ -15,19 +15,12 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from jaxbn import calls, health
 from tests.support import oracle
-from tests.support.compiling import compiled_quickly
 from tests.support.networks import NnxNet, ResNet
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(1, 2, (8, 6, 6, 3)).astype(np.float32)
 DY = RNG.normal(size=(8, 10)).astype(np.float32)
 ROWS = RNG.normal(1, 2, (8, 4)).astype(np.float32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly():
-    with compiled_quickly():
-        yield
 
 
 def assert_close(got, expected):
