@@ -21,6 +21,7 @@ import jaxbn
 from jaxbn import convert
 from tests.support import oracle
 from tests.support.conversion import assert_same, last, normal, refused, shapes
+from tests.support.messages import message
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples" / "cifar10"))
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples" / "convert"))
@@ -464,7 +465,7 @@ def test_an_order_that_does_not_hold_is_refused():
     }
     state = {f"layer1.0.{k}.weight": normal(o, i, n, n) for k, (o, i, n) in sizes.items()}
     like = shapes(ShortcutFirst(), jnp.ones((1, 4, 4, 8)))
-    message = refused(
+    expected = refused(
         "from_torch",
         "which of these is which, neither names nor order and shapes settle:",
         "  source layer1.0.conv1: 8x8x1x1",
@@ -476,9 +477,7 @@ def test_an_order_that_does_not_hold_is_refused():
         "  target Conv_2: 3x3x8x8",
         "  target Conv_3: 1x1x8x32",
     )
-    with pytest.raises(ValueError) as error:
-        convert.from_torch(state, like)
-    assert str(error.value) == message
+    assert message(ValueError, convert.from_torch, state, like) == expected
 
 
 def test_other_names_are_matched_where_shapes_occur_once():
@@ -761,10 +760,8 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case):
-    call, kind, message = BAD[case]
-    with pytest.raises(kind) as error:
-        call()
-    assert str(error.value) == message
+    call, kind, expected = BAD[case]
+    assert message(kind, call) == expected
 
 
 # Files

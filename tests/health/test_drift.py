@@ -13,6 +13,7 @@ from flax import nnx
 
 import jaxbn
 from jaxbn import health
+from tests.support.messages import message
 from tests.support.networks import NnxNet
 
 C = 5
@@ -398,7 +399,5 @@ def test_bad_calls_are_told_what_to_write():
             "rows (images) on axis 0, and at least one.",
         ),
     ]
-    for call, message in cases:
-        with pytest.raises(ValueError) as error:
-            call()
-        assert str(error.value) == message
+    for call, expected in cases:
+        assert message(ValueError, call) == expected
