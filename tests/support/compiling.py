@@ -10,7 +10,7 @@ import pytest
 from jax._src import compiler
 
 # The same collectives, fusions and buffers, as machine code that is made in a seventh of the time:
-# without MLIR on the way to LLVM, in one module, and not optimized.
+# without MLIR on the way to LLVM, in one module, and not optimized. Newer jaxlibs always take MLIR.
 QUICKLY = {
     "xla_cpu_use_fusion_emitters": False,
     "xla_cpu_parallel_codegen_split_count": 1,
@@ -25,15 +25,29 @@ def as_pasted():
         yield
 
 
+@functools.cache
+def quickly():
+    """The options of `QUICKLY` that this jaxlib has."""
+
+    def known(name, value):
+        try:
+            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+        except jax.errors.JaxRuntimeError:
+            return False
+        return True
+
+    return {name: value for name, value in QUICKLY.items() if known(name, value)}
+
+
 @contextlib.contextmanager
 def compiled_quickly():
     """For what is run and not read; a call's own `compiler_options` stay."""
-    options = compiler.get_compile_options
+    chosen, options = quickly(), compiler.get_compile_options
 
     @functools.wraps(options)
     def quick(*args, env_options_overrides=None, **kwargs):
-        chosen = QUICKLY | dict(env_options_overrides or {})
-        return options(*args, env_options_overrides=chosen, **kwargs)
+        overrides = chosen | dict(env_options_overrides or {})
+        return options(*args, env_options_overrides=overrides, **kwargs)
 
     with mock.patch.object(compiler, "get_compile_options", quick):
         yield
@@ -41,7 +55,7 @@ def compiled_quickly():
 
 def environment(**variables):
     """The environment of another process, which then compiles quickly too."""
-    flags = " ".join(f"--{name}={value}".lower() for name, value in QUICKLY.items())
+    flags = " ".join(f"--{name}={value}".lower() for name, value in quickly().items())
     return os.environ | {"XLA_FLAGS": flags} | variables
 
 
