@@ -8,6 +8,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jaxbn._text import printable
+
+
+def check_place(call: str, path: str | os.PathLike[str]) -> None:
+    """Raises if no file can be written to `path`. Called before any work is done for the file.
+
+    Args:
+      call: the public call, for errors.
+      path: where the file goes.
+
+    Raises:
+      FileNotFoundError: the folder of the file does not exist.
+      IsADirectoryError: a folder has the name of the file.
+
+    >>> from jaxbn import _files
+    >>> _files.check_place("onnx", "/")
+    Traceback (most recent call last):
+        ...
+    IsADirectoryError: onnx: / is a folder; name a file
+    """
+    path = Path(path)
+    if not (folder := path.absolute().parent).is_dir():
+        raise FileNotFoundError(
+            f"{call}: no folder {printable(folder)} to write {printable(path.name)} in"
+        )
+    if path.is_dir():
+        raise IsADirectoryError(f"{call}: {printable(path)} is a folder; name a file")
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

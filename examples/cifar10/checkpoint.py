@@ -109,15 +109,20 @@ class Checkpoints:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def last_state(run: Path, init, say=print):
-    """The state of a run's newest sound checkpoint, for those who only read it; `init()` is one."""
+def last_checkpoint(run: Path, init, say=print):
+    """The folder and the state of a run's newest sound checkpoint; `init()` is such a state."""
     saved = Checkpoints(run / "checkpoints")
     if not saved.steps():
         raise CheckpointError(f"{run} has no complete checkpoint")
     steps, state, _, damaged = saved.newest(init())
     for other in damaged:
         say(f"{saved.folder}/{other} is damaged; taking {steps}")
-    return state
+    return saved.folder / str(steps), state
+
+
+def last_state(run: Path, init, say=print):
+    """The state alone, for those who only read it."""
+    return last_checkpoint(run, init, say)[1]
 
 
 def named(state) -> dict:

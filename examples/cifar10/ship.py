@@ -6,8 +6,9 @@
 #
 # One table at the end: what each stage costs in accuracy, and what it is worth in bytes and time,
 # each beside the stage before. A file that differs too much from that stage is kept for a look, as
-# NAME.failed.onnx or NAME.failed.stablehlo, and ends the stages. Exit status 1 if a file failed or
-# a stage loses more accuracy than --bound allows, 2 if the run cannot be read.
+# NAME.failed.onnx or NAME.failed.stablehlo, and ends the stages. Beside each other file lies its
+# manifest: the checkpoint, what was folded, the errors, the checksums. Exit status 1 if a file
+# failed or a stage loses more accuracy than --bound allows, 2 if the run cannot be read.
 
 import itertools
 import logging
@@ -16,12 +17,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from augment import normalize
-from checkpoint import last_state
+from checkpoint import last_checkpoint
 from command import DataError, Parser, between, one_line, told
 from data import load
 from flax import nnx
@@ -40,6 +41,7 @@ class Stage(NamedTuple):
     run: Callable  # images [B, H, W, 3] float32 → logits [B, classes]
     bytes: int  # of the file; of the weights where there is none
     failure: str = ""  # why the file is not what it should be
+    done: Any = None  # what the export returned
 
 
 def parser() -> Parser:
@@ -67,21 +69,21 @@ def parser() -> Parser:
 
 
 def read_run(folder: Path, data_dir: Path | None):
-    """The data set; of the last checkpoint `apply` and linen's variables, or an nnx model."""
+    """The data set; the last checkpoint, with `apply` and linen's variables, or an nnx model."""
     args = run_options(folder)
     most = 224 if args.stem == "imagenet" else 32
     data = load(args.data, data_dir, size=args.image_size, most=most)
     steps = make_steps(args, data.about)
-    state = last_state(folder, lambda: jax.jit(steps.init)(jax.random.key(0)))
+    place, state = last_checkpoint(folder, lambda: jax.jit(steps.init)(jax.random.key(0)))
     if args.api == "linen":
         variables = {"params": state.params, "batch_stats": state.batch_stats}
 
         def apply(variables, x, **options):
             return steps.model.apply(variables, x, train=False, **options)
 
-        return data, apply, variables
+        return data, place, apply, variables
     model, _ = nnx.merge(steps.graphdef, state)
-    return data, lambda model, x: model(x, train=False), model
+    return data, place, lambda model, x: model(x, train=False), model
 
 
 def images(data, rows, split="train") -> np.ndarray:
@@ -90,8 +92,8 @@ def images(data, rows, split="train") -> np.ndarray:
     return np.asarray(normalize(x[np.asarray(rows)], data.mean, data.std))
 
 
-def exported(name: str, path: Path, write: Callable, load: Callable) -> Stage:
-    """A stage with a file. What is beyond tolerance stays beside the file's place."""
+def exported(name: str, path: Path, write: Callable, load: Callable, **made_of) -> Stage:
+    """A stage with a file and its manifest. What is beyond tolerance stays beside their place."""
     failed, failure = path.with_suffix(f".failed{path.suffix}"), ""
     failed.unlink(missing_ok=True)
     try:
@@ -99,10 +101,12 @@ def exported(name: str, path: Path, write: Callable, load: Callable) -> Stage:
     except ValueError as error:
         done = write(failed, tolerance=math.inf)  # raises again if it is not the tolerance
         failure = f"{str(error).partition('; nothing was written')[0]}; see {failed}"
-    return Stage(name, load(done.path), done.bytes, failure)
+    else:
+        jaxbn.export.manifest(done, **made_of)
+    return Stage(name, load(done.path), done.bytes, failure, done)
 
 
-def stages(data, apply, model, args, out: Path, say) -> Iterator[Stage]:
+def stages(data, place, apply, model, args, out: Path, say) -> Iterator[Stage]:
     """The network in its forms, each made from the one before."""
     frozen = jax.tree.map(lambda leaf: leaf, model)  # nnx models are updated in place
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
@@ -137,9 +141,11 @@ def stages(data, apply, model, args, out: Path, say) -> Iterator[Stage]:
     def loaded(path):
         return jax.jit(jaxbn.export.load_stablehlo(path))
 
-    yield exported("StableHLO", out / "model.stablehlo", stablehlo, loaded)
-    yield exported("ONNX", out / "model.onnx", onnx, jaxbn.export.session)
-    yield exported("ONNX int8", out / "model.int8.onnx", int8, jaxbn.export.session)
+    session, made_of = jaxbn.export.session, {"folded": report, "checkpoint": place}
+    yield exported("StableHLO", out / "model.stablehlo", stablehlo, loaded, **made_of)
+    yield (source := exported("ONNX", out / "model.onnx", onnx, session, **made_of))
+    made_of["source"] = source.done
+    yield exported("ONNX int8", out / "model.int8.onnx", int8, session, **made_of)
 
 
 def measure(stage: Stage, data, args, reference) -> dict:
@@ -194,14 +200,14 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     try:
-        data, apply, model = read_run(args.run, args.data_dir)
+        data, *network = read_run(args.run, args.data_dir)
         out = args.out or args.run / "export"
         out.mkdir(exist_ok=True)
     except (DataError, ValueError, OSError) as error:
         p.error(told(error))
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of types it then infers
     rows: list[dict] = []
-    failure, made = "", stages(data, apply, model, args, out, console.print)
+    failure, made = "", stages(data, *network, args, out, console.print)
     while not failure:
         with one_line(p), console.status("recalibrating, folding, exporting"):
             stage = next(made, None)
@@ -214,7 +220,8 @@ def main(argv: list[str] | None = None) -> int:
         failure = stage.failure
     tested = min(args.test, len(data.test_y))
     console.print(table(rows, args, tested))
-    console.print(f"Files: {', '.join(path.name for path in sorted(out.glob('model.*')))} in {out}")
+    files = sorted(path.name for path in out.glob("model.*") if path.suffix != ".json")
+    console.print(f"Files: {', '.join(files)} in {out}, with a manifest beside each")
     problems = [failure] if failure else []
     for before, row in itertools.pairwise(rows):
         lost = 100 * (before["accuracy"] - row["accuracy"])

@@ -3,11 +3,15 @@
 #     python examples/convert/zoo.py                # random weights, no network needed
 #     python examples/convert/zoo.py --tiny         # the same networks, small
 #
-# Where torchvision is installed, --torchvision loads the weights into its networks, which refuse
-# names and shapes that are not theirs, and compares with what torch computes; the column "torch" is
-# the time of torch's own ONNX file beside ours. TFLite needs pip install 'jaxbn[tflite]'.
+# Where torchvision and onnxscript are installed, the column "torch" is the time of torch's own ONNX
+# file beside ours. --torchvision loads the weights into torchvision's networks, which refuse names
+# and shapes that are not theirs, and compares with what torch computes. TFLite needs
+# pip install 'jaxbn[tflite]'.
 
+import importlib
+import importlib.metadata
 import importlib.util
+import statistics
 import sys
 import tempfile
 import time
@@ -19,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
 import jax
 import numpy as np
 import zoo_names
-from command import Parser
+from command import Parser, between
 from flax import nnx
 from zoo_networks import ZOO, Linen, Reference
 
@@ -27,7 +31,9 @@ import jaxbn
 from jaxbn import convert, export
 
 HEADERS = ("network", "arrays", "linen", "nnx", "back", "folded", "norms left")
-FILES = ("StableHLO", "kB", "ONNX", "kB", "int8", "kB", "TFLite", "kB", "ms: ONNX", "int8", "torch")
+FILES = ("StableHLO", "kB", "ONNX", "kB", "int8", "kB", "TFLite", "kB")
+TIMES = {"onnx": "ms: ONNX", "int8.onnx": "int8", "torch.onnx": "torch"}
+VERSIONS = ("jax", "onnxruntime", "ai-edge-litert", "torch", "torchvision")
 
 
 def state_dict(name, arguments, seed=0):
@@ -74,15 +80,20 @@ def torchs_export(name, x, path):
     torch.onnx.export(model, (example,), path, dynamo=True, external_data=False, verbose=False)
 
 
-def fastest(runs, calls=15):
-    """The fastest call of each in milliseconds, called in turns."""
-    best = dict.fromkeys(runs, float("inf"))
+def milliseconds(name, folder, x, calls=15):
+    """The cells of a network's ONNX files: the fastest call to the median, called in turns."""
+    runs, times = {}, {}
+    for kind in TIMES:
+        if (path := Path(folder, f"{name}.{kind}")).exists():
+            fed = channels_first(x) if kind == "torch.onnx" else x
+            runs[kind], times[kind] = partial(export.session(path), fed), []
     for _ in range(calls):
-        for name, run in runs.items():
+        for kind, run in runs.items():
             start = time.perf_counter()
             run()
-            best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
-    return best
+            times[kind].append(1e3 * (time.perf_counter() - start))
+    spans = {kind: f"{min(ms):.1f}-{statistics.median(ms):.1f}" for kind, ms in times.items()}
+    return [spans.get(kind, "-") for kind in TIMES]
 
 
 def in_nnx(linen, x):
@@ -156,22 +167,30 @@ def row(name, x, folder, *, formats=("stablehlo", "onnx", "int8", "tflite"), **o
         else:
             export.manifest(done, folded=folds)
             cells += [done.relative, f"{done.bytes / 1e3:,.0f}"]
-    if "onnx" in formats:
-        if options.get("torchvision") and installed("onnxscript"):
-            torchs_export(name, x, path["torch.onnx"])
-        fed = {"torch.onnx": channels_first(x)}
-        runs = {
-            kind: partial(export.session(path[kind]), fed.get(kind, x))
-            for kind in ("onnx", "int8.onnx", "torch.onnx")
-            if path[kind].exists()
-        }
-        ms = fastest(runs)
-        cells += [f"{ms[k]:.1f}" if k in ms else "-" for k in ("onnx", "int8.onnx", "torch.onnx")]
+    if "onnx" in formats and not options.get("tiny") and has_torchvision():
+        torchs_export(name, x, path["torch.onnx"])
     return cells, refused
 
 
 def installed(package):
     return importlib.util.find_spec(package) is not None
+
+
+def has_torchvision():
+    """Whether torch can write torchvision's networks. Builds of the two may not fit each other."""
+    try:
+        importlib.import_module("onnxscript")
+        importlib.import_module("torchvision")
+    except Exception:
+        return False
+    return True
+
+
+def versions():
+    """The date, and what the table was made with."""
+    found = {d.name: d.version for d in importlib.metadata.distributions()}
+    known = (f"{name} {found[name]}" for name in VERSIONS if name in found)
+    return ", ".join([time.strftime("%Y-%m-%d"), *known])
 
 
 def table(rows):
@@ -184,24 +203,26 @@ def table(rows):
 
 
 def main(args):
-    size = 32 if args.tiny else 64
+    size = args.size or (32 if args.tiny else 64)
     x = np.random.default_rng(1).normal(size=(4, size, size, 3)).astype(np.float32)
-    rows, refused = [(*HEADERS, *FILES)], {}
+    rows, refused = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.networks:
             cells, reasons = row(name, x, folder, tiny=args.tiny, torchvision=args.torchvision)
             rows.append(cells)
             refused |= reasons
             print(f"{name}: done", flush=True)
+        for name, cells in zip(args.networks, rows, strict=True):
+            cells += milliseconds(name, folder, x)
     print()
-    print(*table(rows), sep="\n")
+    print(*table([(*HEADERS, *FILES, *TIMES.values()), *rows]), sep="\n")
     for what, reason in refused.items():
         print(f"{what}: {reason}")
     print(
         "\nErrors are those of the results, over the largest result: of linen, nnx and the folded "
         "network from the source\nin float64, of StableHLO, ONNX and TFLite from the folded "
         "network, of int8 from ONNX. All are on the same images;\nms is the fastest of some calls "
-        "with them, by onnxruntime."
+        f"with them, and the median, by onnxruntime. {versions()}."
     )
 
 
@@ -212,13 +233,14 @@ if __name__ == "__main__":
         examples=[
             "python examples/convert/zoo.py",
             "python examples/convert/zoo.py --tiny --networks resnet50 densenet121",
-            "python examples/convert/zoo.py --torchvision",
+            "python examples/convert/zoo.py --torchvision --size 224 --networks resnet50",
         ],
     )
     parser.add_argument("--tiny", action="store_true", help="small networks of the same kinds")
     parser.add_argument(
         "--torchvision", action="store_true", help="with torchvision's own networks"
     )
+    parser.add_argument("--size", type=between(int, 32), help="pixels of an image's side (64)")
     parser.add_argument("--networks", nargs="+", choices=ZOO, default=list(ZOO), metavar="NAME")
     args = parser.parse_args()
     if args.tiny and args.torchvision:

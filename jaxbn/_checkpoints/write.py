@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxbn._checkpoints.nesting import leaves, nested
 from jaxbn._extras import need
-from jaxbn._files import replacing
+from jaxbn._files import check_place, replacing
 from jaxbn._text import first_line, printable
 
 
@@ -86,14 +86,9 @@ def check_destination(path: Path) -> None:
             f"save: {name} ends in {printable(path.suffix)}, expected .safetensors, .msgpack, or a "
             f"name without a suffix for an orbax folder."
         )
-    if not (folder := path.absolute().parent).is_dir():
-        raise FileNotFoundError(
-            f"save: no folder {printable(folder)} to write {printable(path.name)} in"
-        )
     if path.suffix == "" and path.exists():
         raise FileExistsError(f"save: {name} is there already; name a new orbax folder")
-    if path.suffix != "" and path.is_dir():
-        raise IsADirectoryError(f"save: {name} is a folder; name a file")
+    check_place("save", path)
 
 
 @contextmanager

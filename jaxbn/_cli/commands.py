@@ -260,7 +260,8 @@ def verify(args: Namespace) -> int:
 
     if not _is_artifact(args.artifact):
         raise ValueError(
-            f"{printable(args.artifact)} is no exported file by its name, expected {ARTIFACT}"
+            f"{printable(args.artifact)} is no exported file by its name, expected {ARTIFACT}, or "
+            f"the folder of a SavedModel"
         )
     served, manifest = _artifact(args.artifact)
     apply, model, batches = _network(args)
@@ -418,7 +419,10 @@ def _two_models(args: Namespace) -> tuple[Any, Any, Any]:
 
 
 def _is_artifact(path: str) -> bool:
-    return Path(path).suffix in ARTIFACTS
+    """Whether a path is that of an exported file, by its name, or a SavedModel's folder."""
+    from jaxbn.export._saved_model import is_saved_model
+
+    return Path(path).suffix in ARTIFACTS or is_saved_model(path)
 
 
 def _artifact(path: str) -> tuple[Any, Any]:
@@ -426,13 +430,15 @@ def _artifact(path: str) -> tuple[Any, Any]:
     from jaxbn import export
     from jaxbn.export._manifest import SUFFIX
 
+    path = str(Path(path))  # a folder's may end in a slash
     manifest = export.read_manifest(path) if Path(f"{path}{SUFFIX}").exists() else None
     suffix = Path(path).suffix
-    load: Any = {
+    loads: dict[str, Any] = {
         ".onnx": export.session,
         ".stablehlo": export.load_stablehlo,
         ".tflite": export.load_tflite,
-    }[suffix]
+    }
+    load = loads.get(suffix, export.load_saved_model)
     with _silent_compiler():
         fn = load(path)
 

@@ -185,7 +185,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "files the results on the inputs.",
         f"{MODEL}\n{GATES}",
     )
-    sub.add_argument("a", metavar="A", help=f"{CHECKPOINTS}; or .onnx, .stablehlo, .tflite")
+    sub.add_argument(
+        "a",
+        metavar="A",
+        help=f"{CHECKPOINTS}; or .onnx, .stablehlo, .tflite, or a SavedModel's folder",
+    )
     sub.add_argument("b", metavar="B", help="the reference, of the same kind")
     _add_part(sub)
     _add_gate(sub, model=False)
@@ -213,7 +217,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "the manifest beside it.",
         f"{MODEL}\n{GATES}",
     )
-    sub.add_argument("artifact", metavar="ARTIFACT", help="NAME.onnx, .stablehlo or .tflite")
+    sub.add_argument(
+        "artifact",
+        metavar="ARTIFACT",
+        help="NAME.onnx, .stablehlo, .tflite, or a SavedModel's folder",
+    )
     sub.add_argument(
         "--against", dest="source", metavar="CHECKPOINT", required=True, help=CHECKPOINTS
     )

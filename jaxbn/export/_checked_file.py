@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._extras import need
-from jaxbn._files import replacing
+from jaxbn._files import check_place, replacing
 from jaxbn._folding.training_mode import batch_statistics
 
 # The largest error over the largest value, by the result's dtype: some rounding steps.
@@ -40,16 +40,21 @@ class Case(NamedTuple):
     expected: Sequence[Any]
 
 
-def inference_input(call: str, fn: Any, x: Any, *packages: str) -> jax.Array:
-    """Returns x as a jax array. Raises if fn is in training mode or a package is missing."""
-    (x,) = inference_inputs(call, fn, (x,), (x,), *packages)
-    return x
+def arrays_of(results: Any) -> list[np.ndarray]:
+    """The results of a file, one array or several by name, as a list."""
+    return list(results.values()) if isinstance(results, dict) else [results]
 
 
 def inference_inputs(
-    call: str, fn: Any, args: tuple[Any, ...], leaves: Sequence[Any], *packages: str
+    call: str, fn: Any, args: tuple[Any, ...], leaves: Sequence[Any], path: Any, *packages: str
 ) -> list[jax.Array]:
-    """Returns the arrays in args. Raises if fn is in training mode or a package is missing."""
+    """Returns the arrays in args.
+
+    Raises if args hold something else or no row, fn is in training mode, no file can be written to
+    path, or a package is missing.
+    """
+    if not leaves:
+        raise TypeError(f"{call}: x holds no array, expected an example batch, batch first.")
     for x in leaves:
         if not isinstance(x, jax.Array | np.ndarray) or not x.ndim:
             what = f"a {type(x).__name__}" if not hasattr(x, "shape") else "a scalar"
@@ -57,6 +62,11 @@ def inference_inputs(
                 f"{call}: x is {what}, expected an example batch, batch first; write "
                 f"jnp.asarray(x)."
             )
+        if not x.size:
+            raise ValueError(
+                f"{call}: x has shape {x.shape}: it holds no number, expected an example batch."
+            )
+    check_place(call, path)
     for package in packages:
         need(call, package)
     where = batch_statistics(fn, args)

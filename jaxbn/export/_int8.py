@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxbn._extras import need
+from jaxbn._files import check_place
 from jaxbn._text import first_line, short
-from jaxbn.export._checked_file import Case, written
+from jaxbn.export._checked_file import Case, arrays_of, written
 from jaxbn.export._session import session
 
 Calibration = Literal["minmax", "entropy", "percentile"]
@@ -100,6 +101,7 @@ def int8(
         ...
     FileNotFoundError: session: no ONNX file at nothing.onnx
     """
+    check_place("int8", path)
     original = session(source)
     for name, value, known in (
         ("calibration", calibration, METHODS),
@@ -111,6 +113,8 @@ def int8(
                 f"{name}={next(iter(known))!r}."
             )
     graph = need("int8", "onnx").load(os.fspath(source), load_external_data=False).graph
+    if any(node.op_type == "DequantizeLinear" for node in graph.node):
+        raise quantized("int8", source)
     weights = {tensor.name for tensor in graph.initializer}
     names = [value.name for value in graph.input if value.name not in weights]
     feeds = [feed_of(batch, names) for batch in batches]
@@ -167,9 +171,12 @@ def int8(
     return Quantized(*written("int8", path, write, cases, tolerance), **report)
 
 
-def arrays_of(results: Any) -> list[np.ndarray]:
-    """The results of a session, one array or several by name, as a list."""
-    return list(results.values()) if isinstance(results, dict) else [results]
+def quantized(call: str, source: Any) -> ValueError:
+    """The refusal of a source in 8 bits."""
+    return ValueError(
+        f"{call}: {source} is in 8 bits already, expected a file in float of "
+        f"jaxbn.export.{'onnx' if call == 'int8' else 'tflite'}."
+    )
 
 
 def feed_of(batch: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -210,6 +217,11 @@ def run_or_refuse(
                     f"{call}: batch {i} has shape {batch.shape} but batch 0 has {first.shape}; "
                     f"expected arrays alike but for the number of rows."
                 )
+            if wrong := int((~np.isfinite(batch)).sum()):
+                raise ValueError(
+                    f"{call}: {wrong} of {batch.size} values of batch {i} are not finite, expected "
+                    f"real inputs, whose range can be taken."
+                )
     try:
         return run(feeds[0])
     except Exception as error:
@@ -234,11 +246,16 @@ def _left_out(source: Any, prepared: Path, patterns: Sequence[str]) -> list[str]
         skip_symbolic_shape=True,
         save_as_external_data=Path(f"{source}.data").exists(),
     )
-    names = [n.name for n in library.load(prepared, load_external_data=False).graph.node]
+    nodes = library.load(prepared, load_external_data=False).graph.node
+    return fitting("int8", [node.name for node in nodes], patterns)
+
+
+def fitting(call: str, names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """The names of nodes that fit a pattern of `leave_out`. Raises if a pattern fits none."""
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise ValueError(
-                f"int8: leave_out has {pattern!r}, which fits no node; expected names such as "
+                f"{call}: leave_out has {pattern!r}, which fits no node; expected names such as "
                 f"{short(names)}."
             )
     return sorted({name for p in patterns for name in fnmatch.filter(names, p)})

@@ -12,7 +12,14 @@ import numpy as np
 from jaxbn._extras import need
 from jaxbn._folding.program import run, trace
 from jaxbn._text import first_line
-from jaxbn.export._checked_file import TOLERANCES, Case, Exported, inference_inputs, written
+from jaxbn.export._checked_file import (
+    TOLERANCES,
+    Case,
+    Exported,
+    arrays_of,
+    inference_inputs,
+    written,
+)
 from jaxbn.export._float32 import without_bfloat16
 from jaxbn.export._nodes import register
 from jaxbn.export._operators import Operators, Value, plain
@@ -76,7 +83,7 @@ def onnx(
     TypeError: onnx: x is a list, expected an example batch, batch first; write jnp.asarray(x).
     """
     args, leaves, structure = flat_args(x)
-    leaves = inference_inputs("onnx", fn, args, leaves, "onnx", "onnxruntime", "jax2onnx")
+    leaves = inference_inputs("onnx", fn, args, leaves, path, "onnx", "onnxruntime", "jax2onnx")
     if opset not in OPSETS:
         raise ValueError(
             f"onnx: opset is {opset!r}, expected {OPSETS[0]} to {OPSETS[-1]}; write opset=21."
@@ -114,8 +121,7 @@ def onnx(
         expected = _results(flat, leaves)
         for example, rows in examples_of(leaves, shapes):
             fed = (np.moveaxis(v, -1, 1) if k in first else v for k, v in enumerate(example))
-            results = call(*fed)
-            got = list(results.values()) if isinstance(results, dict) else [results]
+            got = arrays_of(call(*fed))
             same = [y[rows] for y in expected] if _stacked(expected, rows, len(leaves[0])) else None
             if same is None or not _alike(got, same, tolerance):
                 same = _results(flat, example)  # what fn makes of a row may depend on others

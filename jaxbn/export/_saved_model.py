@@ -10,8 +10,15 @@ import numpy as np
 
 from jaxbn._extras import need
 from jaxbn._text import first_line
-from jaxbn.export._checked_file import Case, Exported, inference_inputs, written
-from jaxbn.export._signature import examples_of, flat_args, names_of, shapes_of, untraceable
+from jaxbn.export._checked_file import Case, Exported, arrays_of, inference_inputs, written
+from jaxbn.export._signature import (
+    by_name,
+    examples_of,
+    flat_args,
+    names_of,
+    shapes_of,
+    untraceable,
+)
 from jaxbn.export._stablehlo import PLATFORMS
 
 SIGNATURE = "serving_default"
@@ -62,7 +69,7 @@ def saved_model(
     if Path(path).exists():
         raise FileExistsError(f"saved_model: {path} is there already; name a new folder.")
     args, leaves, structure = flat_args(x)
-    leaves = inference_inputs("saved_model", fn, args, leaves, "tensorflow")
+    leaves = inference_inputs("saved_model", fn, args, leaves, path, "tensorflow")
     from jax.extend import mlir  # slow to import
 
     tf, xla = need("saved_model", "tensorflow"), need("saved_model", XLA)
@@ -112,10 +119,72 @@ def saved_model(
         tf.saved_model.save(holder, os.fspath(file), signatures={SIGNATURE: holder.serve})
 
     def cases(file: Path) -> Iterator[Case]:
-        call = tf.saved_model.load(os.fspath(file)).signatures[SIGNATURE]
+        call = load_saved_model(file)
         for example, _ in examples_of(leaves, shapes):
-            got = call(**{name: tf.constant(v) for name, v in zip(ins, example, strict=True)})
             expected = [np.asarray(y) for y in jax.tree.leaves(jax.jit(flat)(*example))]
-            yield Case([got[name].numpy() for name in outs], expected)
+            yield Case(arrays_of(call(*example)), expected)
 
     return written("saved_model", path, write, cases, tolerance)
+
+
+def load_saved_model(path: str | os.PathLike[str]) -> Callable[..., Any]:
+    """Returns a SavedModel as a function of NumPy arrays; TensorFlow runs the folder.
+
+    The function takes the inputs in the folder's order, or one dict of them by name. It returns the
+    result; of several results, a dict by name in the folder's order. A SavedModel is a program of
+    TensorFlow's, which may read and write files: load folders of your own.
+
+    Raises:
+      FileNotFoundError: the folder does not exist, or holds no SavedModel.
+      ValueError: TensorFlow cannot read the folder, or `saved_model` did not write the folder; when
+        called, the inputs do not fit.
+      ModuleNotFoundError: tensorflow is missing.
+
+    >>> from jaxbn import export
+    >>> export.load_saved_model("nothing")
+    Traceback (most recent call last):
+        ...
+    FileNotFoundError: load_saved_model: no SavedModel in the folder nothing
+    """
+    if not is_saved_model(path):
+        raise FileNotFoundError(f"load_saved_model: no SavedModel in the folder {path}")
+    tf = need("load_saved_model", "tensorflow")
+    try:
+        loaded = tf.saved_model.load(os.fspath(path))
+        served, (written,) = loaded.signatures[SIGNATURE], loaded.serve.concrete_functions
+        specs = {spec.name: spec for spec in written.structured_input_signature[0]}
+        # TensorFlow sorts results by name; their order is that of the StableHLO inside.
+        order = [result.op.inputs[0].value_index for result in written.outputs]
+        names = zip(order, sorted(written.structured_outputs), strict=True)
+        results = [name for _, name in sorted(names)]
+    except Exception as error:
+        raise ValueError(
+            f"load_saved_model: TensorFlow cannot read {path}: {first_line(error)}; expected a "
+            f"folder of jaxbn.export.saved_model."
+        ) from error
+
+    def call(*arrays: Any) -> Any:
+        given, fits = by_name(specs, arrays)
+        try:
+            if not fits:
+                raise ValueError("the inputs are others")
+            made = served(**{name: tf.constant(v) for name, v in given.items()})
+        except Exception as error:
+            got = ", ".join(f"{name} {v.dtype} {list(v.shape)}" for name, v in given.items())
+            takes = ", ".join(
+                f"{name} {v.dtype.name} [{', '.join(str(n or 'any') for n in v.shape)}]"
+                for name, v in specs.items()
+            )
+            raise ValueError(
+                f"load_saved_model: {path} cannot run on {got or 'nothing'}: {first_line(error)}; "
+                f"expected {takes}."
+            ) from error
+        ordered = {name: made[name].numpy() for name in results}
+        return ordered if len(results) > 1 else ordered[results[0]]
+
+    return call
+
+
+def is_saved_model(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a folder with TensorFlow's file in the folder."""
+    return Path(path, "saved_model.pb").is_file()

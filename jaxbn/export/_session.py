@@ -3,7 +3,7 @@
 import ctypes
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxbn._extras import need
 from jaxbn._text import first_line
+from jaxbn.export._signature import by_name
 
 BFLOAT16 = 16  # the number of the dtype in ONNX
 
@@ -58,13 +59,11 @@ def session(path: str | os.PathLike[str], *, optimize: bool = True) -> Callable[
         return make.ortvalue_from_numpy(array)
 
     def call(*arrays: Any) -> Any:
-        by_name = len(arrays) == 1 and isinstance(arrays[0], Mapping)
-        given = dict(arrays[0] if by_name else zip(names, arrays, strict=False))
-        given = {name: np.ascontiguousarray(array) for name, array in given.items()}
+        given, fits = by_name(names, arrays)
         try:
-            if given.keys() != {*names} or len(given) != len(arrays[0] if by_name else arrays):
+            if not fits:
                 raise ValueError("the inputs are others")
-            feed = {name: value(array) for name, array in given.items()}
+            feed = {name: value(np.ascontiguousarray(array)) for name, array in given.items()}
             made = dict(zip(results, runner.run_with_ort_values(None, feed), strict=True))
         except Exception as error:
             got = ", ".join(f"{name} {v.dtype} {list(v.shape)}" for name, v in given.items())

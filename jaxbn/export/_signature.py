@@ -1,6 +1,6 @@
 """The inputs and results of an exported function: names, free sizes, examples."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,6 +59,8 @@ def names_of(call: str, what: str, given: Sequence[str] | None, tree: Any) -> li
     """A name for each leaf: as given, or the keys that lead to the leaf, or a number."""
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
     word = what.removesuffix("s")
+    if not paths:
+        raise ValueError(f"{call}: fn returns no array, expected one array or several.")
     if given is None:
         keyed = (jax.tree_util.DictKey, jax.tree_util.GetAttrKey)
         names = [
@@ -76,6 +78,14 @@ def names_of(call: str, what: str, given: Sequence[str] | None, tree: Any) -> li
             f"array; write {what}=({example},)."
         )
     return names
+
+
+def by_name(names: Collection[str], arrays: Sequence[Any]) -> tuple[dict[str, np.ndarray], bool]:
+    """The arguments of a call, in order or one dict, by name; and whether they are the inputs."""
+    keyed = len(arrays) == 1 and isinstance(arrays[0], Mapping)
+    given = dict(arrays[0] if keyed else zip(names, arrays, strict=False))
+    fits = given.keys() == {*names} and (keyed or len(arrays) == len(given))
+    return {name: np.asarray(array) for name, array in given.items()}, fits
 
 
 def examples_of(leaves: Sequence[Any], shapes: Sequence[Any]) -> Iterator[tuple[list[Any], Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxbn.export._checked_file import TOLERANCES, Case, Exported, inference_input, written
+from jaxbn.export._checked_file import TOLERANCES, Case, Exported, inference_inputs, written
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -47,7 +47,7 @@ def stablehlo(
     ...     export.load_stablehlo(done.path)(jnp.ones((1, 3))).tolist()
     [[2.0, 2.0, 2.0]]
     """
-    x = inference_input("stablehlo", fn, x, "flatbuffers")
+    (x,) = inference_inputs("stablehlo", fn, (x,), (x,), path, "flatbuffers")
     batch = jax.export.symbolic_shape("batch")
     shape = jax.ShapeDtypeStruct((*batch, *x.shape[1:]), x.dtype)
     program = jax.export.export(jax.jit(fn), platforms=platforms)(shape)

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 
 from jaxbn._extras import need
+from jaxbn._folding.program import Program, trace
 from jaxbn._text import first_line
-from jaxbn.export._checked_file import Case, Exported, inference_inputs, written
-from jaxbn.export._signature import flat_args, names_of
+from jaxbn.export._checked_file import Case, Exported, arrays_of, inference_inputs, written
+from jaxbn.export._signature import by_name, flat_args, names_of
+from jaxbn.export._transposed import results_of
 
 SIGNATURE = "serving_default"
 
@@ -56,48 +58,71 @@ def tflite(
     """
     args, leaves, structure = flat_args(x)
     packages = ("litert_converter", "ai_edge_litert", "flatbuffers")
-    leaves = inference_inputs("tflite", fn, args, leaves, *packages)
+    leaves = inference_inputs("tflite", fn, args, leaves, path, *packages)
 
     def flat(*leaves: Any) -> Any:
         return fn(*jax.tree.unflatten(structure, leaves))
 
-    results = jax.eval_shape(flat, *leaves)
+    program = trace(flat, leaves, lambda eqn: True)
     ins = names_of("tflite", "inputs", inputs, args if len(args) > 1 else args[0])
-    outs = names_of("tflite", "outputs", outputs, results)
-    content = _converted(flat, leaves, ins, outs)
+    outs = names_of("tflite", "outputs", outputs, program.tree.unflatten(program.outputs))
+    try:
+        content = _content(program, leaves, ins, outs)
+    except Exception as error:
+        raise _refusal(program, error) from error
 
     def cases(file: Path) -> Iterator[Case]:
-        got = load_tflite(file)(dict(zip(ins, map(np.asarray, leaves), strict=True)))
-        got = got if isinstance(got, dict) else {outs[0]: got}
-        yield Case([got[name] for name in outs], jax.tree.leaves(jax.jit(flat)(*leaves)))
+        try:
+            got = load_tflite(file)(dict(zip(ins, map(np.asarray, leaves), strict=True)))
+        except Exception as error:
+            raise _refusal(program, error) from error
+        yield Case(arrays_of(got), jax.tree.leaves(jax.jit(flat)(*leaves)))
 
     return written("tflite", path, lambda file: file.write_bytes(content), cases, tolerance)
 
 
-def _converted(
-    flat: Callable[..., Any], leaves: Sequence[Any], inputs: Sequence[str], outputs: Sequence[str]
+def _content(
+    program: Program, leaves: Sequence[Any], inputs: Sequence[str], outputs: Sequence[str]
 ) -> bytes:
-    """The function as the content of a TFLite file."""
+    """A program as the content of a TFLite file."""
     ir = need("tflite", "litert_converter.mlir.ir")
     passes = need("tflite", "litert_converter.mlir.passmanager")
     stablehlo = need("tflite", "litert_converter.mlir.dialects.stablehlo")
     api = need("tflite", "litert_converter.mlir._mlir_libs.converter_api_ext")
     # No argument may go, even if fn does not read it: each has a name.
-    jitted = jax.jit(flat, keep_unused=True)
-    try:
-        program = jax.export.export(jitted, platforms=["cpu"])(*leaves)
-        context = ir.Context()
-        api.prepare_mlir_context(context)
-        module = stablehlo.deserialize_portable_artifact(context, program.mlir_module_serialized)
-        api.set_signature(module.operation, SIGNATURE, list(inputs), list(outputs))
-        with context:
-            api.run_convert_to_tfl_passes(module, passes.PassManager(), api.ConvertToTFLConfig())
-        return api.export_flatbuffer_to_bytes(module.operation)
-    except Exception as error:
-        raise ValueError(
-            f"tflite: fn cannot be converted: {first_line(error)}; expected operations that TFLite "
-            f"has. Compute them outside fn, or write jaxbn.export.stablehlo, which takes all."
-        ) from error
+    jitted = jax.jit(lambda *leaves: results_of(program, leaves), keep_unused=True)
+    exported = jax.export.export(jitted, platforms=["cpu"])(*leaves)
+    context = ir.Context()
+    api.prepare_mlir_context(context)
+    module = stablehlo.deserialize_portable_artifact(context, exported.mlir_module_serialized)
+    api.set_signature(module.operation, SIGNATURE, list(inputs), list(outputs))
+    with context:
+        api.run_convert_to_tfl_passes(module, passes.PassManager(), api.ConvertToTFLConfig())
+    return api.export_flatbuffer_to_bytes(module.operation)
+
+
+def _refusal(program: Program, error: Exception) -> ValueError:
+    """What TFLite lacks: the first operation that fails alone, and where it stands."""
+    litert, what = need("tflite", "ai_edge_litert.interpreter"), "fn"
+    for op in program.ops:
+        consts = {i: program.consts[i] for i in op.inputs if i in program.consts}
+        avals: dict[int, Any] = dict(zip(op.inputs, (v.aval for v in op.eqn.invars), strict=True))
+        free = {i: aval for i, aval in avals.items() if i not in consts} or avals
+        names = [
+            [f"{word}_{i}" for i in numbers] for word, numbers in (("x", free), ("y", op.outputs))
+        ]
+        try:
+            alone = Program((*free,), (op,), op.outputs, consts, None)
+            content = _content(alone, [*free.values()], *names)
+            litert.Interpreter(model_content=content).allocate_tensors()
+        except Exception as reason:
+            what, error = f"{op.name} in {op.path or 'fn'}", reason
+            break
+    return ValueError(
+        f"tflite: {what} cannot be converted: {first_line(error)}; expected operations that "
+        f"TFLite has. Compute it outside fn or by other operations, or write "
+        f"jaxbn.export.stablehlo, which takes all."
+    )
 
 
 def load_tflite(path: str | os.PathLike[str]) -> "Loaded":
@@ -152,14 +177,11 @@ class Loaded:
 
     def __call__(self, *arrays: Any) -> Any:
         """The result, or a dict of several by name."""
-        by_name = len(arrays) == 1 and isinstance(arrays[0], Mapping)
-        given = dict(arrays[0] if by_name else zip(self.inputs, arrays, strict=False))
-        given = {name: np.asarray(array) for name, array in given.items()}
+        given, fits = by_name(self.inputs, arrays)
         rows = {v.shape[:1] for v in given.values()}
         free = self.by_row and rows != {(self.size,)}
         if not (
-            given.keys() == self.inputs.keys()
-            and len(arrays[0] if by_name else arrays) == len(given)
+            fits
             and all(_fits(given[name], v, free) for name, v in self.inputs.items())
             and (len(rows) == 1 or not free)
         ):

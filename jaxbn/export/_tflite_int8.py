@@ -1,14 +1,16 @@
 """TFLite in int8: quantized by LiteRT's quantizer, compared with the float file."""
 
 import os
+import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxbn._extras import need
-from jaxbn.export._checked_file import Case, written
-from jaxbn.export._int8 import Quantized, arrays_of, feed_of, run_or_refuse, times_of
+from jaxbn._files import check_place
+from jaxbn.export._checked_file import Case, arrays_of, written
+from jaxbn.export._int8 import Quantized, feed_of, fitting, quantized, run_or_refuse, times_of
 from jaxbn.export._tflite import in_parts, load_tflite
 
 MOVES = {"RESHAPE", "TRANSPOSE", "SQUEEZE", "EXPAND_DIMS", "QUANTIZE", "DEQUANTIZE"}
@@ -19,6 +21,7 @@ def tflite_int8(
     batches: Iterable[Any],
     path: str | os.PathLike[str],
     *,
+    leave_out: Sequence[str] = (),
     dynamic: bool = False,
     tolerance: float = 0.1,
 ) -> Quantized:
@@ -33,6 +36,8 @@ def tflite_int8(
       batches: arrays as the network takes them, of any number of rows; a tuple or a dict by name
         for several inputs.
       path: the file; an older file is replaced once the new one is complete.
+      leave_out: names of nodes that stay float, with wildcards: ("*/Conv_0/*", "*Dense*"). A node
+        that makes a result of the network has the name of the result alone: "*output*".
       dynamic: weights alone are stored in 8 bits, and the ranges of activations are taken while
         serving. `batches` are for the comparison alone.
       tolerance: the largest error over the source's largest value. Rounding to 8 bits costs about
@@ -40,8 +45,8 @@ def tflite_int8(
 
     Raises:
       FileNotFoundError: source does not exist.
-      ValueError: source is no TFLite file, there is no batch, the batches do not fit, or the error
-        is above tolerance. Nothing is written then.
+      ValueError: source is no TFLite file, there is no batch, the batches do not fit, a name in
+        `leave_out` fits no node, or the error is above tolerance. Nothing is written then.
       ModuleNotFoundError: ai_edge_litert or ai_edge_quantizer is missing.
 
     >>> from jaxbn import export
@@ -50,6 +55,7 @@ def tflite_int8(
         ...
     FileNotFoundError: tflite_int8: no TFLite file at nothing.tflite
     """
+    check_place("tflite_int8", path)
     if not Path(source).is_file():
         raise FileNotFoundError(f"tflite_int8: no TFLite file at {source}")
     quantizer = need("tflite_int8", "ai_edge_quantizer.quantizer")
@@ -57,6 +63,10 @@ def tflite_int8(
     original = load_tflite(source)
     feeds = [feed_of(batch, [*original.inputs]) for batch in batches]
     reference = run_or_refuse("tflite_int8", original, feeds)
+    nodes = [*_operators(Path(source).read_bytes())]
+    if any("INT8" in dtypes for _, _, dtypes in nodes):
+        raise quantized("tflite_int8", source)
+    left = fitting("tflite_int8", [name for name, _, _ in nodes], leave_out)
 
     def write(file: Path) -> None:
         small, ranges = quantizer.Quantizer(os.fspath(source)), None
@@ -66,6 +76,9 @@ def tflite_int8(
             small.load_quantization_recipe(recipe.static_wi8_ai8())
             for end in ("INPUT", "OUTPUT"):  # they keep their dtypes
                 small.update_quantization_recipe(".*", end, algorithm_key="no_quantize")
+        for name in left:  # the quantizer ends a name with a semicolon
+            own = f"^{re.escape(name)};$"
+            small.update_quantization_recipe(own, "*", algorithm_key="no_quantize")
         with warnings.catch_warnings(action="ignore"):  # LiteRT's own: all values are kept
             if not dynamic:
                 whole = [part for feed in feeds for part in in_parts(feed, original.size)]
@@ -87,15 +100,24 @@ def tflite_int8(
 
 def _in_float(content: bytes) -> tuple[str, ...]:
     """The operators that compute on no 8-bit value, by the names of their results."""
+    return tuple(
+        name or kind
+        for name, kind, dtypes in _operators(content)
+        if kind not in MOVES and not dtypes & {"INT8", "UINT8"}
+    )
+
+
+def _operators(content: bytes) -> Iterator[tuple[str, str, set[str]]]:
+    """Each operator of a file: the names of its results, its kind, the dtypes of its operands."""
     schema = need("tflite_int8", "ai_edge_litert.schema_py_generated")
     model = schema.Model.GetRootAs(content)
-    names = {value: name for name, value in vars(schema.BuiltinOperator).items()}
-    eight, floats = (schema.TensorType.INT8, schema.TensorType.UINT8), []
+    kinds, dtypes = (
+        {value: name for name, value in vars(enum).items()}
+        for enum in (schema.BuiltinOperator, schema.TensorType)
+    )
     graph = model.Subgraphs(0)
     for k in range(graph.OperatorsLength()):
         op = graph.Operators(k)
-        kind = names[model.OperatorCodes(op.OpcodeIndex()).BuiltinCode()]
-        operands = [graph.Tensors(i) for i in op.InputsAsNumpy() if i >= 0]
-        if kind not in MOVES and not any(v.Type() in eight for v in operands):
-            floats.append(graph.Tensors(op.Outputs(0)).Name().decode() or kind)
-    return tuple(floats)
+        name = ";".join(graph.Tensors(i).Name().decode() for i in op.OutputsAsNumpy())
+        operands = {dtypes[graph.Tensors(i).Type()] for i in op.InputsAsNumpy() if i >= 0}
+        yield name, kinds[model.OperatorCodes(op.OpcodeIndex()).BuiltinCode()], operands

@@ -1,10 +1,12 @@
 """Each benchmark runs, returns the rows it promises, and the rows show what is claimed."""
 
 import functools
+import importlib.machinery
 import json
 import math
 import os
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -367,6 +369,20 @@ def test_report_prints_whole_cells_and_writes_unrounded_numbers(tmp_path, capsys
     assert written["tables"][0]["rows"] == [["x" * 60, 1 / 3]]
     assert {"device", "versions", "command", "date"} <= set(written)
     assert os.listdir(tmp_path) == ["tables.json"]
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("benchmarks.__main__", "python -m benchmarks"),
+        ("benchmarks.studies.networks", "python -m benchmarks.studies.networks"),
+    ],
+)
+def test_the_command_names_the_module_that_runs(module, said, monkeypatch):
+    spec = importlib.machinery.ModuleSpec(module, None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    monkeypatch.setattr(sys, "argv", ["path/of/it.py", "--tiny"])
+    assert report.environment()["command"] == f"{said} --tiny"
 
 
 def test_cells_have_three_digits():

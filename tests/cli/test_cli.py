@@ -690,7 +690,8 @@ MISSING = {
             lambda: export.saved_model(jnp.sin, np.ones((1, 2)), "b"),
             "saved_model",
             "'jaxbn[saved-model]'",
-        )
+        ),
+        (lambda: export.load_saved_model("a"), "load_saved_model", "'jaxbn[saved-model]'"),
     ],
 }
 
@@ -701,7 +702,8 @@ def test_a_missing_package_ends_in_the_line_that_installs_it(package, tmp_path, 
     for name in ("a.safetensors", "a.msgpack"):
         pathlib.Path(name).touch()
     pathlib.Path("a").mkdir()
-    pathlib.Path("a/_METADATA").touch()
+    for name in ("_METADATA", "saved_model.pb"):
+        pathlib.Path("a", name).touch()
     monkeypatch.setitem(sys.modules, package, None)
     for call, name, line in MISSING[package]:
         with pytest.raises(ModuleNotFoundError) as error:

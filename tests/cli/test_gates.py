@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import sys
 
 import jax
 import numpy as np
@@ -221,7 +222,7 @@ def test_compare_two_exported_files(artifact, capsys):
         2,
         "",
         "verify: net.msgpack is no exported file by its name, expected .onnx, .stablehlo or "
-        ".tflite\n",
+        ".tflite, or the folder of a SavedModel\n",
     )
 
 
@@ -237,7 +238,54 @@ def test_export_writes_a_manifest(net, capsys):
     ]
 
 
-# serving
+@pytest.fixture
+def folder(net):
+    """The folder of a SavedModel by its names, and its manifest."""
+    path = pathlib.Path("net")
+    path.mkdir()
+    (path / "saved_model.pb").write_bytes(b"abc")
+    export.manifest(export.Exported(path, 3, 0.0, 0.0))
+    return path
+
+
+def test_a_saved_model_needs_tensorflow(folder, monkeypatch, capsys):
+    """One line says what to install, and a folder that is not its manifest's is refused first."""
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    needs = (
+        "needs the package tensorflow, which is not installed; write pip install "
+        "'jaxbn[saved-model]'.\n"
+    )
+    for name in ("net", "net/"):
+        words = ["verify", name, "--against", "net.msgpack", MODEL]
+        assert run(capsys, *words) == (2, "", f"verify: {needs}")
+    np.savez("x.npz", np.zeros(2))
+    words = ["compare", "net", "net", "--inputs", "x.npz"]
+    assert run(capsys, *words) == (2, "", f"compare: {needs}")
+    (folder / "saved_model.pb").write_bytes(b"abd")
+    for name in ("net", "net/"):
+        status, out, err = run(capsys, "verify", name, "--against", "net.msgpack", MODEL)
+        assert (status, out) == (2, "")
+        assert err.startswith("verify: net has the SHA-256 ")
+        assert err.endswith("…: the file has changed; export it again\n")
+
+
+def test_a_saved_model_through_the_gates(net, variables, capsys):
+    pytest.importorskip("tensorflow")
+    x = net.batches()[0]
+    done = export.saved_model(lambda x: net.Net().apply(variables, x), x, "net")
+    export.manifest(done, checkpoint="net.msgpack")
+    np.savez("x.npz", x[:3])
+    words = ["verify", "net", "--against", "net.msgpack", MODEL, "--inputs", "x.npz"]
+    status, out, err = run(capsys, *words)
+    assert (status, err, out.splitlines()[0]) == (0, "", "net against net.msgpack: passed")
+    assert "no manifest" not in out
+    write.save("other.msgpack", changed(variables, "params/fc/bias", lambda v: v + np.float32(1)))
+    words[3] = "other.msgpack"
+    assert run(capsys, *words)[0] == 1
+    assert run(capsys, "compare", "net", "net", "--inputs", "x.npz")[0] == 0
+    np.savez("x.npz", x[:3, 1:])
+    status, out, err = run(capsys, *words)
+    assert (status, out, err.count("\n")) == (2, "", 1)
 
 
 @pytest.mark.parametrize("more", [[], ["--int8"]], ids=["float", "int8"])
@@ -256,6 +304,9 @@ def test_a_tflite_file_through_the_gates(more, net, capsys):
     )
     assert "no manifest" not in out
     assert run(capsys, *words, "--bound", "1e-9")[0] == 1
+
+
+# serving
 
 
 def test_serving_as_a_command(net, capsys, tmp_path):

@@ -37,6 +37,7 @@ def some(study):
 SMALL = {  # what a test compiles of each study: its constants, and arguments of main
     "learning_rate": ({"LENGTHS": (0.1,)}, {"rates": (0.1,), "steps": 20, "stops": 1}),
     "batch_size": ({"FACTORS": (1,)}, {"images": 128, "sizes": (2, 64)}),
+    "placement": ({"PLACES": {"pre": ""}}, {"steps": 2}),
     "synchronized": ({}, {"kinds": {"2": (2, True)}, "images": 160}),
     "momentum": ({}, {"updates": (1, 5)}),
     "freeze_when": ({"WAYS": {"late": (True, "--aa")}}, {"before": 20, "steps": 80}),

@@ -120,6 +120,43 @@ def test_an_example_that_is_no_batch_is_refused(call, x, what, tmp_path):
     )
 
 
+def never(x):
+    raise AssertionError("no work is done")
+
+
+WRITERS = [export.stablehlo, export.onnx, export.tflite, export.saved_model]
+
+
+@pytest.mark.parametrize("call", [*WRITERS, export.int8, export.tflite_int8])
+def test_a_place_that_cannot_be_written_to_is_refused_first(call, tmp_path):
+    args = (never, X) if call in WRITERS else (tmp_path / "no source", None)
+    with pytest.raises(FileNotFoundError) as error:
+        call(*args, tmp_path / "no" / "file")
+    assert str(error.value) == f"{call.__name__}: no folder {tmp_path}/no to write file in"
+    if call is not export.saved_model:  # whose path is a folder
+        with pytest.raises(IsADirectoryError) as error:
+            call(*args, tmp_path)
+        assert str(error.value) == f"{call.__name__}: {tmp_path} is a folder; name a file"
+
+
+@pytest.mark.parametrize("call", WRITERS)
+def test_an_example_without_numbers_is_refused(call, tmp_path):
+    with pytest.raises(ValueError) as error:
+        call(never, X[:0], tmp_path / "file")
+    assert str(error.value) == (
+        f"{call.__name__}: x has shape (0, 8, 8, 3): it holds no number, expected an example batch."
+    )
+
+
+def test_nothing_to_take_and_nothing_to_return(tmp_path):
+    with pytest.raises(TypeError) as error:
+        export.onnx(never, {}, tmp_path / "file")
+    assert str(error.value) == "onnx: x holds no array, expected an example batch, batch first."
+    with pytest.raises(ValueError) as nothing:
+        export.onnx(lambda x: None, X, tmp_path / "file")
+    assert str(nothing.value) == "onnx: fn returns no array, expected one array or several."
+
+
 def test_a_file_that_differs_is_not_written(folded, tmp_path, monkeypatch):
     path = tmp_path / "net.onnx"
     path.write_text("as it was")
@@ -175,6 +212,8 @@ def test_int8_refuses_what_it_cannot_calibrate_with(folded, tmp_path):
         "jaxbn.export.int8(source, [x], path).": [],
         "int8: batch 1 has shape (6, 4, 8, 3) but batch 0 has (6, 8, 8, 3); expected arrays alike "
         "but for the number of rows.": [X, X[:, :4]],
+        f"int8: 1 of {X.size} values of batch 1 are not finite, expected real inputs, whose range "
+        "can be taken.": [X, np.where(np.arange(X.size).reshape(X.shape) == 9, np.inf, X)],
     }
     for message, batches in cases.items():
         with pytest.raises(ValueError) as error:
@@ -186,6 +225,12 @@ def test_int8_refuses_what_it_cannot_calibrate_with(folded, tmp_path):
         "int8: source cannot run on batch 0 of shape (6, 8, 8, 2), dtype float32: "
     )
     assert not path.exists()
+    done = export.int8(source, [X], path)
+    with pytest.raises(ValueError) as error:
+        export.int8(done.path, [X], tmp_path / "again")
+    assert str(error.value) == (
+        f"int8: {path} is in 8 bits already, expected a file in float of jaxbn.export.onnx."
+    )
 
 
 # The example: a checkpoint through all stages
@@ -226,8 +271,16 @@ def test_a_checkpoint_is_shipped(run, example, capsys, monkeypatch):
         assert rows[stage]["accuracy"] == rows["recalibrated"]["accuracy"]
     # Two channels leave little to average over: a wide network's error is some per cent.
     assert 1e-3 < rows["ONNX int8"]["error"] < 0.5
-    files = {path.name: path.stat().st_size for path in (run / "export").iterdir()}
-    assert sorted(files) == ["model.int8.onnx", "model.onnx", "model.stablehlo"]
+    files = {path.name for path in (run / "export").iterdir()}
+    made = ["model.int8.onnx", "model.onnx", "model.stablehlo"]
+    assert files == {*made, *(f"{name}.manifest.json" for name in made)}
+    (step,) = (run / "checkpoints").iterdir()
+    for name in made:
+        manifest = export.read_manifest(run / "export" / name)
+        assert manifest["checkpoint"]["file"] == step.name
+        assert len(manifest["folded"]) == 8
+        quantized = {"source"} if "int8" in name else set()
+        assert set(manifest["errors"]) == {"fold", "artifact"} | quantized
     out = capsys.readouterr().out
     assert "…" not in out  # the table fits 80 columns
     assert all(stage in out for stage in stages)
@@ -236,7 +289,7 @@ def test_a_checkpoint_is_shipped(run, example, capsys, monkeypatch):
 def test_a_loss_of_accuracy_is_an_exit_status(example, tmp_path, capsys, monkeypatch):
     ship, _ = example
     data = ship.load("digits", None)
-    monkeypatch.setattr(ship, "read_run", lambda *args: (data, None, None))
+    monkeypatch.setattr(ship, "read_run", lambda *args: (data, None, None, None))
     good = {"accuracy": 0.9, "error": 0.0, "bytes": 1, "logits": []}
     good |= {f"p{p}_{batch}": 1.0 for p in (50, 95) for batch in ship.LATENCIES}
     rows = [{**good, "stage": name} for name in ("checkpoint", "ONNX", "ONNX int8")]
@@ -275,7 +328,7 @@ def test_a_file_beyond_tolerance_is_kept_under_another_name(example, tmp_path):
     assert stage.failure == f"int8: differs by 0.3; see {tmp_path}/model.int8.failed.onnx"
     stage = ship.exported("ONNX", path, lambda path: write(path, 1), lambda path: path.read_text)
     assert stage.failure == ""
-    assert [file.name for file in tmp_path.iterdir()] == ["model.int8.onnx"]
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, f"{path.name}.manifest.json"}
 
 
 def test_what_is_no_run_is_refused(example, tmp_path, capsys):

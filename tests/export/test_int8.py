@@ -46,6 +46,7 @@ def dtypes(path):
         ({"calibration": "entropy"}, {Q.UINT8}),
         ({"calibration": "percentile", "per_channel": False}, {Q.UINT8}),
         ({"dynamic": True}, set()),
+        ({"activations": "int8", "per_channel": False}, {Q.INT8}),
     ],
 )
 def test_eight_bits_in_every_way(options, kinds, source, tmp_path):

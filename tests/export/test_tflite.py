@@ -1,5 +1,6 @@
 """TFLite and SavedModel: they compute what the function computes, or are not written."""
 
+import fnmatch
 import json
 
 import flax.linen as nn
@@ -10,7 +11,9 @@ import pytest
 
 import jaxbn
 from jaxbn import export
+from jaxbn._folding.program import trace
 from jaxbn.export._tflite import in_parts
+from jaxbn.export._transposed import results_of
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(size=(4, 8, 8, 3)).astype(np.float32)
@@ -117,6 +120,26 @@ def test_eight_bits(dynamic, source, tmp_path):
     assert bool(done.in_float) == dynamic
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_layers_left_out_stay_float(dynamic, source, tmp_path):
+    pytest.importorskip("ai_edge_quantizer")
+
+    def in_float(*leave_out):
+        options = {"leave_out": leave_out, "dynamic": dynamic}
+        return export.tflite_int8(source.path, [X], tmp_path / "q.tflite", **options).in_float
+
+    for pattern, other in (("*/Conv_1/*", "*output*"), ("*output*", "*/Conv_1/*")):
+        left = in_float(pattern)
+        assert fnmatch.filter(left, pattern)
+        assert not fnmatch.filter(left, other)
+    assert {*in_float("*Conv*", "*output*")} >= {*in_float("*Conv*")} > {*in_float()}
+    with pytest.raises(ValueError) as error:
+        in_float("*/Conv_9/*")
+    text, _, names = str(error.value).partition(" such as ")
+    assert text == "tflite_int8: leave_out has '*/Conv_9/*', which fits no node; expected names"
+    assert "/Net/Conv_0/conv_general_dilated" in names.split(", ")[0]
+
+
 def test_gates_take_a_tflite_file(source, folded, tmp_path, monkeypatch, capsys):
     from jaxbn._cli import commands
 
@@ -136,29 +159,105 @@ def unknown(x):
 
 
 LACKING = {
-    "a callback": (unknown, "serialization of host_callbacks is not yet implemented"),
-    "a transform": (lambda x: jnp.fft.fft(x).real, "Failed to export flatbuffer:"),
+    "a callback": (
+        unknown,
+        "pure_callback",
+        "serialization of host_callbacks is not yet implemented",
+    ),
+    "a transform": (lambda x: jnp.fft.fft(x).real, "fft", "Failed to export flatbuffer:"),
 }
 
 
 @pytest.mark.parametrize("name", LACKING)
 def test_what_tflite_lacks_is_refused(litert, name, tmp_path):
-    fn, reason = LACKING[name]
+    """The error names the operation and its layer."""
+    fn, operation, reason = LACKING[name]
     with pytest.raises(ValueError) as error:
-        export.tflite(fn, X, tmp_path / "f")
+        export.tflite(
+            lambda x: jax.named_call(fn, name="Net/spectrum")(2 * x) + 1, X, tmp_path / "f"
+        )
     assert str(error.value) == (
-        f"tflite: fn cannot be converted: {reason}; expected operations that TFLite has. Compute "
-        "them outside fn, or write jaxbn.export.stablehlo, which takes all."
+        f"tflite: {operation} in Net/spectrum cannot be converted: {reason}; expected operations "
+        "that TFLite has. Compute it outside fn or by other operations, or write "
+        "jaxbn.export.stablehlo, which takes all."
     )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_the_converter_makes_something_else_of_is_not_written(litert, tmp_path):
-    """A transposed convolution with SAME padding comes out larger."""
-    layer = nn.ConvTranspose(2, (3, 3), (2, 2))
-    variables = layer.init(jax.random.key(0), X)
-    with pytest.raises(ValueError, match="tflite: the file's result has shape "):
-        export.tflite(lambda x: layer.apply(variables, x), X, tmp_path / "f")
+TRANSPOSED = {  # kernel, strides, padding, dilation of the kernel, groups, strides of the result
+    "SAME": ((3, 3), (2, 2), ((2, 1), (2, 1)), (1, 1), 1, (1, 1)),
+    "both sides alike": ((4, 4), (2, 2), ((2, 2), (2, 2)), (1, 1), 1, (1, 1)),
+    "PyTorch's padding=1": ((3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1), 1, (1, 1)),
+    "holes in the kernel": ((3, 2), (2, 2), ((3, 4), (1, 1)), (2, 1), 1, (1, 1)),
+    "groups": ((2, 3), (2, 1), ((1, 1), (0, 3)), (1, 1), 2, (1, 1)),
+    "a small kernel": ((1, 2), (2, 3), ((0, 1), (-1, 2)), (1, 1), 1, (1, 2)),
+    "a line": ((3,), (2,), ((2, 1),), (1,), 1, (1,)),
+    "a volume": ((3, 2, 1), (2, 2, 1), ((2, 1), (1, 1), (0, 1)), (1, 2, 1), 1, (1, 1, 1)),
+    "float16": ((3,), (2,), ((2, 1),), (1,), 1, (1,)),
+}
+
+
+def transposed(name):
+    """A function that is a transposed convolution, and its x."""
+    kernel, strides, padding, dilation, groups, steps = TRANSPOSED[name]
+    dtype, letters = "float16" if name == "float16" else "float32", "DHW"[-len(kernel) :]
+    x = RANDOM.normal(size=(2, *range(4, 4 + len(kernel)), 4)).astype(dtype)
+    w = RANDOM.normal(size=(*kernel, 4 // groups, 6)).astype(dtype)
+    axes = (f"N{letters}C", f"{letters}IO", f"N{letters}C")
+
+    def fn(x):
+        return jax.lax.conv_general_dilated(
+            x, w, steps, padding, strides, dilation, axes, feature_group_count=groups
+        )
+
+    return jax.named_call(fn, name="Net/up"), x
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transposed_convolutions_in_the_forms_that_are_converted_rightly(name):
+    """One group, no holes, and all places or those without as many on both sides."""
+    fn, x = transposed(name)
+    program = trace(fn, [x], lambda eqn: True)
+    (y,) = results_of(program, [jnp.asarray(x)])
+    tolerance = {"rtol": 1e-3, "atol": 1e-2} if name == "float16" else {"rtol": 1e-5, "atol": 1e-5}
+    np.testing.assert_allclose(y, fn(x), **tolerance)
+    made = trace(lambda x: results_of(program, [x]), [x], lambda eqn: True)
+    convolutions = [op for op in made.ops if op.name == "conv_general_dilated"]
+    assert len(convolutions) == TRANSPOSED[name][4]
+    for op in convolutions:
+        p, window = op.eqn.params, [n - 1 for n in op.eqn.invars[1].aval.shape[:-2]]
+        assert {p["feature_group_count"], *p["rhs_dilation"]} == {1}
+        if {*p["lhs_dilation"]} == {1}:
+            assert name == "a volume"
+            continue
+        assert op.dtype == np.float32
+        assert {*p["window_strides"]} == {1}
+        everywhere = [(n, n) for n in window] == list(p["padding"])
+        assert everywhere or name == "both sides alike"
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transposed_convolutions(litert, name, tmp_path):
+    """The converter makes something else of most of them, or a file that LiteRT cannot run."""
+    kinds = operators(export.tflite(*transposed(name), tmp_path / "f").path)
+    assert kinds.count("TRANSPOSE_CONV") == (0 if name == "a volume" else TRANSPOSED[name][4])
+    if name == "both sides alike":  # as decoders of images have them
+        assert kinds == ["TRANSPOSE_CONV"]
+
+
+NOT_SO = {
+    "SAME": "tflite: the file's result has shape ",
+    "a volume": "tflite: conv_general_dilated in Net/up cannot be converted: Didn't find op for ",
+}
+
+
+@pytest.mark.parametrize("name", NOT_SO)
+def test_what_is_converted_wrongly_is_not_written(litert, name, tmp_path, monkeypatch):
+    """Another result, or an operator that LiteRT does not have."""
+    monkeypatch.setattr("jaxbn.export._transposed._is_transposed", lambda op: False)
+    with pytest.raises(ValueError) as error:
+        export.tflite(*transposed(name), tmp_path / "f")
+    assert str(error.value).startswith(NOT_SO[name])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -191,6 +290,13 @@ def test_files_and_inputs_that_do_not_fit_are_refused(source, tmp_path):
         "tflite_int8: no batches to calibrate with, expected some real inputs; write "
         "jaxbn.export.tflite_int8(source, [x], path)."
     )
+    done = export.tflite_int8(source.path, [X], tmp_path / "int8")
+    with pytest.raises(ValueError) as error:
+        export.tflite_int8(done.path, [X], path)
+    assert str(error.value) == (
+        f"tflite_int8: {done.path} is in 8 bits already, expected a file in float of "
+        "jaxbn.export.tflite."
+    )
 
 
 # SavedModel
@@ -208,6 +314,50 @@ def test_a_saved_model_is_the_function_at_any_batch_size(tf, folded, tmp_path):
     serve = tf.saved_model.load(str(done.path)).signatures["serving_default"]
     got = serve(image=tf.constant(X[:3]))
     np.testing.assert_allclose(got["logits"], folded(X[:3]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_saved_model_in_the_order_of_the_function(tf, tmp_path):
+    """TensorFlow sorts the names of results; the folder's order is the function's."""
+    w = RANDOM.normal(size=(3, 2)).astype(np.float32)
+    counts = RANDOM.integers(0, 9, (4, 5)).astype(np.int32)
+
+    def fn(x, counts):
+        return [x @ w, counts, x.mean((1, 2))]
+
+    names = {"inputs": ("pixels", "counts"), "outputs": ("m", "b", "a")}
+    path = export.saved_model(fn, (X, counts), tmp_path / "net", **names).path
+    run = export.load_saved_model(path)
+    for got in (run(X[:3], counts[:3]), run({"counts": counts[:3], "pixels": X[:3]})):
+        assert list(got) == ["m", "b", "a"]
+        for y, expected in zip(got.values(), fn(X[:3], counts[:3]), strict=True):
+            np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    for inputs, got in (
+        ((X,), "pixels float32 [4, 8, 8, 3]: the inputs are others"),
+        ((X, counts, X), "pixels float32 [4, 8, 8, 3], counts int32 [4, 5]: the inputs are others"),
+        ((X[:, 1:], counts), "pixels float32 [4, 7, 8, 3], counts int32 [4, 5]: "),
+        ((X, counts.astype("f")), "pixels float32 [4, 8, 8, 3], counts float32 [4, 5]: "),
+        ((), "nothing: the inputs are others"),
+    ):
+        with pytest.raises(ValueError) as error:
+            run(*inputs)
+        text = str(error.value)
+        assert text.startswith(f"load_saved_model: {path} cannot run on {got}")
+        assert text.endswith("; expected pixels float32 [any, 8, 8, 3], counts int32 [any, 5].")
+
+
+def test_what_is_no_saved_model_is_refused(tf, tmp_path):
+    with pytest.raises(FileNotFoundError) as missing:
+        export.load_saved_model(tmp_path)
+    assert str(missing.value) == f"load_saved_model: no SavedModel in the folder {tmp_path}"
+    (tmp_path / "saved_model.pb").write_bytes(b"abc")
+    with pytest.raises(ValueError) as error:
+        export.load_saved_model(tmp_path)
+    text = str(error.value)
+    assert text.startswith(f"load_saved_model: TensorFlow cannot read {tmp_path}: ")
+    assert text.endswith("; expected a folder of jaxbn.export.saved_model.")
+    tf.saved_model.save(tf.Module(), str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"; expected a folder of jaxbn.export.saved_model\.$"):
+        export.load_saved_model(tmp_path / "other")
 
 
 def test_a_folder_and_its_manifest(tmp_path):
