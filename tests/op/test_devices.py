@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from tests.support import oracle
 
-pytestmark = pytest.mark.optimized
 DEVICES, ROWS, C = 8, 16, 6
 EPS = 2.0**-23  # of float32
 BATCH, ONE = P("d"), P()
