@@ -108,7 +108,7 @@ BUGS = (
         "jaxbn/_op/devices.py",
         'return lax.pcast(v, more, to="varying") if more else v',
         "return v",
-        "op/test_at_once.py::test_devices_decide_for_themselves[True-False-options0-True]",
+        "op/test_at_once.py::test_devices_decide_for_themselves[True-False-options1-True]",
     ),
     Bug(
         "division by a constant count, rounded twice",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxbn
-from tests.support.compiling import as_pasted, compiled_quickly
+from tests.support.compiling import as_pasted
 
 STUDIES = Path(__file__).parents[2] / "examples" / "studies"
 NAMES = sorted(path.stem for path in STUDIES.glob("*.py") if path.stem != "study")
@@ -20,7 +20,7 @@ NAMES = sorted(path.stem for path in STUDIES.glob("*.py") if path.stem != "study
 @pytest.fixture(scope="module", autouse=True)
 def study():
     sys.path.insert(0, str(STUDIES))
-    with as_pasted(), compiled_quickly():
+    with as_pasted():
         yield import_module("study")
     sys.path.remove(str(STUDIES))
 

@@ -142,6 +142,7 @@ def never_watched(model_or_apply, on):
     return lambda *args, **kwargs: (model_or_apply(*args, **kwargs), {})
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("api", "library"), NORMS)
 def test_off_is_the_same_program_as_no_watching_at_all(api, library):
     def programs(on, **observe):
