@@ -1013,6 +1013,13 @@ BUGS = (
         "export/test_export.py::test_int8_refuses_what_it_cannot_calibrate_with",
     ),
     Bug(
+        "a refusal names the last operation",
+        "jaxbn/export/_refusal.py",
+        "            break\n",
+        "",
+        "export/test_export.py::test_what_stablehlo_lacks_is_refused[a callback]",
+    ),
+    Bug(
         "export folds before it looks where the file goes",
         "jaxbn/_cli/commands.py",
         '    check_place("export", dest)\n',
