@@ -1013,10 +1013,10 @@ BUGS = (
         "export/test_export.py::test_int8_refuses_what_it_cannot_calibrate_with",
     ),
     Bug(
-        "a refusal names the last operation",
+        "a refusal leaves out the layer",
         "jaxbn/export/_refusal.py",
-        "            break\n",
-        "",
+        "{op.path or 'fn'}",
+        "fn",
         "export/test_export.py::test_what_stablehlo_lacks_is_refused[a callback]",
     ),
     Bug(
