@@ -12,9 +12,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(CON
 demo: .venv/demo.done
 	$(BIN)/python examples/cifar10/train.py
 
-# One process a core, up to eight; a file's tests stay together, as they share what is compiled.
+# One process a core, up to eight. Each begins with as many files as the others, whose tests share what
+# is compiled; a process that is done takes over half of what another has left.
 test: .venv/test.done
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: .venv/test.done
 	$(BIN)/ruff check .

@@ -238,7 +238,8 @@ def kernels(model: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
 
     Returns:
       Path → path, for the layers whose x is the result of one convolution or dense layer, with or
-      without a bias. A layer after an activation or a sum is left out, as is one in `nn.scan`.
+      without a bias. A layer after an activation or a sum is left out. Of a layer in `nn.scan` or
+      `nn.vmap` the kernel is the stack of all kernels, and so are the norms.
 
     Raises:
       TypeError: model is neither of the two, or the arguments of the call are missing.
@@ -273,7 +274,7 @@ def kernels(model: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
         def inputs(tree: Any) -> dict[str, Any]:
             return hooked(tree, *batch, **kwargs)[1]
 
-    program = trace(inputs, [tree], lambda _: True)
+    program = trace(inputs, [tree], lambda _: True, one_turn=True)
     paths = dict(zip(program.inputs, _leaves(tree), strict=True))
     made = {i: op for op in program.ops for i in op.outputs}
     inputs_of = jax.tree.unflatten(program.tree, program.outputs)

@@ -3,9 +3,15 @@
 import jax
 import pytest
 
+from tests.support.compiling import Compiling
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Compiling())
 
 
 @pytest.fixture

@@ -498,6 +498,11 @@ def batch_size():
     return study("batch_size", "images in a batch")
 
 
+def placement():
+    """Accuracy by depth and by where the norm of a residual block goes."""
+    return study("placement", "convolutions, rate 0.1", "convolutions, rate 1")
+
+
 def synchronized():
     """Accuracy by what a device normalizes by."""
     return study("synchronized", "a device normalizes by")
@@ -549,6 +554,7 @@ PICTURES: dict[str, Callable] = {
             watched,
             learning_rate,
             batch_size,
+            placement,
             synchronized,
         ),
         *(momentum, freeze_when),

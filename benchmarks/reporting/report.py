@@ -91,9 +91,15 @@ def environment(command: str | None = None, load: float | None = None) -> dict[s
         if load is None
         else f"{load:.1f}, average of the minute before",
         "versions": ", ".join(versions),
-        "command": command or " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "command": command or " ".join(["python -m", running(), *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def running() -> str:
+    """The module that this process runs, as `python -m` takes the name."""
+    spec = sys.modules["__main__"].__spec__
+    return spec.name.removesuffix(".__main__") if spec else "benchmarks"
 
 
 def processor() -> str:

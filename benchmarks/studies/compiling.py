@@ -11,7 +11,6 @@ import argparse
 import functools
 import itertools
 import statistics
-import sys
 import time
 from typing import Any
 
@@ -95,8 +94,7 @@ def main() -> None:
     for task in tasks:
         for dtype in map(jnp.dtype, options.dtype):
             report.show(measure(task, dtype, device, options.turns))
-    command = " ".join(["python -m benchmarks.studies.compiling", *sys.argv[1:]])
-    report.show_environment(report.environment(command))
+    report.show_environment()
 
 
 if __name__ == "__main__":

@@ -85,4 +85,4 @@ def run(size="usual") -> list[report.Table]:
 if __name__ == "__main__":
     for table in run("tiny" if "--tiny" in sys.argv else "usual"):
         report.show(table)
-    report.show_environment(report.environment("python -m benchmarks.studies.skewed"))
+    report.show_environment()

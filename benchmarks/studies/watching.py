@@ -113,4 +113,4 @@ def run(size="usual") -> list[report.Table]:
 if __name__ == "__main__":
     for table in run("tiny" if "--tiny" in sys.argv else "usual"):
         report.show(table)
-    report.show_environment(report.environment("python -m benchmarks.studies.watching"))
+    report.show_environment()

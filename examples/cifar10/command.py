@@ -40,11 +40,16 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def one_line(p: Parser):
-    """What cannot be read or written ends the program in one line, with status 2."""
+    """
+    What cannot be read or written, or is not installed, ends the program in one line and status 2;
+    Ctrl-C in 130.
+    """
     try:
         yield
-    except (DataError, OSError) as error:
+    except (DataError, OSError, ModuleNotFoundError) as error:
         p.error(told(error))
+    except KeyboardInterrupt:
+        p.exit(130, "Stopped.\n")
 
 
 def progress(items: Iterable, what: str):

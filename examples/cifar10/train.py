@@ -185,6 +185,8 @@ def main(argv: list[str] | None = None) -> dict:
         folder = options.find_run(args) if first else args.runs / args.name
     except (DataError, ValueError, OSError) as error:
         problem = told(error)
+    except KeyboardInterrupt:  # no run has begun; a download goes on from there next time
+        parser.exit(130, "Stopped.\n")
     terms = json.dumps([args.name, args.resume, options.config(args)])
     if problem := hosts.agree(problem, terms):
         parser.error(problem)

@@ -1,4 +1,5 @@
-# A served model that says when the data is no longer what it was trained on.
+# A served model that says when the data is no longer what it was trained on, and whether that is so
+# for all sources alike: here four cameras, from each of which comes a quarter of every request.
 #
 #   python examples/drift/served.py       handwritten digits; from the sixth window on they fade
 #   python examples/drift/served.py --port 9464 --wait 15     also for Prometheus: a window a scrape
@@ -15,13 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from command import Parser, between
+from command import Parser, between, one_line
 from sklearn.datasets import load_digits
 
 import jaxbn
-from jaxbn import health, writers
+from jaxbn import health, watch, writers
 
 RNG = np.random.default_rng(0)
+CAMERAS = 4
 
 
 class Net(nn.Module):
@@ -71,22 +73,28 @@ def serve(log, windows, window, wait):
     variables = trained(model, x[train], y[train])
 
     # The served model, and what came to its norm layers: compiled once, no copy of the images.
-    watched = jax.jit(lambda variables, x: health.incoming(model.apply)(variables, x, False))
+    # The network stands there twice, for two questions, and runs once: the compiler sees to that.
+    @jax.jit
+    def watched(variables, x):
+        logits, rows = health.incoming(model.apply)(variables, x, False)
+        _, cameras = watch.linen(model.apply, shards=CAMERAS)(variables, x, False)
+        return logits, rows, watch.records(cameras, variables)
+
     # What clean data looks like: the running statistics know it only roughly, for they are of
     # the last ten batches or so, while the network was still learning.
     reference = health.drift(variables, [watched(variables, x[clean])[1]])
     decisions = []
     for i in range(windows):
         total = {}  # a few numbers per channel, however many requests
-        rows = RNG.choice(test, window, replace=False)
+        images = RNG.choice(test, window, replace=False)
         light = 1 - 0.1 * max(0, i - 4)  # 1, then 0.9, 0.8, …
         hits = []
-        for request in np.split(rows, 4):
-            logits, seen = watched(variables, jnp.asarray(light * x[request]))
-            total = health.merge(total, health.seen(variables, seen))
+        for request in np.split(images, 4):
+            logits, rows, records = watched(variables, jnp.asarray(light * x[request]))
+            total = health.merge(total, health.seen(variables, rows))
             hits += list(logits.argmax(-1) == y[request])
         verdict = health.decide(total, reference=reference)
-        log.write(i, verdict)
+        log.write(i, verdict, records)  # of the window, and of its last request
         decisions.append((light, float(np.mean(hits)), verdict))
         worst = max(verdict.layers, key=lambda layer: layer.figure / layer.threshold)
         print(
@@ -112,8 +120,8 @@ if __name__ == "__main__":
     windows = between(int, 1)
     parser.add_argument("--windows", type=windows, default=10, metavar="N", help="decisions (10)")
     parser.add_argument("--port", type=int, help="serve the verdicts to Prometheus at this port")
-    parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="a window (0)")
-    try:
-        main(**vars(parser.parse_args()))
-    except (OSError, OverflowError, ModuleNotFoundError) as error:
-        parser.error(error)
+    wait = between(float, 0, 86_400)
+    parser.add_argument("--wait", type=wait, default=0.0, metavar="SECONDS", help="a window (0)")
+    args = parser.parse_args()
+    with one_line(parser):
+        main(**vars(args))

@@ -55,11 +55,18 @@ class Program(NamedTuple):
     avals: tuple[Any, ...] = ()  # the types of the inputs
 
 
-def trace(fn: Callable, args: Sequence[Any], inline: Callable[["JaxprEqn"], bool]) -> Program:
+def trace(
+    fn: Callable,
+    args: Sequence[Any],
+    inline: Callable[["JaxprEqn"], bool],
+    one_turn: bool = False,
+) -> Program:
     """The program of `fn(*args)`; args may be arrays, tracers or `ShapeDtypeStruct`s.
 
     Calls (`jit`, `checkpoint`) are inlined. A call with a derivative of its own (`custom_jvp`)
-    loses that derivative when inlined, so `inline` decides for each such call.
+    loses that derivative when inlined, so `inline` decides for each such call. With `one_turn` a
+    `scan` is one turn of its body, in which a stack and its slice are one value, and the carry
+    comes from nowhere. Such a program shows what is made of what, and cannot run.
     """
     from jax.extend.core import Literal  # slow to import; `import jaxbn` must stay fast
 
@@ -74,6 +81,11 @@ def trace(fn: Callable, args: Sequence[Any], inline: Callable[["JaxprEqn"], bool
         consts[i := next(number)] = value
         return i
 
+    def stacked(values: Sequence[int], outside: Sequence[Any], inside: Sequence[Any]) -> list[int]:
+        """The values that are slices inside a scan; new values for the rest, the carry say."""
+        pairs = zip(values, outside, inside, strict=True)
+        return [i if shape_of(v) != shape_of(w) else next(number) for i, v, w in pairs]
+
     def walk(jaxpr: "Jaxpr", values: list[Any], inputs: Sequence[int], path: str) -> list[int]:
         env = dict(zip(jaxpr.constvars, map(constant, values), strict=True))
         env |= zip(jaxpr.invars, inputs, strict=True)
@@ -85,8 +97,12 @@ def trace(fn: Callable, args: Sequence[Any], inline: Callable[["JaxprEqn"], bool
             scope = "/".join(filter(None, (path, scope_of(eqn))))
             operands = tuple(map(read, eqn.invars))
             name, body = eqn.primitive.name, next(bodies(eqn), None)
-            if body is not None and (name in CALLS or (name in CUSTOM and inline(eqn))):
-                results: Sequence[int] = walk(*body, operands, scope)
+            results: Sequence[int]
+            if body is not None and name == "scan" and one_turn:
+                of_turn = stacked(operands, eqn.invars, body[0].invars)
+                results = stacked(walk(*body, of_turn, scope), eqn.outvars, body[0].outvars)
+            elif body is not None and (name in CALLS or (name in CUSTOM and inline(eqn))):
+                results = walk(*body, operands, scope)
             else:
                 results = tuple(next(number) for _ in eqn.outvars)
                 ops.append(Op(eqn, operands, tuple(results), scope))

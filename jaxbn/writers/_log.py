@@ -10,7 +10,7 @@ from typing import Any, Self
 import jax
 
 from jaxbn.health._drift import Drift, LayerDrift
-from jaxbn.watch import Record, channels, metrics
+from jaxbn.watch import Channels, Record, channels, metrics
 from jaxbn.writers._json_lines import JSONLines
 from jaxbn.writers._prometheus import DRIFT, Prometheus
 from jaxbn.writers._tensorboard import TensorBoard
@@ -52,7 +52,9 @@ class Log:
         """Whether to watch this step."""
         return self.every > 0 and step % self.every == 0
 
-    def write(self, step: int, records: Mapping[str, Record] | Drift) -> None:
+    def write(
+        self, step: int, records: Mapping[str, Record] | Drift, *more: Mapping[str, Record] | Drift
+    ) -> None:
         """Give the figures of a watched step to the writers.
 
         Args:
@@ -60,20 +62,37 @@ class Log:
           records: path → `jaxbn.watch.Record`, which are brought to the host; or a
             `jaxbn.health.Drift`, the verdict on served data. Of the latter the layers' figures are
             written, `drift_alarm` (1 or 0), `drift_figure` and so on, and no arrays.
+          *more: records and verdicts of the same step. The writers get the figures of all together,
+            so that one scrape, or one line, has both.
 
         Raises:
           TypeError: records are something else.
           ValueError: records are empty.
+
+        >>> from jaxbn import health, writers
+        >>> class Print(writers.Writer):
+        ...     def write(self, step, figures, arrays):
+        ...         print(step, figures["bn"]["drift_alarm"])
+        >>> layer = health.LayerDrift("bn", True, 9.0, 3.9, 0.5, 0.1, rows=256, values=300)
+        >>> writers.Log([Print()]).write(7, health.Drift(True, (layer,), (), {}))
+        7 1.0
         """
-        if isinstance(records, Drift):
-            figures, arrays = {layer.layer: _verdict(layer) for layer in records.layers}, {}
-        else:
-            _check_records(records)
-            if not self.writers:
-                return
-            on_host: dict[str, Record] = jax.device_get(dict(records))
-            figures = metrics(on_host)
-            arrays = {layer: channels(record) for layer, record in on_host.items()}
+        several = (records, *more)
+        for one in several:
+            _check_records(one)
+        if not self.writers:
+            return
+        figures: dict[str, dict[str, float]] = {}
+        arrays: dict[str, Channels] = {}
+        for one in several:
+            if isinstance(one, Drift):
+                its = {layer.layer: _verdict(layer) for layer in one.layers}
+            else:
+                on_host: dict[str, Record] = jax.device_get(dict(one))
+                its = metrics(on_host)
+                arrays |= {layer: channels(record) for layer, record in on_host.items()}
+            for layer, of_layer in its.items():
+                figures[layer] = figures.get(layer, {}) | of_layer
         self._each(f"at step {step}", lambda writer: writer.write(step, figures, arrays))
 
     def rewind(self, step: int) -> None:
@@ -117,7 +136,9 @@ def _verdict(layer: LayerDrift) -> dict[str, float]:
 
 
 def _check_records(records: Any) -> None:
-    """Raises unless these are records, at least one."""
+    """Raises unless this is a verdict on drift, or records, at least one."""
+    if isinstance(records, Drift):
+        return
     if not isinstance(records, Mapping) or not all(
         isinstance(record, Record) for record in records.values()
     ):

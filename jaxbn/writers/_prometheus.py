@@ -11,7 +11,6 @@ from jaxbn._extras import need
 from jaxbn.watch import METRICS, Channels
 from jaxbn.writers._writer import Figures, Writer, labelled, reason
 
-HELP = {name: metric.help for name, metric in METRICS.items()}
 DRIFT = {  # metric → its help; each is a field of `jaxbn.health.LayerDrift`
     "drift_alarm": "1 if the layer's input has drifted, else 0.",
     "drift_figure": "Shift beyond the tolerance, in standard errors.",
@@ -21,6 +20,7 @@ DRIFT = {  # metric → its help; each is a field of `jaxbn.health.LayerDrift`
     "drift_rows": "Independent rows seen.",
     "drift_values": "Independent values of a channel that these rows are worth.",
 }
+HELP = {**{name: metric.help for name, metric in METRICS.items()}, **DRIFT}
 PATIENCE = 10.0  # seconds that a scrape may take; one that never ended would hold a thread forever
 
 
@@ -91,13 +91,13 @@ class Prometheus(Writer):
             return
         step, figures = self._latest
         yield GaugeMetricFamily("jaxbn_step", "Training step of these figures.", value=step)
-        drift = any(of_layer.keys() & DRIFT.keys() for of_layer in figures.values())
-        for name, help in (DRIFT if drift else HELP).items():
+        for name, help in HELP.items():
             family = GaugeMetricFamily(f"jaxbn_layer_{name}", help, labels=["layer"])
             for layer, of_layer in figures.items():
                 if name in of_layer:
                     family.add_metric([layer], of_layer[name])
-            yield family
+            if family.samples:
+                yield family
 
     def close(self) -> None:
         """Stop the server, which frees the port."""

@@ -20,6 +20,7 @@ from benchmarks.studies import compiled, targets
 from benchmarks.subjects import network, peers
 from benchmarks.subjects.roads import training
 
+pytestmark = pytest.mark.optimized
 SHAPES = [(64, 56, 56, 64), (32, 14, 14, 1024), (8192, 1024)]
 DTYPES = ["float32", "bfloat16"]
 NAMES = ("h100", "v5e")

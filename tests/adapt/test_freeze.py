@@ -13,7 +13,7 @@ from flax import nnx
 
 import jaxbn
 from jaxbn import calls, layers
-from tests.support.compiling import compiled_quickly
+from tests.support.messages import message
 from tests.support.networks import TinyNnx
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -23,9 +23,8 @@ TARGET = RNG.normal(size=(8, 2)).astype(np.float32)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly():
-    # Optax adds ints to floats.
-    with compiled_quickly(), jax.numpy_dtype_promotion("standard"):
+def _optax_adds_ints_to_floats():
+    with jax.numpy_dtype_promotion("standard"):
         yield
 
 
@@ -349,18 +348,16 @@ def test_a_count_and_initial_values_both_say_untrained(mean, count):
 
 
 def test_traced_statistics_are_refused():
-    message = (
+    expected = (
         "freeze: the statistics of ['norms/0', 'norms/1'] have no values while they are traced, so "
         "freeze cannot see whether they were ever updated; freeze outside of jit and eval_shape, "
         "or write allow_untrained=True."
     )
     model, _, _ = trained("nnx", "flax")
-    with pytest.raises(ValueError) as error:
-        nnx.jit(lambda m: jaxbn.freeze(m)(X))(model)
-    assert str(error.value).startswith(message)
-    with pytest.raises(ValueError) as error:
-        jaxbn.freeze(nnx.eval_shape(lambda: Nnx(nnx.BatchNorm, nnx.Rngs(0))))
-    assert str(error.value) == message
+    frozen = nnx.jit(lambda m: jaxbn.freeze(m)(X))
+    assert message(ValueError, frozen, model).startswith(expected)
+    model = nnx.eval_shape(lambda: Nnx(nnx.BatchNorm, nnx.Rngs(0)))
+    assert message(ValueError, jaxbn.freeze, model) == expected
 
 
 def test_bad_calls_are_told_what_to_write():
@@ -404,10 +401,8 @@ def test_bad_calls_are_told_what_to_write():
             'expected a glob such as "shift", several of them, or a function of the path.',
         ),
     ]
-    for call, kind, message in bad:
-        with pytest.raises(kind) as error:
-            call()
-        assert str(error.value) == message
+    for call, kind, expected in bad:
+        assert message(kind, call) == expected
 
 
 # The example

@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbn
 from jaxbn import layers
-from tests.support.compiling import compiled_quickly
 from tests.support.networks import NnxNet, TinyLinen
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -30,12 +29,6 @@ BATCHES = [
 ]
 ALL = np.concatenate(BATCHES).astype(np.float64)
 TOL = {"rtol": 1e-5, "atol": 1e-5}  # float32: some roundings of values up to 10
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly():
-    with compiled_quickly():
-        yield
 
 
 class Net(linen.Module):

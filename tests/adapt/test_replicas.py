@@ -5,7 +5,6 @@
 
 import functools
 import json
-import os
 import pathlib
 import socket
 import subprocess
@@ -22,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbn
 from tests.support import oracle
-from tests.support.compiling import compiled_quickly
+from tests.support.compiling import environment
 from tests.support.networks import NnxNet
 
 C = 5
@@ -30,12 +29,6 @@ FIX = (
     "each device trained with statistics of its own. Pool them with axis_name= in training, or "
     "once with jaxbn.sync_state(state, axis_name)."
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly():
-    with compiled_quickly():
-        yield
 
 
 def mesh(*sizes, names=("d", "model")):
@@ -432,14 +425,13 @@ def two_processes():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    environ = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.adapt.test_replicas", str(rank), port],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environ | {"JAX_PLATFORMS": "cpu"},
+            env=environment(JAX_PLATFORMS="cpu"),
             cwd=pathlib.Path(__file__).parents[2],
         )
         for rank in range(2)

@@ -1,10 +1,12 @@
 """Each benchmark runs, returns the rows it promises, and the rows show what is claimed."""
 
 import functools
+import importlib.machinery
 import json
 import math
 import os
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,7 @@ from benchmarks.studies import cost_model
 from benchmarks.subjects import network, peers, shapes
 from benchmarks.timing import Times
 from tests.support import hlo
-from tests.support.compiling import as_pasted, compiled_quickly
+from tests.support.compiling import as_pasted
 
 ENVIRONMENT = {
     "device": "cpu Some Chip",
@@ -67,6 +69,7 @@ def test_a_library_that_lacks_an_option_or_is_not_there_says_so_in_its_cell():
     assert accuracy.measure(accuracy.uneven_shards, None) == "not installed"
 
 
+@pytest.mark.optimized
 def test_a_training_step_with_ours_is_smaller_than_with_flax():
     """On a CPU; and no larger with activation and residual inside: kept, temporaries."""
     table = memory.step(memory.SMALL._replace(stages=(1,)))
@@ -77,6 +80,7 @@ def test_a_training_step_with_ours_is_smaller_than_with_flax():
         assert all(fused[i] <= 1.001 * ours[i] for i in (1, 3)), (ours, fused)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_ours_keeps_x_for_backward_and_moves_less_than_flax(dtype):
     shape = (256, 64)
@@ -89,6 +93,7 @@ def test_ours_keeps_x_for_backward_and_moves_less_than_flax(dtype):
     assert ours[3] < flax[3]
 
 
+@pytest.mark.optimized
 def test_ours_keeps_x_in_eval_mode_and_flax_a_wide_copy():
     rows = {tuple(row[::2][:2]): row[3:] for row in memory.eval_mode().rows}
     for dtype, wide in (("float32", 1), ("bfloat16", 2)):
@@ -109,7 +114,7 @@ def test_parity_holds_on_the_roads_and_cases_asked_for():
 
 def test_options_equal_the_formula_on_the_roads_asked_for():
     names = ("ghost batches larger than a device's", "groups of devices, weights")
-    with as_pasted(), compiled_quickly():
+    with as_pasted():
         by_road, by_caller = options.run(names=names, chosen=("jit, sharded", "shard_map"))
     refused = [[name, *(cell == "refused" for cell in row)] for name, *row in by_road.rows]
     assert refused == [[names[0], False, True], [names[1], True, False]]
@@ -318,6 +323,7 @@ def test_step_and_eval_have_a_row_for_every_norm(monkeypatch):
     assert [row[1] for row in table.rows] == ["jaxbn", step.NONE, "Keras"]
 
 
+@pytest.mark.optimized
 def test_eval_is_the_program_that_flax_compiles_to():
     """Instruction by instruction, but for names: a difference in latency is noise."""
     task = network.Task("ResNet", (1,), True, 4, 2, 8)
@@ -363,6 +369,20 @@ def test_report_prints_whole_cells_and_writes_unrounded_numbers(tmp_path, capsys
     assert written["tables"][0]["rows"] == [["x" * 60, 1 / 3]]
     assert {"device", "versions", "command", "date"} <= set(written)
     assert os.listdir(tmp_path) == ["tables.json"]
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("benchmarks.__main__", "python -m benchmarks"),
+        ("benchmarks.studies.networks", "python -m benchmarks.studies.networks"),
+    ],
+)
+def test_the_command_names_the_module_that_runs(module, said, monkeypatch):
+    spec = importlib.machinery.ModuleSpec(module, None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    monkeypatch.setattr(sys, "argv", ["path/of/it.py", "--tiny"])
+    assert report.environment()["command"] == f"{said} --tiny"
 
 
 def test_cells_have_three_digits():

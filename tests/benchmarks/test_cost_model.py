@@ -27,6 +27,7 @@ def bytes_of_collectives(f, *arguments):
     ]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("road", "gathered"), [("axis_name", 16), ("axis_name", 4), ("jit", 16)])
 def test_sizes_are_those_of_the_compiled_module(road, gathered, switched):
     switched(sys.modules["jaxbn._op.pooling"], "GATHERED", gathered)

@@ -13,14 +13,7 @@ from flax import nnx
 import jaxbn
 from jaxbn import convert
 from tests.support import oracle
-from tests.support.compiling import compiled_quickly
 from tests.support.conversion import assert_same, last, normal, refused, shapes
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly():
-    with compiled_quickly():
-        yield
 
 
 @pytest.fixture(autouse=True)

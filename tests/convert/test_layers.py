@@ -11,16 +11,9 @@ import jaxbn
 from jaxbn import convert
 from jaxbn.convert._matching import MisfitError
 from tests.support import oracle
-from tests.support.compiling import compiled_quickly
 from tests.support.conversion import assert_same, last, normal, refused, shapes
 from tests.support.messages import message
 from tests.support.networks import ResNet
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly():
-    with compiled_quickly():
-        yield
 
 
 @pytest.mark.parametrize("api", ["linen", "nnx"])

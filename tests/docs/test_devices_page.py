@@ -23,7 +23,7 @@ PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "devices.md").read_text()
 @pytest.fixture(scope="module")
 def page():
     names = {}
-    with as_pasted(), compiled_quickly():
+    with as_pasted():
         for block in BLOCK.finditer(PAGE):
             exec(block[1], names)
             if "def outside_step" in block[1]:
@@ -81,6 +81,7 @@ def over(transform, f):
     return f
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("label", TABLE)
 def test_a_row_of_the_table(label):
     transforms, options, y_sets, state_sets = TABLE[label]
@@ -304,9 +305,8 @@ def test_shard_map_runs_on_a_mesh_of_explicit_axes(page, start):
     names["batch"] = jax.device_put((page["x"], page["target"]), by_rows)
     blocks = [block[1] for block in BLOCK.finditer(PAGE) if "shard_map(" in block[1]]
     assert len(blocks) == 7
-    with compiled_quickly():
-        for block in blocks:
-            exec(block.replace("AxisType.Auto", "AxisType.Explicit"), names)
+    for block in blocks:
+        exec(block.replace("AxisType.Auto", "AxisType.Explicit"), names)
     for name in ("y_grouped", "y_by_axis", "ys"):
         assert names[name].sharding.mesh.axis_types[0] == AxisType.Explicit
         assert_trees_close(names[name], page[name], name)

@@ -138,6 +138,7 @@ def test_the_table_of_examples_has_every_script_with_the_picture_of_the_gallery(
         *(
             gallery.learning_rate,
             gallery.batch_size,
+            gallery.placement,
             gallery.synchronized,
             gallery.momentum,
             gallery.freeze_when,

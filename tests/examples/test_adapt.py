@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.support.compiling import as_pasted, compiled_quickly
+from tests.support.compiling import as_pasted
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = {"width": 1, "images": 128, "test": 96, "seeds": 1}
@@ -16,7 +16,7 @@ SMALL = {"width": 1, "images": 128, "test": 96, "seeds": 1}
 def _beside(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES / "cifar10")
     monkeypatch.syspath_prepend(EXAMPLES / "adapt")
-    with as_pasted(), compiled_quickly():
+    with as_pasted():
         yield
 
 

@@ -14,7 +14,7 @@ from tests.support.schema import faults
 
 FOLDER = Path(__file__).parents[2] / "examples" / "watch"
 LIMITS = health.Limits()
-EXPORTED = {f"jaxbn_layer_{name}" for name in _prometheus.HELP | _prometheus.DRIFT} | {"jaxbn_step"}
+EXPORTED = {f"jaxbn_layer_{name}" for name in _prometheus.HELP} | {"jaxbn_step"}
 DURATION = re.compile(r"[1-9]\d*(ms|s|m|h|d|w|y)").fullmatch
 RULE = {
     "alert": re.compile(r"Jaxbn[A-Za-z]+").fullmatch,

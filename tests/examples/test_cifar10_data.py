@@ -23,8 +23,6 @@ import model
 import train
 from download import DataError
 
-from tests.support.compiling import compiled_quickly
-
 N = 6  # records a file, in place of 10,000
 CIFAR10 = download.CIFAR10
 SIX = CIFAR10.members
@@ -265,8 +263,7 @@ def test_cifar_100_is_downloaded_and_trained_by_one_command(server, tmp_path, mo
     monkeypatch.setitem(model.RESNETS, "resnet18", {"blocks": (1,), "bottleneck": False})
     options = "--data cifar100 --model resnet18 --width 2 --batch 8 --eval-batch 8 --epochs 1"
     where = ["--runs", str(tmp_path / "runs"), "--name", "hundred"]
-    with compiled_quickly():
-        result = train.main([*options.split(), *where])
+    result = train.main([*options.split(), *where])
     assert "cifar100: 30 training and 6 test images of 100 classes" in capsys.readouterr().out
     assert result["state"].params["Dense_0"]["kernel"].shape[1] == 100
     folder = tmp_path / "jaxbn" / "cifar-100-binary"

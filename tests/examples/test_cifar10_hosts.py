@@ -1,7 +1,6 @@
 """The CIFAR example in many processes: what one process computes, and the death of any of them."""
 
 import json
-import os
 import shlex
 import signal
 import socket
@@ -22,6 +21,8 @@ import hosts
 import model
 import train
 from download import CIFAR10
+
+from tests.support.compiling import environment
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "cifar10"
 N = 13  # records a file: 65 training images, 13 test images; neither divides over 4 devices
@@ -90,11 +91,13 @@ def launch(folder: Path, name: str, commands: list[list[str]], devices: int, vic
     `stop` the first gets a SIGTERM when it has printed an epoch.
     """
     (folder / f"{name}.state").mkdir(exist_ok=True)
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    # What one run has compiled the next, of as many processes and devices, finds here.
-    env |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
-    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    env = environment(
+        JAX_PLATFORMS="cpu",
+        JAX_NUM_CPU_DEVICES=str(devices),
+        # What one run has compiled the next, of as many processes and devices, finds here.
+        JAX_COMPILATION_CACHE_DIR=str(folder / "compiled"),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    )
     where = ["--data-dir", str(folder), "--runs", str(folder / "runs"), "--name", name]
     program = [sys.executable, "-c", PROGRAM, str(EXAMPLE), str(folder / f"{name}.state")]
     running = [

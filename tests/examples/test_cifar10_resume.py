@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import sys
+from contextlib import suppress
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -28,6 +29,7 @@ import steps
 import stop
 import train
 from checkpoint import CheckpointError, Checkpoints
+from command import one_line
 
 import jaxbn
 
@@ -305,13 +307,25 @@ def test_damaged_metrics_are_left_out_and_the_run_goes_on(undisturbed, runs, cap
 # --- SIGTERM, Ctrl-C, a full disk -------------------------------------------------------------
 
 
-def at_step(monkeypatch, step: int, number: int):
-    """Signal `number` comes to this process in that step of the run."""
+@pytest.fixture
+def ctrl_c():
+    """As in a terminal: where a shell has started these tests with `&`, Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def at_step(monkeypatch, step: int, number: int, lost=()):
+    """
+    Signal `number` comes to this process in that step of the run. What it raises comes to nothing
+    if it is `lost`, as in a callback of the garbage collector.
+    """
     steps_begun, watched_step = count(1), the_loop().watched_step
 
     def signalled(*args):
         if next(steps_begun) == step:
-            os.kill(os.getpid(), number)
+            with suppress(*lost):
+                os.kill(os.getpid(), number)
         return watched_step(*args)
 
     monkeypatch.setattr(the_loop(), "watched_step", signalled)
@@ -365,7 +379,7 @@ def test_a_scanned_epoch_is_ended_and_saved(runs, monkeypatch, capsys):
     assert runs.saved("scanned") == [3]
 
 
-def test_ctrl_c_in_a_save_waits_until_it_is_whole(undisturbed, runs, monkeypatch, capsys):
+def test_ctrl_c_in_a_save_waits_until_it_is_whole(undisturbed, runs, monkeypatch, capsys, ctrl_c):
     with monkeypatch.context() as patch:
         save = checkpoint.ocp.Checkpointer.save
 
@@ -380,6 +394,37 @@ def test_ctrl_c_in_a_save_waits_until_it_is_whole(undisturbed, runs, monkeypatch
     resumed = train.main(options)
     assert bits(resumed["state"]) == bits(undisturbed[1])
     assert runs.figures("interrupted") == undisturbed[0].figures("whole")
+
+
+def test_ctrl_c_before_there_is_a_run_is_one_line(runs, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "load", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        runs("early")
+    with pytest.raises(SystemExit) as other, one_line(train.options.parser()):
+        interrupted()
+    assert (stopped.value.code, other.value.code) == (130, 130)
+    assert capsys.readouterr().err == "Stopped.\n" * 2
+    assert not (runs.folder / "early").exists()
+
+
+def test_ctrl_c_of_a_run_in_the_background_is_ignored_in_a_save_too(
+    undisturbed, runs, monkeypatch, ctrl_c
+):
+    """A shell starts `python train.py &` with the signal ignored: it is for what is in front."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    save = checkpoint.ocp.Checkpointer.save
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "save", interrupted)
+    at_step(monkeypatch, 2, signal.SIGINT)
+    assert bits(runs("background")["state"]) == bits(undisturbed[1])
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(
@@ -410,13 +455,19 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(
     assert runs.figures("full") == undisturbed[0].figures("whole")
 
 
+@pytest.mark.parametrize(
+    ("step", "lost"),
+    [(COUNT, ()), (COUNT - 1, (KeyboardInterrupt,))],
+    ids=["at once", "before the next step"],
+)
 def test_stopped_before_the_first_checkpoint_it_writes_no_figure_twice(
-    undisturbed, runs, monkeypatch, capsys
+    undisturbed, runs, monkeypatch, capsys, ctrl_c, step, lost
 ):
     with monkeypatch.context() as patch:
-        at_step(patch, COUNT, signal.SIGINT)
+        at_step(patch, step, signal.SIGINT, lost)
         status, _, options = ended(capsys, runs, "early")
     assert (status, runs.figures("early")[1][0]["step"]) == (130, 0)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not (runs.folder / "early" / "checkpoints").exists()
     resumed = train.main(options)
     assert bits(resumed["state"]) == bits(undisturbed[1])

@@ -32,6 +32,7 @@ import train
 from download import CIFAR10
 
 from jaxbn import writers
+from tests.support.compiling import environment
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "cifar10"
 N = 12  # records a file: 60 training images, 12 test images
@@ -108,6 +109,7 @@ def test_killed_in_the_middle_of_a_save_it_resumes_to_the_same_bits(run, tmp_pat
             [sys.executable, "-c", KILLED, EXAMPLE, *moment, str(N), *where, *SMALL, *more],
             capture_output=True,
             text=True,
+            env=environment(),
             timeout=300,
             check=False,
         )

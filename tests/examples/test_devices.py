@@ -8,8 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from tests.support.compiling import compiled_quickly
-
 FOLDER = Path(__file__).parents[2] / "examples" / "devices"
 sys.path.insert(0, str(FOLDER))
 
@@ -40,8 +38,7 @@ def command(monkeypatch, capsys):
 
 
 def test_all_roads_agree_with_one_device(command):
-    with compiled_quickly():
-        status, lines = command(ROADS)
+    status, lines = command(ROADS)
     assert status == 0
     assert lines[-1] == "All agree with one device, up to rounding."
     assert [name for name in ROADS if sum(f"│ {name} " in line for line in lines) != 1] == []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.compiling import as_pasted, compiled_quickly
+from tests.support.compiling import as_pasted
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "examples" / "failures"
@@ -27,7 +27,7 @@ def rows():
 @pytest.fixture(scope="module", autouse=True)
 def _scripts():
     sys.path.insert(0, str(SCRIPTS))
-    with as_pasted(), compiled_quickly():
+    with as_pasted():
         yield
     sys.path.remove(str(SCRIPTS))
 

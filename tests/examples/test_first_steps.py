@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.compiling import as_pasted, compiled_quickly
+from tests.support.compiling import as_pasted
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "first_steps.py"
 
 
 @pytest.fixture(scope="module")
 def example():
-    with as_pasted(), compiled_quickly():
+    with as_pasted():
         yield runpy.run_path(str(EXAMPLE))
 
 
@@ -51,7 +51,7 @@ def test_a_full_disk_leaves_the_file_before(example, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr("numpy.savez", full)
     monkeypatch.setattr(sys, "argv", ["first_steps.py", "--epochs", "1", "--out", str(out)])
-    with as_pasted(), compiled_quickly(), pytest.raises(SystemExit) as ended:
+    with as_pasted(), pytest.raises(SystemExit) as ended:
         runpy.run_path(str(EXAMPLE), run_name="__main__")
     assert ended.value.code == 2
     expected = f"first_steps.py: error: --out {out}: No space left on device\n"

@@ -26,15 +26,7 @@ import predict
 import train
 from command import DataError
 
-from tests.support.compiling import compiled_quickly
-
 COLORS = {"blue": (30, 40, 200), "green": (30, 200, 40), "red": (200, 40, 30)}
-
-
-@pytest.fixture
-def quickly():
-    with compiled_quickly():
-        yield
 
 
 def picture(color, seed, height=10, width=10):
@@ -80,7 +72,7 @@ def message(call, *args) -> str:
 
 @pytest.mark.parametrize(("api", "norm"), [("linen", "sync"), ("nnx", "none")])
 def test_images_of_ones_own_are_trained_by_one_command_until_the_target_and_predicted(
-    folder, quickly, monkeypatch, capsys, tmp_path, api, norm
+    folder, monkeypatch, capsys, tmp_path, api, norm
 ):
     monkeypatch.setitem(model.RESNETS, "resnet18", {"blocks": (1,), "bottleneck": False})
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxbn
-from tests.support.compiling import as_pasted, compiled_quickly
+from tests.support.compiling import as_pasted
 
 STUDIES = Path(__file__).parents[2] / "examples" / "studies"
 NAMES = sorted(path.stem for path in STUDIES.glob("*.py") if path.stem != "study")
@@ -20,7 +20,7 @@ NAMES = sorted(path.stem for path in STUDIES.glob("*.py") if path.stem != "study
 @pytest.fixture(scope="module", autouse=True)
 def study():
     sys.path.insert(0, str(STUDIES))
-    with as_pasted(), compiled_quickly():
+    with as_pasted():
         yield import_module("study")
     sys.path.remove(str(STUDIES))
 
@@ -37,6 +37,7 @@ def some(study):
 SMALL = {  # what a test compiles of each study: its constants, and arguments of main
     "learning_rate": ({"LENGTHS": (0.1,)}, {"rates": (0.1,), "steps": 20, "stops": 1}),
     "batch_size": ({"FACTORS": (1,)}, {"images": 128, "sizes": (2, 64)}),
+    "placement": ({"PLACES": {"pre": ""}}, {"steps": 2}),
     "synchronized": ({}, {"kinds": {"2": (2, True)}, "images": 160}),
     "momentum": ({}, {"updates": (1, 5)}),
     "freeze_when": ({"WAYS": {"late": (True, "--aa")}}, {"before": 20, "steps": 80}),

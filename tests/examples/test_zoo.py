@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxbn import export
-from tests.support.compiling import as_pasted, compiled_quickly
+from tests.support.compiling import as_pasted
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples" / "convert"))
 import zoo
@@ -41,7 +41,7 @@ TOLERANCE = 20**0.5 * 1e-6
 
 @pytest.mark.parametrize("name", ZOO)
 def test_a_network_in_flax_is_the_one_in_pytorchs_layout(name):
-    with compiled_quickly(), as_pasted():
+    with as_pasted():
         _, reference, linen, variables, report = zoo.converted(name, X, tiny=True)
         y = jax.jit(linen.apply)(variables, X)
     assert report.matched_by == "names"
@@ -50,7 +50,7 @@ def test_a_network_in_flax_is_the_one_in_pytorchs_layout(name):
 
 def test_a_row_of_the_table(tmp_path):
     """DenseNet's norms stand before a relu: only those after a convolution fold."""
-    with compiled_quickly(), as_pasted():
+    with as_pasted():
         cells, refused = zoo.row("densenet121", X, tmp_path, tiny=True, formats=["stablehlo"])
     _, _, linen, nnx, back, folded, left, stablehlo, _ = cells
     assert max(linen, nnx, folded, stablehlo) < TOLERANCE

@@ -1,6 +1,7 @@
 """Incoming data against running statistics: moments, their merge, false alarms and power."""
 
 import importlib
+import re
 import urllib.request
 from pathlib import Path
 
@@ -13,19 +14,13 @@ from flax import nnx
 
 import jaxbn
 from jaxbn import health
-from tests.support.compiling import compiled_quickly
+from tests.support.messages import message
 from tests.support.networks import NnxNet
 
 C = 5
 RNG = np.random.default_rng(0)
 STATE = {"bn": jaxbn.State(RNG.normal(0, 1, C), RNG.uniform(0.5, 2, C), None)}
 EPS = 1e-5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly():
-    with compiled_quickly():
-        yield
 
 
 def rows_of(x, mask=None):
@@ -303,10 +298,13 @@ def test_the_served_model_says_when_the_light_fades(example, capsys, monkeypatch
         decisions = served.main(windows=8, port=0)
     for i, (scrape, (*_, verdict)) in enumerate(zip(scrapes, decisions, strict=True)):
         assert f"jaxbn_step {i}.0\n" in scrape
+        found = re.findall(r'^jaxbn_layer_(\w+)\{layer="(.*)"\} (\S+)$', scrape, re.MULTILINE)
+        shown = {(name, layer): float(v) for name, layer, v in found}
         for layer in verdict.layers:
-            of_layer = f'{{layer="{layer.layer}"}}'
-            assert f"jaxbn_layer_drift_alarm{of_layer} {float(layer.alarm)}\n" in scrape
-            assert f"jaxbn_layer_drift_figure{of_layer} {layer.figure}\n" in scrape
+            assert shown["drift_alarm", layer.layer] == layer.alarm
+            assert shown["drift_figure", layer.layer] == layer.figure
+            for spread in ("shard_mean_spread", "shard_sd_spread"):  # of the cameras: all fade
+                assert 0.2 < shown[spread, layer.layer] < shown["shard_spread_limit", layer.layer]
     assert [verdict.alarm for *_, verdict in decisions] == [False] * 5 + [True] * 3
     hits = [hits for _, hits, _ in decisions]
     clean, dark = np.mean(hits[:5]), np.mean(hits[5:])
@@ -405,7 +403,5 @@ def test_bad_calls_are_told_what_to_write():
             "rows (images) on axis 0, and at least one.",
         ),
     ]
-    for call, message in cases:
-        with pytest.raises(ValueError) as error:
-            call()
-        assert str(error.value) == message
+    for call, expected in cases:
+        assert message(ValueError, call) == expected

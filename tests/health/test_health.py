@@ -12,17 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbn
 from jaxbn import calls, health
-from tests.support.compiling import compiled_quickly
 from tests.support.networks import NnxNet
 
 C = 8
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly():
-    with compiled_quickly():
-        yield
 
 
 def healthy(c=C):

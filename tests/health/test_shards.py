@@ -16,7 +16,6 @@ import jaxbn
 from benchmarks.studies import skewed
 from jaxbn import health, watch
 from jaxbn.health import _shards
-from tests.support.compiling import compiled_quickly
 from tests.support.messages import message
 
 R, ROWS, PIXELS, C = 4, 3, 5, 2
@@ -25,12 +24,6 @@ RNG = np.random.default_rng(0)
 X = RNG.normal([3.0, -50.0], [2.0, 0.1], (N, PIXELS, C)).astype(np.float32)
 MASK = RNG.random((N, PIXELS, 1)) < 0.7
 MASK[0] = False  # a row without a valid cell counts for nothing
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly():
-    with compiled_quickly():
-        yield
 
 
 def oracle(x, mask=None):

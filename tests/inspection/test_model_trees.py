@@ -15,16 +15,9 @@ import jaxbn
 from jaxbn import calls, convert, health, layers, watch
 from jaxbn._adapt.freeze import frozen_class
 from jaxbn._inspection import nnx_classes
-from tests.support.compiling import compiled_quickly
 from tests.support.networks import NnxNet
 
 X = np.random.default_rng(0).normal(1, 2, (8, 4)).astype(np.float32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly():
-    with compiled_quickly():
-        yield
 
 
 def net(norm, box=lambda init, names: init, train=True):

@@ -18,7 +18,6 @@ import jaxbn
 from jaxbn import calls
 from jaxbn._op import primitives
 from tests.support import oracle
-from tests.support.compiling import compiled_quickly
 
 SHAPE = (8, 5, 6)
 ROADS = {
@@ -84,19 +83,18 @@ def derivatives(f, primals, directions, dy, order):
 
 def assert_equal_to_the_three_apart(activation, residual, train, options, dtype, order=1):
     primals, directions, state, dy = example(options.get("axis", -1), dtype)
-    with compiled_quickly():
-        got, want = (
-            jax.jit(
-                lambda f=f: derivatives(
-                    lambda *p: f(activation, residual, train, options, *p, state),
-                    primals,
-                    directions,
-                    dy,
-                    order,
-                )
-            )()
-            for f in (fused, apart)
-        )
+    got, want = (
+        jax.jit(
+            lambda f=f: derivatives(
+                lambda *p: f(activation, residual, train, options, *p, state),
+                primals,
+                directions,
+                dy,
+                order,
+            )
+        )()
+        for f in (fused, apart)
+    )
     for u, v in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert (u.dtype, u.shape) == (v.dtype, v.shape)
         # The same operations on the same numbers, which XLA may order otherwise.

@@ -12,6 +12,7 @@ import pytest
 import jaxbn
 from tests.support import cases, oracle
 
+pytestmark = pytest.mark.optimized
 bn = jax.jit(
     jaxbn.batch_norm,
     static_argnames=(

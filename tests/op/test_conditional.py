@@ -11,17 +11,11 @@ import pytest
 import jaxbn
 from benchmarks.subjects.roads import roads, training
 from tests.support import cases, oracle
-from tests.support.compiling import as_pasted, compiled_quickly
+from tests.support.compiling import as_pasted
 
 CASES = [case for case in cases.SMALL if case.name in ("features apart", "float64", "valid pixels")]
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CLASSES = 5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly():
-    with compiled_quickly():
-        yield
 
 
 def drawn(case, form):
@@ -172,7 +166,7 @@ def test_the_example_runs(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES / "domains")
     import generator
 
-    with as_pasted(), compiled_quickly():
+    with as_pasted():
         table = generator.main(width=2, steps=2, batch=4, seeds=1)
     scores = [float(cell.partition("%")[0]) for cell in list(table.columns)[1].cells]
     assert scores[0] > 90

@@ -505,6 +505,7 @@ def step_memory(library, dtype):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("dtype", "allowed", "form"),
     [("float32", 0.70, "by parts"), ("bfloat16", 0.75, "by parts"), ("float32", 0.70, "plain")],

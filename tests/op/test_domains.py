@@ -12,7 +12,7 @@ import pytest
 import jaxbn
 from benchmarks.subjects.roads import roads, training
 from tests.support import cases, oracle
-from tests.support.compiling import as_pasted, compiled_quickly
+from tests.support.compiling import as_pasted
 
 CASES = [
     case
@@ -22,12 +22,6 @@ CASES = [
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DOMAINS = 4
 ABSENT = 1  # of this one there is never a row
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly():
-    with compiled_quickly():
-        yield
 
 
 def train(x, params, state, **options):
@@ -346,7 +340,7 @@ def test_the_example_runs(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES / "domains")
     import domains
 
-    with as_pasted(), compiled_quickly():
+    with as_pasted():
         table = domains.main(width=1, images=16, batch=8, seeds=1, kinds=("of both",))
     columns = [list(column.cells) for column in table.columns]
     assert columns[1] == ["by day", "by night"]

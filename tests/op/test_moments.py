@@ -13,6 +13,7 @@ import jaxbn
 from jaxbn._op.axes import resolve
 from tests.support import cases, oracle
 
+pytestmark = pytest.mark.optimized
 pivot_of = sys.modules["jaxbn._op.moments"]._pivot  # the attribute jaxbn.moments is the function
 of = jax.jit(jaxbn.moments, static_argnames="axis")
 merge = jax.jit(jaxbn.merge)

@@ -16,7 +16,6 @@ from flax import nnx
 import jaxbn
 from benchmarks.subjects.roads import roads, training
 from tests.support import cases, oracle
-from tests.support.compiling import compiled_quickly
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LIMITS = (1.3, 0.4)  # of the random statistics of a case, some are clipped and some are not
@@ -25,12 +24,6 @@ CASES = [
     for case in cases.SMALL
     if case.name in ("conv2d", "channels first", "bfloat16", "float64", "mask per feature")
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly():
-    with compiled_quickly():
-        yield
 
 
 def train(x, params, state, **options):

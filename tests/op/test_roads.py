@@ -11,14 +11,6 @@ import jaxbn
 from benchmarks.measures import parity
 from benchmarks.subjects import meshes
 from benchmarks.subjects.meshes import Road
-from tests.support.compiling import compiled_quickly
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly():
-    with compiled_quickly():
-        yield
-
 
 # A road for each kind of mistake there can be, whatever the cover picks.
 FIRST = [

@@ -16,6 +16,7 @@ from jaxbn._op import sums, tangent
 from tests.support import oracle
 from tests.support.training import REAL, assert_training_equals_the_oracle, normal, step
 
+pytestmark = pytest.mark.optimized
 LAYOUTS = [
     ((64, 9), -1),
     ((63, 9), -1),  # seven parts

@@ -14,7 +14,6 @@ import jaxbn
 from benchmarks.subjects.roads import roads, training
 from jaxbn import health
 from tests.support import cases, oracle
-from tests.support.compiling import compiled_quickly
 
 CASES = [case for case in cases.SMALL if case.network != "MRI reconstruction"]
 SOME = [
@@ -22,12 +21,6 @@ SOME = [
     for case in CASES
     if case.name in ("conv2d", "channels first", "float64", "valid pixels", "mask per feature")
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly():
-    with compiled_quickly():
-        yield
 
 
 def train(x, params, state=None, **options):

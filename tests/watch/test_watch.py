@@ -1,5 +1,7 @@
 """Watching a training run: what the aux of a step holds, what it costs, and its figures."""
 
+from collections.abc import Callable
+
 import flax.linen as linen
 import jax
 import jax.numpy as jnp
@@ -140,6 +142,7 @@ def never_watched(model_or_apply, on):
     return lambda *args, **kwargs: (model_or_apply(*args, **kwargs), {})
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("api", "library"), NORMS)
 def test_off_is_the_same_program_as_no_watching_at_all(api, library):
     def programs(on, **observe):
@@ -200,6 +203,48 @@ def test_kernels_are_those_whose_result_a_layer_gets():
         "watch.kernels: called with Block, expected a linen model's apply; write "
         "watch.kernels(model.apply, variables, x)."
     )
+
+
+class Turn(linen.Module):
+    """A norm, and a dense layer with its norm."""
+
+    @linen.compact
+    def __call__(self, x, _):
+        x = linen.BatchNorm(use_running_average=False, name="first")(x)
+        y = linen.Dense(4, name="dense")(jax.nn.relu(x))
+        return linen.BatchNorm(use_running_average=False, name="second")(y), None
+
+
+class Turns(linen.Module):
+    """A dense layer, then a scan or vmap of `Turn`, then a norm."""
+
+    lift: Callable
+    options: dict
+
+    @linen.compact
+    def __call__(self, x):
+        axes = {"variable_axes": {"params": 0, "batch_stats": 0}, "split_rngs": {"params": True}}
+        turns = self.lift(Turn, **axes, **self.options)(name="turns")
+        x, _ = turns(linen.Dense(4, name="before")(x), None)
+        return linen.BatchNorm(use_running_average=False, name="after")(x)
+
+
+@pytest.mark.parametrize("lift", ["scan", "vmap"])
+def test_kernels_of_layers_in_scan_and_vmap_are_stacks(lift):
+    """What a turn gets from the turn before, and what comes after all turns, is of no kernel."""
+    options = {"scan": {"length": 3}, "vmap": {"in_axes": (0, None)}}[lift]
+    model, x = Turns(getattr(linen, lift), options), jnp.ones((3, 4, 4))
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    kernel = variables["params"]["turns"]["dense"]["kernel"]
+    assert kernel.shape == (3, 4, 4)
+    kernels = watch.kernels(model.apply, variables, x, mutable=["batch_stats"])
+    of_vmap = {"turns/first": "before/kernel"} if lift == "vmap" else {}
+    assert kernels == {"turns/second": "turns/dense/kernel", **of_vmap}
+    seen = {"turns/second": jaxbn.moments(x)}
+    of = {"turns/second": "turns/dense/kernel"}
+    record = watch.records(seen, variables, variables["params"], kernels=of)["turns/second"]
+    norm = np.linalg.norm(np.asarray(kernel, float).ravel())
+    np.testing.assert_allclose(record.kernel, (norm, norm), rtol=1e-6)
 
 
 @pytest.mark.parametrize("api", STEPS)

@@ -225,6 +225,30 @@ def test_a_verdict_on_served_data_is_written(tmp_path):
     assert tags == {f"{name}/bn" for name in expected}
 
 
+def test_records_and_a_verdict_of_one_step_are_one_line_and_one_scrape(tmp_path):
+    layers = [health.LayerDrift(name, True, *range(6)) for name in ("block/bn", "served alone")]
+    drift = health.Drift(True, tuple(layers), (), {})
+    with writers.open(["jsonl", "prometheus", "tensorboard"], tmp_path, port=0) as log:
+        log.write(3, RECORDS, drift)
+        text = scrape(log.writers[0].url)
+    verdict = {
+        f"drift_{name}": float(v) for name, v in layers[0]._asdict().items() if name != "layer"
+    }
+    expected = {**FIGURES, "block/bn": FIGURES["block/bn"] | verdict, "served alone": verdict}
+    (line,) = (tmp_path / "watch.jsonl").read_text().splitlines()
+    assert {name: of.keys() for name, of in json.loads(line)["layers"].items()} == {
+        name: of.keys() for name, of in expected.items()
+    }
+    shown = {(name, of) for name, of, _ in SAMPLE.findall(text)} - {("jaxbn_step", "")}
+    assert shown == {
+        (f"jaxbn_layer_{figure}", name or ".") for name, of in expected.items() for figure in of
+    }
+    tags = {value.tag for event in events(tmp_path) for value in event.summary.value}
+    assert {"drift_alarm/block/bn", "batch_count/block/bn"} <= tags
+    wrong = message(TypeError, writers.Log([]).write, 3, RECORDS, {"bn": 0.5})
+    assert wrong.startswith("Log.write: called with dict, expected path → watch.Record, or a ")
+
+
 def test_the_dashboard_reads_what_is_exported_all_of_it():
     dashboard = json.loads((ROOT / "examples" / "watch" / "grafana.json").read_text())
     layer = health.LayerDrift("bn", True, *range(6))
