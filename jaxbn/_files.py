@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jaxbn._text import printable
+
 
 def check_place(call: str, path: str | os.PathLike[str]) -> None:
     """Raises if no file can be written to `path`. Called before any work is done for the file.
@@ -28,9 +30,11 @@ def check_place(call: str, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     if not (folder := path.absolute().parent).is_dir():
-        raise FileNotFoundError(f"{call}: no folder {folder} to write {path.name} in")
+        raise FileNotFoundError(
+            f"{call}: no folder {printable(folder)} to write {printable(path.name)} in"
+        )
     if path.is_dir():
-        raise IsADirectoryError(f"{call}: {path} is a folder; name a file")
+        raise IsADirectoryError(f"{call}: {printable(path)} is a folder; name a file")
 
 
 @contextmanager
