@@ -8,7 +8,8 @@ import jaxbn
 ROOT = pathlib.Path(jaxbn.__file__).parent
 # A room imports rooms of lines above its own. Rooms of one line never import one another.
 ROOMS = (
-    ("_text", "_files", "_extras", "_elsewhere"),
+    ("_text",),
+    ("_files", "_extras", "_elsewhere"),
     ("_op",),
     ("_inspection", "_folding"),
     ("linen", "nnx"),
