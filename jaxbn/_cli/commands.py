@@ -223,7 +223,7 @@ def export(args: Namespace) -> int:
 
 def compare(args: Namespace) -> int:
     """Compares two checkpoints or two exported files. Status 1 if a figure is beyond its bound."""
-    from jaxbn._cli import comparison
+    from jaxbn._cli import comparison, users_model
 
     files = [_is_artifact(path) for path in (args.a, args.b)]
     if any(files) and not all(files):
@@ -235,7 +235,10 @@ def compare(args: Namespace) -> int:
     outputs: list[Any] = []
     beyond: list[Any] = []
     if all(files):
-        x: Any = _inputs(args)
+        batches = None
+        if args.model and not args.inputs:  # the files need no model; its first batch is at hand
+            batches = users_model.network(args.model)[2]
+        x: Any = _inputs(args, batches)
         fns: Any = [_artifact(path)[0] for path in (args.a, args.b)]
     else:
         fns, x, parts = _two_models(args)
@@ -402,7 +405,10 @@ def _inputs(args: Namespace, batches: Iterable[Any] | None = None) -> Any:
     if args.inputs:
         return read_inputs(args.inputs)
     if batches is None:
-        raise ValueError("no inputs for two exported files to run on; write --inputs FILE.npz")
+        raise ValueError(
+            "no inputs for two exported files to run on; write --inputs FILE.npz, or --model "
+            "MODULE:FUNCTION for its first batch"
+        )
     return _first(batches, args)
 
 
