@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from command import Parser, between
+from command import Parser, between, one_line
 
 import jaxbn
 from jaxbn import watch, writers
@@ -75,7 +75,6 @@ if __name__ == "__main__":
     parser.add_argument("steps", type=between(int, 1), nargs="?", default=500, help="(500)")
     port = between(int, 0, 65535)
     parser.add_argument("port", type=port, nargs="?", default=9464, help="of Prometheus (9464)")
-    try:
-        main(**vars(parser.parse_args()))
-    except (OSError, ModuleNotFoundError) as error:
-        parser.exit(2, f"watched.py: error: {error}\n")
+    args = parser.parse_args()
+    with one_line(parser):
+        main(**vars(args))
