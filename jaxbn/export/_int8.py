@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxbn._extras import need
 from jaxbn._files import check_place
-from jaxbn._text import first_line, short
+from jaxbn._text import first_line, printable, short
 from jaxbn.export._checked_file import Case, arrays_of, written
 from jaxbn.export._session import session
 
@@ -49,9 +49,9 @@ class Quantized(NamedTuple):
     def __str__(self) -> str:
         slow, fast = self.milliseconds["float32"], self.milliseconds["int8"]
         return (
-            f"{self.path}: {self.bytes / 1000:.0f} kB, error {self.relative:.1e} of the largest "
-            f"value\nfloat32  {slow:.2f} ms\nint8     {fast:.2f} ms, {slow / fast:.2f} times as "
-            f"fast\nin float: {short(self.in_float) or 'nothing'}"
+            f"{printable(self.path)}: {self.bytes / 1000:.0f} kB, error {self.relative:.1e} of the "
+            f"largest value\nfloat32  {slow:.2f} ms\nint8     {fast:.2f} ms, {slow / fast:.2f} "
+            f"times as fast\nin float: {short(self.in_float) or 'nothing'}"
         )
 
 
@@ -174,7 +174,7 @@ def int8(
 def quantized(call: str, source: Any) -> ValueError:
     """The refusal of a source in 8 bits."""
     return ValueError(
-        f"{call}: {source} is in 8 bits already, expected a file in float of "
+        f"{call}: {printable(source)} is in 8 bits already, expected a file in float of "
         f"jaxbn.export.{'onnx' if call == 'int8' else 'tflite'}."
     )
 

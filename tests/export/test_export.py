@@ -187,6 +187,16 @@ def test_a_missing_package_is_named(call, package, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("call", [export.session, export.load_stablehlo])
+def test_no_name_of_a_file_is_printed_raw(call, tmp_path):
+    path = tmp_path / "\x1b[31mred\n.onnx"
+    path.write_bytes(b"hello")
+    with pytest.raises(ValueError) as error:
+        call(path)
+    assert "/\\x1b[31mred\\n.onnx" in str(error.value)
+    assert str(error.value).isprintable()
+
+
 def test_what_is_no_file_of_ours_is_refused(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"hello")
