@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from command import Parser, between
+from command import Parser, between, one_line
 from sklearn.datasets import load_digits
 
 import jaxbn
@@ -120,8 +120,10 @@ if __name__ == "__main__":
     windows = between(int, 1)
     parser.add_argument("--windows", type=windows, default=10, metavar="N", help="decisions (10)")
     parser.add_argument("--port", type=int, help="serve the verdicts to Prometheus at this port")
-    parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="a window (0)")
+    day = between(float, 0, 86400)
+    parser.add_argument("--wait", type=day, default=0.0, metavar="SECONDS", help="a window (0)")
     try:
-        main(**vars(parser.parse_args()))
-    except (OSError, OverflowError, ModuleNotFoundError) as error:
+        with one_line(parser):
+            main(**vars(parser.parse_args()))
+    except ModuleNotFoundError as error:
         parser.error(error)

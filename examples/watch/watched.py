@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from command import Parser, between
+from command import Parser, between, one_line
 
 import jaxbn
 from jaxbn import watch, writers
@@ -76,6 +76,7 @@ if __name__ == "__main__":
     port = between(int, 0, 65535)
     parser.add_argument("port", type=port, nargs="?", default=9464, help="of Prometheus (9464)")
     try:
-        main(**vars(parser.parse_args()))
-    except (OSError, ModuleNotFoundError) as error:
-        parser.exit(2, f"watched.py: error: {error}\n")
+        with one_line(parser):
+            main(**vars(parser.parse_args()))
+    except ModuleNotFoundError as error:
+        parser.error(error)
