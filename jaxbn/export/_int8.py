@@ -217,6 +217,11 @@ def run_or_refuse(
                     f"{call}: batch {i} has shape {batch.shape} but batch 0 has {first.shape}; "
                     f"expected arrays alike but for the number of rows."
                 )
+            if batch.dtype.kind in "OSU" or not batch.size:
+                raise ValueError(
+                    f"{call}: batch {i} has shape {batch.shape} and dtype {batch.dtype}: it holds "
+                    f"no number, expected real inputs."
+                )
             if wrong := int((~np.isfinite(batch)).sum()):
                 raise ValueError(
                     f"{call}: {wrong} of {batch.size} values of batch {i} are not finite, expected "
@@ -252,6 +257,7 @@ def _left_out(source: Any, prepared: Path, patterns: Sequence[str]) -> list[str]
 
 def fitting(call: str, names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     """The names of nodes that fit a pattern of `leave_out`. Raises if a pattern fits none."""
+    patterns = [patterns] if isinstance(patterns, str) else patterns
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise ValueError(
