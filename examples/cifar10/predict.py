@@ -84,7 +84,7 @@ def answer(args) -> None:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     with console.status("decoding and predicting"):
         images, probabilities, classes = predictions(args.run, args.images)
-    table = Table(title=f"Top classes, by {args.run}", title_justify="left")
+    table = Table(title=f"Top classes, by {shown(args.run)}", title_justify="left")
     for name in ("image", "class"):
         table.add_column(name, overflow="fold")  # whole, however long
     table.add_column("probability", justify="right", no_wrap=True)
@@ -95,7 +95,7 @@ def answer(args) -> None:
     console.print(table)
     if args.picture:
         save(drawn(images, probabilities, classes, args.top), args.picture)
-        console.print(f"Picture: {args.picture}")
+        console.print(f"Picture: {shown(args.picture)}")
 
 
 def main(argv: list[str] | None = None) -> None:
