@@ -1027,6 +1027,20 @@ BUGS = (
         "cli/test_gates.py::test_export_writes_a_manifest",
     ),
     Bug(
+        "calibrated on no row",
+        "jaxbn/export/_int8.py",
+        'if batch.dtype.kind in "OSU" or not batch.size:',
+        'if batch.dtype.kind in "OSU":',
+        "export/test_export.py::test_int8_refuses_what_it_cannot_calibrate_with",
+    ),
+    Bug(
+        "one name to leave out is taken letter by letter",
+        "jaxbn/export/_int8.py",
+        "    patterns = [patterns] if isinstance(patterns, str) else patterns\n",
+        "",
+        "export/test_int8.py::test_what_stays_float_is_in_the_report",
+    ),
+    Bug(
         "export does not look where the manifest goes",
         "jaxbn/_cli/commands.py",
         "for place in (dest, manifest_beside(dest)):",
