@@ -42,7 +42,7 @@ def first_line(error: BaseException) -> str:
     >>> _text.first_line(KeyError("F4"))
     "KeyError: 'F4'"
     """
-    line = next(iter(str(error).strip().splitlines()), "").rstrip(".")
+    line = next(iter(str(error).strip().splitlines()), "").rstrip(".:")
     if not line or isinstance(error, KeyError):  # the text of a KeyError is the key alone
         line = f"{type(error).__name__}: {line}".removesuffix(": ")
     line = printable(line)

@@ -1020,6 +1020,13 @@ BUGS = (
         "export/test_export.py::test_int8_refuses_what_it_cannot_calibrate_with",
     ),
     Bug(
+        "a refusal leaves out the layer",
+        "jaxbn/export/_refusal.py",
+        "{op.path or 'fn'}",
+        "fn",
+        "export/test_export.py::test_what_stablehlo_lacks_is_refused[a callback]",
+    ),
+    Bug(
         "export folds before it looks where the file goes",
         "jaxbn/_cli/commands.py",
         '        check_place("export", place)\n',
@@ -1633,8 +1640,8 @@ BUGS = (
     Bug(
         "Ctrl-C of a served model prints where it was",
         "examples/drift/served.py",
-        "        with one_line(parser):\n            main",
-        "        if True:\n            main",
+        "    with one_line(parser):\n        main",
+        "    if True:\n        main",
         "examples/test_examples.py::test_ctrl_c_is_one_line[drift/served.py-jaxbn.writers.open]",
     ),
     Bug(

@@ -150,12 +150,12 @@ def _drawn(axis, chart: Chart):
 
 
 def _plain(axis, chart: Chart) -> None:
-    """Logarithmic, with plain numbers, where values span between 3 and 1000."""
+    """Logarithmic where values span between 3 and 1000; plain numbers on any such axis."""
     from matplotlib import ticker
 
     values = [value for of in chart.points.values() for value in of.values()]
     span = max(values) / min(values) if min(values) > 0 else np.inf
-    if 3 < span < 1000:
+    if 3 < span < 1000 or axis.get_xscale() == "log":
         subs = (1, 1.5, 2, 3, 4, 6, 8) if span < 10 else (1, 2, 5)
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(ticker.LogLocator(subs=subs))

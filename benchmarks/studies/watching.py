@@ -17,13 +17,18 @@ import time
 import jax
 import numpy as np
 import optax
+from flax import nnx
 
 from benchmarks.reporting import report
-from jaxbn import writers
+from jaxbn import watch, writers
 
 EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "cifar10"
 EVERY = 50
-OPTIONS = {"": {}, ", shards and histogram": {"shards": 4, "histogram": True}}
+OPTIONS = {
+    "": {},
+    ", shards and histogram": {"shards": 4, "histogram": True},
+    ", kernels": {"kernels": True},
+}
 SIZES = {"tiny": (4, 4, 2), "usual": (64, 16, 9), "full": (64, 128, 15)}  # width, batch, rounds
 
 
@@ -49,6 +54,15 @@ def make(api: str, width: int):
     return steps.Nnx(lambda rngs: model.build(model_nnx, **options, rngs=rngs), tx, loss)
 
 
+def kernels_of(made, api: str, state, images) -> dict[str, str]:
+    """The kernel before each norm layer."""
+    if api == "nnx":
+        model, _ = nnx.merge(made.graphdef, state)
+        return watch.kernels(model, images, train=True)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return watch.kernels(made.model.apply, variables, images, train=True, mutable=["batch_stats"])
+
+
 def seconds(call, *arguments):
     """(seconds, what the call returns) once it is there."""
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
@@ -65,6 +79,8 @@ def measure(api: str, size: str, folder: str, **options) -> dict[str, np.ndarray
     images = rng.normal(size=(batch, 32, 32, 3)).astype(np.float32)
     labels = rng.integers(0, 10, batch, np.int32)
     state = jax.jit(made.init)(jax.random.key(0))
+    if options.get("kernels"):
+        options["kernels"] = kernels_of(made, api, state, images)
     plain = jax.jit(made.train).lower(state, images, labels).compile()
     watched = jax.jit(functools.partial(made.train, watched=True, **options))
     watched = watched.lower(state, images, labels).compile()

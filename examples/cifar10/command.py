@@ -40,10 +40,13 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def one_line(p: Parser):
-    """What cannot be read or written ends the program in one line and status 2, Ctrl-C in 130."""
+    """
+    What cannot be read or written, or is not installed, ends the program in one line and status 2;
+    Ctrl-C in 130.
+    """
     try:
         yield
-    except (DataError, OSError) as error:
+    except (DataError, OSError, ModuleNotFoundError) as error:
         p.error(told(error))
     except KeyboardInterrupt:
         p.exit(130, "Stopped.\n")

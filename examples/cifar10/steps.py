@@ -6,8 +6,9 @@
 #   logits(state, images)        → logits                     running statistics, any batch
 #   params(state)                → its parameters             to look at
 #
-# `seen` is what the norm layers saw and learned in this step, with watched=True; else {}. `more`
-# are the options of jaxbn.watch: shards=N also compares N parts of the batch.
+# `seen` is what the norm layers saw and learned in this step, with watched=True; else {}.
+# `kernels`, from jaxbn.watch.kernels, adds the norms of the kernel before each layer. `more` are
+# the options of jaxbn.watch: shards=N also compares N parts of the batch.
 # `state` is a pytree of arrays that nobody but its owner looks into.
 
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ class Linen:
         # Norms of one sample have no statistics.
         return State(params, variables.get("batch_stats", {}), self.tx.init(params))
 
-    def train(self, state: State, images, labels, watched=False, **more):
+    def train(self, state: State, images, labels, watched=False, kernels=None, **more):
         def loss(params):
             (logits, new), seen = watch.linen(self.model.apply, on=watched, **more)(
                 {"params": params, "batch_stats": state.batch_stats},
@@ -50,7 +51,7 @@ class Linen:
         (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         logits, batch_stats, seen = aux
         variables = {"params": state.params, "batch_stats": batch_stats}
-        seen = watch.records(seen, variables, grads)
+        seen = watch.records(seen, variables, grads, kernels=kernels)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return State(params, batch_stats, opt_state), value, logits, seen
@@ -77,7 +78,7 @@ class Nnx:
     def init(self, key) -> nnx.State:
         return nnx.state(self.make(key))
 
-    def train(self, state: nnx.State, images, labels, watched=False, **more):
+    def train(self, state: nnx.State, images, labels, watched=False, kernels=None, **more):
         model, optimizer = nnx.merge(self.graphdef, state)
 
         def loss(model):
@@ -86,7 +87,7 @@ class Nnx:
 
         with watch.nnx(model, on=watched, **more) as seen:
             (value, logits), grads = nnx.value_and_grad(loss, has_aux=True)(model)
-        seen = watch.records(seen, model, grads)
+        seen = watch.records(seen, model, grads, kernels=kernels)
         optimizer.update(model, grads)
         return nnx.state((model, optimizer)), value, logits, seen
 

@@ -267,9 +267,11 @@ def finish(args, data: Data, folder: Path, console: Console, result: dict, what:
     report.curves(folder / "curves.png", rows, f"{what}, seed {args.seed}")
     console.print(f"Curves: {folder}/curves.png   Metrics: {folder}/metrics.jsonl")
     python = sys.orig_argv[0]  # `make demo` runs .venv's, which alone has the packages
+    here = os.path.dirname(os.path.abspath(__file__))
+    here = here.removeprefix(os.path.join(os.getcwd(), ""))
     console.print(
-        f"Try next: {python} examples/cifar10/predict.py {folder} IMAGE, or train on images of "
-        f"your own: {python} examples/cifar10/train.py --data FOLDER"
+        f"Try next: {python} {here}/predict.py {folder} IMAGE, or train on images of "
+        f"your own: {python} {here}/train.py --data FOLDER"
     )
 
 

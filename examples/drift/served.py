@@ -120,10 +120,8 @@ if __name__ == "__main__":
     windows = between(int, 1)
     parser.add_argument("--windows", type=windows, default=10, metavar="N", help="decisions (10)")
     parser.add_argument("--port", type=int, help="serve the verdicts to Prometheus at this port")
-    day = between(float, 0, 86400)
-    parser.add_argument("--wait", type=day, default=0.0, metavar="SECONDS", help="a window (0)")
-    try:
-        with one_line(parser):
-            main(**vars(parser.parse_args()))
-    except ModuleNotFoundError as error:
-        parser.error(error)
+    wait = between(float, 0, 86_400)
+    parser.add_argument("--wait", type=wait, default=0.0, metavar="SECONDS", help="a window (0)")
+    args = parser.parse_args()
+    with one_line(parser):
+        main(**vars(args))

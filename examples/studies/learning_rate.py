@@ -102,7 +102,7 @@ def picture(rates, *ahead):
     """From the rows of the tables: steps to the target, change of the loss and of the gradient."""
     figure, axes = study.panels(
         "Learning rate, with and without a norm: mean and range of the seeds",
-        ("Steps until the loss is at its target", "learning rate", "steps (no point: never)"),
+        ("Steps until the loss is at its target", "learning rate", "steps (no point: some never)"),
         ("Loss, a step along the gradient", "step length", "change of the loss"),
         ("Gradient, a step along it", "step length", "|change of gradient| / |gradient|"),
         width=3.4,

@@ -97,6 +97,8 @@ def picture(*tables):
         *((f"learning rate {rate:g}", "convolutions", "test accuracy, %") for rate in rates),
         height=4.2,
     )
+    for axis in axes[1:]:
+        axis.sharey(axes[0])
     for rows, axis in zip(tables, axes, strict=True):
         depths = [int(row[0]) for row in rows]
         for i, (place, block) in enumerate(PLACES.items()):

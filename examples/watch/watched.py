@@ -75,8 +75,6 @@ if __name__ == "__main__":
     parser.add_argument("steps", type=between(int, 1), nargs="?", default=500, help="(500)")
     port = between(int, 0, 65535)
     parser.add_argument("port", type=port, nargs="?", default=9464, help="of Prometheus (9464)")
-    try:
-        with one_line(parser):
-            main(**vars(parser.parse_args()))
-    except ModuleNotFoundError as error:
-        parser.error(error)
+    args = parser.parse_args()
+    with one_line(parser):
+        main(**vars(args))

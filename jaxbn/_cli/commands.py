@@ -237,7 +237,9 @@ def compare(args: Namespace) -> int:
     outputs: list[Any] = []
     beyond: list[Any] = []
     if all(files):
-        batches = users_model.network(args.model).batches if args.model else None
+        batches = None
+        if args.model and not args.inputs:  # the files need no model; its first batch is at hand
+            batches = users_model.network(args.model)[2]
         x: Any = _inputs(args, batches)
         fns: Any = [_artifact(path)[0] for path in (args.a, args.b)]
     else:
@@ -404,7 +406,10 @@ def _inputs(args: Namespace, batches: Iterable[Any] | None = None) -> Any:
     if args.inputs:
         return read_inputs(args.inputs)
     if batches is None:
-        raise ValueError("no inputs for two exported files to run on; write --inputs FILE.npz")
+        raise ValueError(
+            "no inputs for two exported files to run on; write --inputs FILE.npz, or --model "
+            "MODULE:FUNCTION for its first batch"
+        )
     return _first(batches, args)
 
 

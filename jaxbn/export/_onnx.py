@@ -10,8 +10,7 @@ import jax
 import numpy as np
 
 from jaxbn._extras import need
-from jaxbn._folding.program import run, trace
-from jaxbn._text import first_line
+from jaxbn._folding.program import Op, run, trace
 from jaxbn.export._checked_file import (
     TOLERANCES,
     Case,
@@ -23,6 +22,7 @@ from jaxbn.export._checked_file import (
 from jaxbn.export._float32 import without_bfloat16
 from jaxbn.export._nodes import register
 from jaxbn.export._operators import Operators, Value, plain
+from jaxbn.export._refusal import refusal
 from jaxbn.export._session import session
 from jaxbn.export._signature import examples_of, flat_args, names_of, shapes_of, untraceable
 
@@ -194,22 +194,18 @@ def _converted(
 
 
 def _refusal(operators: Operators, error: Exception) -> ValueError:
-    """What cannot be converted: the first operation that fails alone, and where it stands."""
-    jax2onnx, check, what = need("onnx", "jax2onnx"), need("onnx", "onnx").checker, "fn"
-    for op in operators.left:
+    """The refusal of what jax2onnx cannot convert."""
+    jax2onnx, check = need("onnx", "jax2onnx"), need("onnx", "onnx").checker
+
+    def attempt(op: Op) -> None:
         avals: list[Any] = [v.aval for v in op.eqn.invars]
         shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
-        try:
-            with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-                model = jax2onnx.to_onnx(
-                    lambda *v, op=op: run(op, *v), shapes, opset=operators.opset
-                )
-            check.check_model(model, full_check=True)
-        except Exception as alone:
-            what, error = f"{op.name} in {op.path or 'fn'}", alone
-            break
-    return ValueError(
-        f"onnx: {what} cannot be converted: {first_line(error)}; expected operations that "
-        f"ONNX has. Compute it outside fn or by other operations, or write jaxbn.export.stablehlo, "
-        f"which takes all."
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            model = jax2onnx.to_onnx(lambda *v: run(op, *v), shapes, opset=operators.opset)
+        check.check_model(model, full_check=True)
+
+    expected = (
+        "expected operations that ONNX has. Compute it outside fn or by other operations, or write "
+        "jaxbn.export.stablehlo, which takes all but calls into Python."
     )
+    return refusal("onnx", operators.left, attempt, error, expected)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import jax
 import numpy as np
 
 from jaxbn._extras import need
+from jaxbn._folding.program import trace
 from jaxbn._text import first_line, printable
 from jaxbn.export._checked_file import Case, Exported, arrays_of, inference_inputs, written
+from jaxbn.export._refusal import exported_alone, refusal
 from jaxbn.export._signature import (
     by_name,
     examples_of,
@@ -99,10 +102,13 @@ def saved_model(
         program = jax.export.export(jitted, platforms=PLATFORMS)(*shapes)
         module = mlir.serialize_portable_artifact(program.mlir_module(), STABLEHLO)
     except Exception as error:
-        raise ValueError(
-            f"saved_model: fn cannot be converted: {first_line(error)}; expected operations that "
-            f"StableHLO {STABLEHLO} has; write jaxbn.export.stablehlo, which takes all."
-        ) from error
+        ops = trace(flat, shapes, lambda eqn: True).ops
+        attempt = partial(exported_alone, platforms=PLATFORMS)
+        expected = (
+            f"expected operations that StableHLO {STABLEHLO} has. Compute it outside fn or by "
+            f"other operations."
+        )
+        raise refusal("saved_model", ops, attempt, error, expected) from error
 
     def serve(*arrays: Any) -> dict[str, Any]:
         results = xla.call_module(
@@ -124,7 +130,15 @@ def saved_model(
         call = load_saved_model(file)
         for example, _ in examples_of(leaves, shapes):
             expected = [np.asarray(y) for y in jax.tree.leaves(jax.jit(flat)(*example))]
-            yield Case(arrays_of(call(*example)), expected)
+            try:
+                got = arrays_of(call(*example))
+            except Exception as error:
+                raise ValueError(
+                    f"saved_model: TensorFlow cannot run fn: {_reason(error.__cause__ or error)}; "
+                    f"expected operations that TensorFlow's XLA has. Compute it outside fn, or "
+                    f"write jaxbn.export.stablehlo, which takes all but calls into Python."
+                ) from error
+            yield Case(got, expected)
 
     return written("saved_model", path, write, cases, tolerance)
 
@@ -181,12 +195,18 @@ def load_saved_model(path: str | os.PathLike[str]) -> Callable[..., Any]:
             )
             raise ValueError(
                 f"load_saved_model: {printable(path)} cannot run on {got or 'nothing'}: "
-                f"{first_line(error)}; expected {takes}."
+                f"{_reason(error)}; expected {takes}."
             ) from error
         ordered = {name: made[name].numpy() for name in results}
         return ordered if len(results) > 1 else ordered[results[0]]
 
     return call
+
+
+def _reason(error: BaseException) -> str:
+    """What TensorFlow says of an error, without where in its graph the error was."""
+    _, _, reason = str(error).partition("<stack traces unavailable>\n")
+    return first_line(ValueError(reason)) if reason else first_line(error)
 
 
 def is_saved_model(path: str | os.PathLike[str]) -> bool:

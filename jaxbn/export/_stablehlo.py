@@ -2,13 +2,17 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxbn._text import printable
+from jaxbn._folding.program import trace
+from jaxbn._text import first_line, printable
 from jaxbn.export._checked_file import TOLERANCES, Case, Exported, inference_inputs, written
+from jaxbn.export._refusal import exported_alone, refusal
+from jaxbn.export._signature import names_of
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -37,8 +41,9 @@ def stablehlo(
 
     Raises:
       TypeError: x is no array.
-      ValueError: fn is in training mode, a result is not finite, or the file differs from fn by
-        more than tolerance. Nothing is written then.
+      ValueError: fn is in training mode, works at one size alone, calls into Python or returns no
+        array, a result is not finite, or the file differs from fn by more than tolerance. Nothing
+        is written then.
       ModuleNotFoundError: flatbuffers is missing.
 
     >>> import tempfile, jax, jax.numpy as jnp
@@ -51,8 +56,12 @@ def stablehlo(
     (x,) = inference_inputs("stablehlo", fn, (x,), (x,), path, "flatbuffers")
     batch = jax.export.symbolic_shape("batch")
     shape = jax.ShapeDtypeStruct((*batch, *x.shape[1:]), x.dtype)
-    program = jax.export.export(jax.jit(fn), platforms=platforms)(shape)
-    content = bytes(program.serialize())
+    try:
+        program = jax.export.export(jax.jit(fn), platforms=platforms)(shape)
+        content = bytes(program.serialize())
+    except Exception as error:
+        raise _refusal(fn, shape, platforms, error) from error
+    names_of("stablehlo", "outputs", None, program.out_avals)
 
     def cases(path: Path) -> Iterator[Case]:
         here = jax.default_backend()
@@ -67,6 +76,24 @@ def stablehlo(
         tolerance,
         TOLERANCES | {"float32": 1e-5, "float64": 1e-5},
     )
+
+
+def _refusal(fn: Any, shape: Any, platforms: Sequence[str], error: Exception) -> ValueError:
+    """The refusal of what cannot be traced at any batch size, or not be written to a file."""
+    try:
+        ops = trace(fn, [shape], lambda eqn: True).ops
+    except Exception as reason:
+        sizes = ", ".join(map(str, shape.shape))
+        return ValueError(
+            f"stablehlo: fn cannot be traced with sizes {sizes}: {first_line(reason)}; expected "
+            f"operations that work at any batch size."
+        )
+    expected = (
+        "expected operations without calls into Python on platforms that jax knows. Compute it "
+        "outside fn."
+    )
+    attempt = partial(exported_alone, platforms=platforms)
+    return refusal("stablehlo", ops, attempt, error, expected)
 
 
 def load_stablehlo(path: str | os.PathLike[str]) -> Callable[..., jax.Array]:

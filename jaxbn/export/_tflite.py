@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 from jaxbn._extras import need
-from jaxbn._folding.program import Program, trace
+from jaxbn._folding.program import Op, Program, trace
 from jaxbn._text import first_line, printable
 from jaxbn.export._checked_file import Case, Exported, arrays_of, inference_inputs, written
+from jaxbn.export._refusal import refusal
 from jaxbn.export._signature import by_name, flat_args, names_of
 from jaxbn.export._transposed import results_of
 
@@ -102,27 +103,23 @@ def _content(
 
 
 def _refusal(program: Program, error: Exception) -> ValueError:
-    """What TFLite lacks: the first operation that fails alone, and where it stands."""
-    litert, what = need("tflite", "ai_edge_litert.interpreter"), "fn"
-    for op in program.ops:
+    """The refusal of what the converter cannot convert, or LiteRT cannot run."""
+    litert = need("tflite", "ai_edge_litert.interpreter")
+
+    def attempt(op: Op) -> None:
         consts = {i: program.consts[i] for i in op.inputs if i in program.consts}
         avals: dict[int, Any] = dict(zip(op.inputs, (v.aval for v in op.eqn.invars), strict=True))
         free = {i: aval for i, aval in avals.items() if i not in consts} or avals
-        names = [
-            [f"{word}_{i}" for i in numbers] for word, numbers in (("x", free), ("y", op.outputs))
-        ]
-        try:
-            alone = Program((*free,), (op,), op.outputs, consts, None)
-            content = _content(alone, [*free.values()], *names)
-            litert.Interpreter(model_content=content).allocate_tensors()
-        except Exception as reason:
-            what, error = f"{op.name} in {op.path or 'fn'}", reason
-            break
-    return ValueError(
-        f"tflite: {what} cannot be converted: {first_line(error)}; expected operations that "
-        f"TFLite has. Compute it outside fn or by other operations, or write "
-        f"jaxbn.export.stablehlo, which takes all."
+        alone = Program((*free,), (op,), op.outputs, consts, None)
+        names = [f"x_{i}" for i in free], [f"y_{i}" for i in op.outputs]
+        content = _content(alone, [*free.values()], *names)
+        litert.Interpreter(model_content=content).allocate_tensors()
+
+    expected = (
+        "expected operations that TFLite has. Compute it outside fn or by other operations, or "
+        "write jaxbn.export.stablehlo, which takes all but calls into Python."
     )
+    return refusal("tflite", program.ops, attempt, error, expected)
 
 
 def load_tflite(path: str | os.PathLike[str]) -> "Loaded":

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxbn._op.state import Moments
+from jaxbn._text import aligned
 from jaxbn.health._findings import WARNING, Finding
 from jaxbn.health._rows import Seen, merge, rows_in, seen
 
@@ -49,6 +50,19 @@ class Drift(NamedTuple):
     layers: tuple[LayerDrift, ...]  # in the model's order
     findings: tuple[Finding, ...]  # a finding "drift" for each alarm
     seen: dict[str, Seen]  # to merge with more data, or to use as reference for later streams
+
+    def __str__(self) -> str:
+        rows = [("layer", "verdict", "figure", "threshold", "shift", "spread", "rows")]
+        rows += [
+            (
+                of.layer,
+                "drift" if of.alarm else "-",
+                *(f"{of.figure:.3g}", f"{of.threshold:.3g}"),
+                *(f"{of.shift:.2g}", f"{of.spread:.2g}", f"{of.rows:.0f}"),
+            )
+            for of in self.layers
+        ]
+        return "\n".join(aligned(rows, right=5))
 
 
 def drift(

@@ -13,6 +13,7 @@ from jaxbn._inspection import hooks, layers
 from jaxbn._op.axes import resolve
 from jaxbn._op.devices import sharded_as
 from jaxbn._op.state import Moments
+from jaxbn._text import aligned, printable
 from jaxbn.health._distances import divergence, rows_of, seen_in, values_of
 from jaxbn.health._findings import (
     ERROR,
@@ -55,6 +56,22 @@ class Gap(NamedTuple):
     first: LayerGap | None  # the first layer whose own gap is above its limit
     findings: tuple[Finding, ...]  # causes of gaps first, then the layers' other findings
     outputs: dict[str, tuple[jax.Array, jax.Array]]  # path → y in train mode, y in eval mode
+
+    def __str__(self) -> str:
+        rows = [("layer", "gap", "own", "limit", "cause")]
+        rows += [
+            (
+                of.layer,
+                *(f"{figure:.2g}" for figure in (of.gap, of.own, of.limit)),
+                of.cause.kind if of.cause else "-",
+            )
+            for of in self.layers
+        ]
+        if self.first:
+            last = f"the gap opens at {printable(self.first.layer)}"
+        else:
+            last = "no gap: the own gap of each layer is within its limit"
+        return "\n".join([*aligned(rows), last])
 
 
 class _TrainCall(NamedTuple):

@@ -277,10 +277,12 @@ def test_the_weights_beside_a_large_file_are_part_of_it(artifact):
 def test_compare_two_exported_files(artifact, capsys):
     words = ["compare", "net.stablehlo", "net.stablehlo"]
     assert run(capsys, *words, "--inputs", "x.npz")[0] == 0
+    assert run(capsys, *words, MODEL)[0] == 0  # on the model's first batch
     assert run(capsys, *words) == (
         2,
         "",
-        "compare: no inputs for two exported files to run on; write --inputs FILE.npz\n",
+        "compare: no inputs for two exported files to run on; write --inputs FILE.npz, or --model "
+        "MODULE:FUNCTION for its first batch\n",
     )
     assert run(capsys, *words, MODEL)[0] == 0  # on the model's first batch
     assert run(capsys, "compare", "net.stablehlo", "net.msgpack") == (

@@ -93,6 +93,10 @@ BAD = [
         "any free one.",
     ),
     ("drift/served.py --windows x", "argument --windows: invalid int value: 'x'"),
+    (
+        "drift/served.py --wait nan",
+        "argument --wait: nan is out of range, must be from 0 to 86400",
+    ),
     ("convert/zoo.py --tiny --torchvision", "--tiny has no networks of torchvision's"),
     ("convert/torch_roundtrip.py {}/no x", "{0}/no: No such file or directory: {0}/no"),
     (

@@ -157,6 +157,35 @@ def test_nothing_to_take_and_nothing_to_return(tmp_path):
     assert str(nothing.value) == "onnx: fn returns no array, expected one array or several."
 
 
+def unknown(x):
+    return jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+
+STABLEHLO_LACKS = {
+    "a callback": (
+        lambda x: jax.named_call(unknown, name="Net/sin")(2 * x) + 1,
+        "pure_callback in Net/sin cannot be converted: multi-platform lowering for "
+        "python_callback; expected operations without calls into Python on platforms that jax "
+        "knows. Compute it outside fn.",
+    ),
+    "one size": (
+        lambda x: x if x.shape[0] > 3 else x[:3],
+        "fn cannot be traced with sizes batch, 8, 8, 3: Symbolic dimension comparison 'batch' > "
+        "'3' is inconclusive; expected operations that work at any batch size.",
+    ),
+    "no result": (lambda x: None, "fn returns no array, expected one array or several."),
+}
+
+
+@pytest.mark.parametrize("name", STABLEHLO_LACKS)
+def test_what_stablehlo_lacks_is_refused(name, tmp_path):
+    fn, message = STABLEHLO_LACKS[name]
+    with pytest.raises(ValueError) as error:
+        export.stablehlo(fn, X, tmp_path / "file")
+    assert str(error.value) == f"stablehlo: {message}"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_that_differs_is_not_written(folded, tmp_path, monkeypatch):
     path = tmp_path / "net.onnx"
     path.write_text("as it was")

@@ -327,7 +327,7 @@ REFUSED = {
         {},
         "onnx: pure_callback in Unknown cannot be converted: [converter] No plugins registered for "
         "primitive 'pure_callback'; expected operations that ONNX has. Compute it outside fn or by "
-        "other operations, or write jaxbn.export.stablehlo, which takes all.",
+        "other operations, or write jaxbn.export.stablehlo, which takes all but calls into Python.",
     ),
     "NaN": (
         lambda x: jnp.sqrt(x[..., 0]),

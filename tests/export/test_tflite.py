@@ -164,7 +164,7 @@ LACKING = {
         "pure_callback",
         "serialization of host_callbacks is not yet implemented",
     ),
-    "a transform": (lambda x: jnp.fft.fft(x).real, "fft", "Failed to export flatbuffer:"),
+    "a transform": (lambda x: jnp.fft.fft(x).real, "fft", "Failed to export flatbuffer"),
 }
 
 
@@ -179,7 +179,7 @@ def test_what_tflite_lacks_is_refused(litert, name, tmp_path):
     assert str(error.value) == (
         f"tflite: {operation} in Net/spectrum cannot be converted: {reason}; expected operations "
         "that TFLite has. Compute it outside fn or by other operations, or write "
-        "jaxbn.export.stablehlo, which takes all."
+        "jaxbn.export.stablehlo, which takes all but calls into Python."
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -388,6 +388,13 @@ def test_a_saved_model_that_cannot_be_is_not_written(tf, tmp_path):
     text = str(error.value)
     assert text.startswith("saved_model: fn cannot be traced with sizes B, 8, 8, 3: ")
     assert text.endswith("for this size alone, write sizes='4, 8, 8, 3'.")
+    for fn, message in (
+        (unknown, "pure_callback in fn cannot be converted: "),
+        (lambda x: jnp.linalg.eigh(x[..., 0])[0], "TensorFlow cannot run fn: No FFI handler "),
+    ):
+        with pytest.raises(ValueError) as error:
+            export.saved_model(fn, np.ones((2, 3, 3, 1), "f"), tmp_path / "net")
+        assert str(error.value).startswith(f"saved_model: {message}")
     with pytest.raises(ValueError, match="values of the function's result are not finite"):
         export.saved_model(jnp.sqrt, X, tmp_path / "net")
     assert list(tmp_path.iterdir()) == []

@@ -155,6 +155,7 @@ def test_drift_of_each_kind_raises_the_alarm(what):
     assert (finding.layer, finding.kind, finding.severity) == ("bn", "drift", "warning")
     assert (finding.figure, finding.threshold) == (layer.figure, layer.threshold)
     assert finding.channels == ((2,) if what == "one channel" else tuple(range(C)))
+    assert str(drift).splitlines()[1].split()[:2] == ["bn", "drift"]
     if what == "mean":
         np.testing.assert_allclose(layer.shift, 0.5, atol=0.1)
     if what == "var":

@@ -69,6 +69,7 @@ def test_a_trained_model_has_no_gap(variables):
         assert gap.findings == ()
         assert [report.layer for report in gap.layers] == PATHS
         assert all(report.own <= report.limit for report in gap.layers)
+        assert len(str(gap).splitlines()) == len(PATHS) + 2  # no array in it
     assert all(report.own < 1e-3 for report in gap.layers)  # 0.9**150 of the start is left
 
 
