@@ -124,14 +124,14 @@ def train():
 
 
 def predict():
-    """The top classes of images of digits, by a network that is trained for some seconds."""
+    """The top classes of images of digits, by a network that is trained for half a minute."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
     script("cifar10/model_linen")  # which predict.py imports late, after script
     module = script("cifar10/predict")
     with tempfile.TemporaryDirectory() as folder:
-        command = ["examples/cifar10/train.py", "--data", "digits", "--epochs", "4"]
+        command = ["examples/cifar10/train.py", "--data", "digits", "--epochs", "10"]
         command += ["--name", "run", "--runs", folder]
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
         paths = [pathlib.Path(folder) / f"{i}.png" for i in (0, 5, 25)]

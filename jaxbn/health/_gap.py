@@ -62,7 +62,7 @@ class Gap(NamedTuple):
         rows += [
             (
                 of.layer,
-                *(f"{figure:.2g}" for figure in (of.gap, of.own, of.limit)),
+                *(f"{of.gap:.2g}", f"{of.own:.2g}", f"{of.limit:.2g}"),
                 of.cause.kind if of.cause else "-",
             )
             for of in self.layers
