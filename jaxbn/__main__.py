@@ -8,16 +8,18 @@ from jaxbn._cli.commands import main
 
 def run() -> None:
     """Runs the command of this process and exits with the status of the command."""
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # print an escape for a character that the terminal lacks
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this process
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        # Print an escape for a character that the terminal lacks.
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
         status = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has closed the pipe: `| head`
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # whose reader has closed the pipe: `| head`
+            print(f"the output cannot be written: {error.strerror}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 130

@@ -299,17 +299,19 @@ def _kernel_of(x: int, made: Mapping[int, Any], paths: Mapping[int, str]) -> str
         return None
     if op.name in LAYOUT:
         return _kernel_of(op.inputs[0], made, paths)
-    if op.name == "add":  # of a bias, which is no result of a kernel
-        terms = {_kernel_of(i, made, paths) for i in op.inputs} - {None}
-        return terms.pop() if len(terms) == 1 else None
+
+    def leaf(i: int) -> str | None:
+        while i in made and made[i].name in LAYOUT:
+            i = made[i].inputs[0]
+        return paths.get(i)
+
+    if op.name == "add":  # of a bias; any other sum is not the result of one kernel
+        terms = [i for i in op.inputs if leaf(i) is None]
+        return _kernel_of(terms[0], made, paths) if len(terms) == 1 else None
     if op.name not in CONTRACTIONS:
         return None
-    for operand in op.inputs[::-1]:
-        while operand in made and made[operand].name in LAYOUT:
-            operand = made[operand].inputs[0]
-        if operand in paths:
-            return paths[operand].removeprefix("params/")
-    return None
+    found = next(filter(None, map(leaf, op.inputs[::-1])), None)
+    return found and found.removeprefix("params/")
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from augment import normalize
 from checkpoint import last_state
-from command import DataError, Parser, between, shown, told
+from command import DataError, Parser, between, one_line, shown, told
 from images import decode
 from options import run_about, run_options
 from rich.console import Console
@@ -77,28 +77,34 @@ def save(figure, path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
+def answer(args) -> None:
+    """Prints a table, and draws the picture if there is to be one."""
+    if args.picture and (args.picture.is_dir() or not args.picture.absolute().parent.is_dir()):
+        raise DataError(f"--picture {args.picture}: expected a file in a folder that exists")
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    with console.status("decoding and predicting"):
+        images, probabilities, classes = predictions(args.run, args.images)
+    table = Table(title=f"Top classes, by {shown(args.run)}", title_justify="left")
+    for name in ("image", "class"):
+        table.add_column(name, overflow="fold")  # whole, however long
+    table.add_column("probability", justify="right", no_wrap=True)
+    for path, row in zip(args.images, probabilities, strict=True):
+        for place, i in enumerate(np.argsort(-row)[: args.top]):
+            table.add_row("" if place else shown(path), classes[i], f"{row[i]:.2%}")
+        table.add_section()
+    console.print(table)
+    if args.picture:
+        save(drawn(images, probabilities, classes, args.top), args.picture)
+        console.print(f"Picture: {shown(args.picture)}")
+
+
 def main(argv: list[str] | None = None) -> None:
     p = parser()
     args = p.parse_args(argv)
-    console = Console(highlight=False, markup=False, soft_wrap=True)
     try:
-        if args.picture and (args.picture.is_dir() or not args.picture.absolute().parent.is_dir()):
-            raise DataError(f"--picture {args.picture}: expected a file in a folder that exists")
-        with console.status("decoding and predicting"):
-            images, probabilities, classes = predictions(args.run, args.images)
-        table = Table(title=f"Top classes, by {args.run}", title_justify="left")
-        for name in ("image", "class"):
-            table.add_column(name, overflow="fold")  # whole, however long
-        table.add_column("probability", justify="right", no_wrap=True)
-        for path, row in zip(args.images, probabilities, strict=True):
-            for place, i in enumerate(np.argsort(-row)[: args.top]):
-                table.add_row("" if place else shown(path), classes[i], f"{row[i]:.2%}")
-            table.add_section()
-        console.print(table)
-        if args.picture:
-            save(drawn(images, probabilities, classes, args.top), args.picture)
-            console.print(f"Picture: {args.picture}")
-    except (DataError, ValueError, OSError) as error:
+        with one_line(p):
+            answer(args)
+    except ValueError as error:
         p.error(told(error))
 
 

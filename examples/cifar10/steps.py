@@ -7,8 +7,8 @@
 #   params(state)                → its parameters             to look at
 #
 # `seen` is what the norm layers saw and learned in this step, with watched=True; else {}.
-# `kernels`, from jaxbn.watch.kernels, adds the norms of the kernel before each layer. `more` are the
-# options of jaxbn.watch: shards=N also compares N parts of the batch.
+# `kernels`, from jaxbn.watch.kernels, adds the norms of the kernel before each layer. `more` are
+# the options of jaxbn.watch: shards=N also compares N parts of the batch.
 # `state` is a pytree of arrays that nobody but its owner looks into.
 
 from typing import Any, NamedTuple

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
 import jax
 import numpy as np
 import zoo_names
-from command import Parser, between
+from command import Parser, between, one_line
 from flax import nnx
 from zoo_networks import ZOO, Linen, Reference
 
@@ -245,4 +245,5 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.tiny and args.torchvision:
         parser.error("--tiny has no networks of torchvision's")
-    main(args)
+    with one_line(parser):
+        main(args)

@@ -48,9 +48,12 @@ def read_inputs(path: str | os.PathLike[str]) -> Any:
         ) from error
     if not batch:
         raise ValueError(f"read_inputs: {name} holds no array; write np.savez(path, x)")
-    if odd := [key for key, v in batch.items() if v.dtype.kind not in "biufc" or not v.ndim]:
+    if odd := [
+        key for key, v in batch.items() if v.dtype.kind not in "biufc" or not v.size * v.ndim
+    ]:
         raise ValueError(
-            f"read_inputs: {listed(odd)} of {name}: expected arrays of numbers with rows on axis 0"
+            f"read_inputs: {listed(odd)} of {name}: expected arrays of numbers with rows on axis "
+            f"0, at least one"
         )
     return next(iter(batch.values())) if len(batch) == 1 else batch
 

@@ -188,6 +188,7 @@ def export(args: Namespace) -> int:
     import jaxbn
     from jaxbn import export as tool
     from jaxbn._files import check_place
+    from jaxbn.export._manifest import manifest_beside
 
     dest = Path(args.dest)
     if dest.suffix not in ARTIFACTS:
@@ -197,7 +198,8 @@ def export(args: Namespace) -> int:
         raise ValueError(
             f"--int8 is for .onnx and .tflite, and {printable(dest)} ends in {dest.suffix}"
         )
-    check_place("export", dest)
+    for place in (dest, manifest_beside(dest)):
+        check_place("export", place)
     fn, x, batches = _function(args)
     report = source = None
     if args.fold:
@@ -258,8 +260,6 @@ def compare(args: Namespace) -> int:
 
 def verify(args: Namespace) -> int:
     """Compares an exported file with the model it was made of. Status 1 if it is another."""
-    import jax
-
     from jaxbn._cli import comparison
     from jaxbn.export._manifest import checksum
 
@@ -274,7 +274,8 @@ def verify(args: Namespace) -> int:
     reference = _results(apply, model, x)
     bounds = {"bound": args.bound, "agree": args.agree}
     outputs, beyond = comparison.results(served(x), reference, **bounds)
-    row, expected = jax.tree.map(lambda v: v[:1], (x, reference))
+    row = _first_row(x)
+    expected = _results(apply, model, row)  # not the first of reference: a result may have no rows
     alone, more = comparison.results(served(row), expected, **bounds, what="a row alone")
     beyond += more
     made_of = manifest and manifest["checkpoint"]
@@ -412,6 +413,15 @@ def _inputs(args: Namespace, batches: Iterable[Any] | None = None) -> Any:
     return _first(batches, args)
 
 
+def _first_row(x: Any) -> Any:
+    """The first row of a batch; an input without rows, a scalar or a table, stays as it is."""
+    import jax
+    import numpy as np
+
+    rows = next((np.shape(v)[:1] for v in jax.tree.leaves(x)), ())
+    return jax.tree.map(lambda v: v[:1] if rows and np.shape(v)[:1] == rows else v, x)
+
+
 def _two_models(args: Namespace) -> tuple[Any, Any, Any]:
     """Two checkpoints: their functions and x, if the user's model is named; norms and weights."""
     from jaxbn._checkpoints.contents import Contents, arrays, read_model
@@ -427,6 +437,11 @@ def _two_models(args: Namespace) -> tuple[Any, Any, Any]:
         x = _inputs(args, batches)
         kind: Any = "nnx" if is_nnx(like) else "linen"
         sources = [Contents(kind, arrays(model)) for model in models]
+    elif args.inputs or args.agree is not None:
+        raise ValueError(
+            "--inputs and --agree are for results, which two checkpoints have by a model alone; "
+            "write --model MODULE:FUNCTION"
+        )
     else:
         _on_the_cpu()
     if sources[0].kind != sources[1].kind:
@@ -450,10 +465,10 @@ def _is_artifact(path: str) -> bool:
 def _artifact(path: str) -> tuple[Any, Any]:
     """An exported file as a function, and its manifest, which must fit the file; None without."""
     from jaxbn import export
-    from jaxbn.export._manifest import SUFFIX
+    from jaxbn.export._manifest import manifest_beside
 
     path = str(Path(path))  # a folder's may end in a slash
-    manifest = export.read_manifest(path) if Path(f"{path}{SUFFIX}").exists() else None
+    manifest = export.read_manifest(path) if manifest_beside(Path(path)).exists() else None
     suffix = Path(path).suffix
     loads: dict[str, Any] = {
         ".onnx": export.session,

@@ -158,6 +158,9 @@ def results(
       agree: the smallest share of equal top-1 answers.
       what: the name of a result.
 
+    Raises:
+      ValueError: the reference holds no number, so that nothing could differ.
+
     >>> import numpy as np
     >>> from jaxbn._cli import comparison
     >>> y, reference = np.array([[1.0, 2.0]]), np.array([[1.0, 0.0]])
@@ -166,6 +169,11 @@ def results(
     """
     found, beyond = [], []
     ours, theirs = jax.tree.leaves(y), jax.tree_util.tree_leaves_with_path(reference)
+    if not any(np.size(v) for _, v in theirs):
+        raise ValueError(
+            f"results: {what} holds no number to compare; expected inputs of at least one row, and "
+            f"a model that returns its results"
+        )
     if len(ours) != len(theirs):
         beyond.append(Beyond(f"{what}: {len(ours)} arrays, expected {len(theirs)}"))
     for one, (path, other) in zip(ours, theirs, strict=False):

@@ -51,6 +51,11 @@ def network(name: str) -> Network:
             f"network: {name} returns a {type(made).__name__}, expected a tuple (apply, model, "
             f"batches) with apply(model, batch), as jaxbn.recalibrate takes them."
         )
+    if not isinstance(made[2], Iterable):
+        raise ValueError(
+            f"network: {name} returns batches that are a {type(made[2]).__name__}, expected a list "
+            f"or another iterable of batches; write [x]."
+        )
     return Network(*made)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxbn._extras import need
 from jaxbn._files import check_place
-from jaxbn._text import first_line, short
+from jaxbn._text import first_line, printable, short
 from jaxbn.export._checked_file import Case, arrays_of, written
 from jaxbn.export._session import session
 
@@ -49,9 +49,9 @@ class Quantized(NamedTuple):
     def __str__(self) -> str:
         slow, fast = self.milliseconds["float32"], self.milliseconds["int8"]
         return (
-            f"{self.path}: {self.bytes / 1000:.0f} kB, error {self.relative:.1e} of the largest "
-            f"value\nfloat32  {slow:.2f} ms\nint8     {fast:.2f} ms, {slow / fast:.2f} times as "
-            f"fast\nin float: {short(self.in_float) or 'nothing'}"
+            f"{printable(self.path)}: {self.bytes / 1000:.0f} kB, error {self.relative:.1e} of the "
+            f"largest value\nfloat32  {slow:.2f} ms\nint8     {fast:.2f} ms, {slow / fast:.2f} "
+            f"times as fast\nin float: {short(self.in_float) or 'nothing'}"
         )
 
 
@@ -174,7 +174,7 @@ def int8(
 def quantized(call: str, source: Any) -> ValueError:
     """The refusal of a source in 8 bits."""
     return ValueError(
-        f"{call}: {source} is in 8 bits already, expected a file in float of "
+        f"{call}: {printable(source)} is in 8 bits already, expected a file in float of "
         f"jaxbn.export.{'onnx' if call == 'int8' else 'tflite'}."
     )
 
@@ -217,6 +217,11 @@ def run_or_refuse(
                     f"{call}: batch {i} has shape {batch.shape} but batch 0 has {first.shape}; "
                     f"expected arrays alike but for the number of rows."
                 )
+            if batch.dtype.kind in "OSU" or not batch.size:
+                raise ValueError(
+                    f"{call}: batch {i} has shape {batch.shape} and dtype {batch.dtype}: it holds "
+                    f"no number, expected real inputs."
+                )
             if wrong := int((~np.isfinite(batch)).sum()):
                 raise ValueError(
                     f"{call}: {wrong} of {batch.size} values of batch {i} are not finite, expected "
@@ -252,6 +257,7 @@ def _left_out(source: Any, prepared: Path, patterns: Sequence[str]) -> list[str]
 
 def fitting(call: str, names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     """The names of nodes that fit a pattern of `leave_out`. Raises if a pattern fits none."""
+    patterns = [patterns] if isinstance(patterns, str) else patterns
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise ValueError(

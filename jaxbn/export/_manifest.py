@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxbn._files import replacing
+from jaxbn._files import check_place, replacing
 from jaxbn._folding.fold import FoldReport
 from jaxbn._text import first_line, printable
 from jaxbn.export._checked_file import Exported
@@ -51,6 +51,8 @@ def manifest(
     ...     path.name, export.read_manifest(done.path)["checkpoint"]
     ('sin.stablehlo.manifest.json', None)
     """
+    path = manifest_beside(done.path)
+    check_place("manifest", path)
     sites = () if folded is None else folded.sites
     stages = {"fold": folded, "source": source, "artifact": done}
     content = _content() | {
@@ -64,7 +66,6 @@ def manifest(
             if stage is not None
         },
     }
-    path = done.path.with_name(done.path.name + SUFFIX)
     with replacing(path) as file:
         _write(content, file)
     return path
@@ -76,13 +77,13 @@ def manifest_of(path: Path) -> dict[str, Any]:
     Raises:
       ValueError: the manifest is damaged or that of another file.
     """
-    there = path.with_name(path.name + SUFFIX).exists()
+    there = manifest_beside(path).exists()
     return read_manifest(path) if there else _content()
 
 
 def write_for_copy(content: dict[str, Any], path: Path) -> None:
     """Writes the manifest of a copied file beside the copy; the checksums are the copy's."""
-    _write(content | _files(path), path.with_name(path.name + SUFFIX))
+    _write(content | _files(path), manifest_beside(path))
 
 
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"read_manifest: no file {printable(path)}")
-    place = path.with_name(path.name + SUFFIX)
+    place = manifest_beside(path)
     if not place.is_file():
         raise FileNotFoundError(
             f"read_manifest: no manifest {printable(place)}; write jaxbn.export.manifest(done) "
@@ -177,6 +178,11 @@ def _files(path: Path) -> dict[str, Any]:
 
 def _write(content: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def manifest_beside(path: Path) -> Path:
+    """Where the manifest of an exported file is."""
+    return path.with_name(path.name + SUFFIX)
 
 
 def weights_of(path: Path) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxbn._extras import need
 from jaxbn._folding.program import trace
-from jaxbn._text import first_line
+from jaxbn._text import first_line, printable
 from jaxbn.export._checked_file import Case, Exported, arrays_of, inference_inputs, written
 from jaxbn.export._refusal import exported_alone, refusal
 from jaxbn.export._signature import (
@@ -70,7 +70,9 @@ def saved_model(
     FileExistsError: saved_model: . is there already; name a new folder.
     """
     if Path(path).exists():
-        raise FileExistsError(f"saved_model: {path} is there already; name a new folder.")
+        raise FileExistsError(
+            f"saved_model: {printable(path)} is there already; name a new folder."
+        )
     args, leaves, structure = flat_args(x)
     leaves = inference_inputs("saved_model", fn, args, leaves, path, "tensorflow")
     from jax.extend import mlir  # slow to import
@@ -161,7 +163,7 @@ def load_saved_model(path: str | os.PathLike[str]) -> Callable[..., Any]:
     FileNotFoundError: load_saved_model: no SavedModel in the folder nothing
     """
     if not is_saved_model(path):
-        raise FileNotFoundError(f"load_saved_model: no SavedModel in the folder {path}")
+        raise FileNotFoundError(f"load_saved_model: no SavedModel in the folder {printable(path)}")
     tf = need("load_saved_model", "tensorflow")
     try:
         loaded = tf.saved_model.load(os.fspath(path))
@@ -173,8 +175,8 @@ def load_saved_model(path: str | os.PathLike[str]) -> Callable[..., Any]:
         results = [name for _, name in sorted(names)]
     except Exception as error:
         raise ValueError(
-            f"load_saved_model: TensorFlow cannot read {path}: {first_line(error)}; expected a "
-            f"folder of jaxbn.export.saved_model."
+            f"load_saved_model: TensorFlow cannot read {printable(path)}: {first_line(error)}; "
+            f"expected a folder of jaxbn.export.saved_model."
         ) from error
 
     def call(*arrays: Any) -> Any:
@@ -184,14 +186,16 @@ def load_saved_model(path: str | os.PathLike[str]) -> Callable[..., Any]:
                 raise ValueError("the inputs are others")
             made = served(**{name: tf.constant(v) for name, v in given.items()})
         except Exception as error:
-            got = ", ".join(f"{name} {v.dtype} {list(v.shape)}" for name, v in given.items())
+            got = ", ".join(
+                f"{printable(name)} {v.dtype} {list(v.shape)}" for name, v in given.items()
+            )
             takes = ", ".join(
-                f"{name} {v.dtype.name} [{', '.join(str(n or 'any') for n in v.shape)}]"
+                f"{printable(name)} {v.dtype.name} [{', '.join(str(n or 'any') for n in v.shape)}]"
                 for name, v in specs.items()
             )
             raise ValueError(
-                f"load_saved_model: {path} cannot run on {got or 'nothing'}: {_reason(error)}; "
-                f"expected {takes}."
+                f"load_saved_model: {printable(path)} cannot run on {got or 'nothing'}: "
+                f"{_reason(error)}; expected {takes}."
             ) from error
         ordered = {name: made[name].numpy() for name in results}
         return ordered if len(results) > 1 else ordered[results[0]]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._extras import need
-from jaxbn._text import first_line
+from jaxbn._text import first_line, printable
 from jaxbn.export._signature import by_name
 
 BFLOAT16 = 16  # the number of the dtype in ONNX
@@ -34,7 +34,7 @@ def session(path: str | os.PathLike[str], *, optimize: bool = True) -> Callable[
     FileNotFoundError: session: no ONNX file at nothing.onnx
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"session: no ONNX file at {path}")
+        raise FileNotFoundError(f"session: no ONNX file at {printable(path)}")
     onnxruntime = need("session", "onnxruntime")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -46,7 +46,7 @@ def session(path: str | os.PathLike[str], *, optimize: bool = True) -> Callable[
         )
     except Exception as error:
         raise ValueError(
-            f"session: onnxruntime cannot read {path}: {first_line(error)}; expected a "
+            f"session: onnxruntime cannot read {printable(path)}: {first_line(error)}; expected a "
             f"file of jaxbn.export.onnx or jaxbn.export.int8."
         ) from error
     names = [value.name for value in runner.get_inputs()]
@@ -66,10 +66,12 @@ def session(path: str | os.PathLike[str], *, optimize: bool = True) -> Callable[
             feed = {name: value(np.ascontiguousarray(array)) for name, array in given.items()}
             made = dict(zip(results, runner.run_with_ort_values(None, feed), strict=True))
         except Exception as error:
-            got = ", ".join(f"{name} {v.dtype} {list(v.shape)}" for name, v in given.items())
+            got = ", ".join(
+                f"{printable(name)} {v.dtype} {list(v.shape)}" for name, v in given.items()
+            )
             raise ValueError(
-                f"session: {path} cannot run on {got or 'nothing'}: {first_line(error)}; "
-                f"expected {signature(runner)}."
+                f"session: {printable(path)} cannot run on {got or 'nothing'}: "
+                f"{first_line(error)}; expected {signature(runner)}."
             ) from error
         arrays_made = {name: _array(v) for name, v in made.items()}
         return arrays_made if len(results) > 1 else arrays_made[results[0]]
@@ -81,7 +83,8 @@ def signature(runner: Any) -> str:
     """The inputs of an onnxruntime session: name, dtype, sizes."""
     kinds = {"tensor(float)": "float32", "tensor(double)": "float64"}
     return ", ".join(
-        f"{v.name} {kinds.get(v.type, v.type[7:-1])} [{', '.join(map(str, v.shape))}]"
+        f"{printable(v.name)} {kinds.get(v.type, v.type[7:-1])} "
+        f"[{', '.join(map(printable, v.shape))}]"
         for v in runner.get_inputs()
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxbn._folding.program import trace
-from jaxbn._text import first_line
+from jaxbn._text import first_line, printable
 from jaxbn.export._checked_file import TOLERANCES, Case, Exported, inference_inputs, written
 from jaxbn.export._refusal import exported_alone, refusal
 from jaxbn.export._signature import names_of
@@ -115,6 +115,7 @@ def load_stablehlo(path: str | os.PathLike[str]) -> Callable[..., jax.Array]:
         return jax.export.deserialize(bytearray(content)).call
     except Exception as error:
         raise ValueError(
-            f"load_stablehlo: {path} is no StableHLO of jax.export that jax {jax.__version__} can "
-            f"read; expected a file of jaxbn.export.stablehlo, written by this jax or an older one."
+            f"load_stablehlo: {printable(path)} is no StableHLO of jax.export that jax "
+            f"{jax.__version__} can read; expected a file of jaxbn.export.stablehlo, written by "
+            f"this jax or an older one."
         ) from error

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxbn._extras import need
 from jaxbn._folding.program import Op, Program, trace
-from jaxbn._text import first_line
+from jaxbn._text import first_line, printable
 from jaxbn.export._checked_file import Case, Exported, arrays_of, inference_inputs, written
 from jaxbn.export._refusal import refusal
 from jaxbn.export._signature import by_name, flat_args, names_of
@@ -154,7 +154,7 @@ class Loaded:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         if not Path(path).is_file():
-            raise FileNotFoundError(f"load_tflite: no TFLite file at {path}")
+            raise FileNotFoundError(f"load_tflite: no TFLite file at {printable(path)}")
         litert = need("load_tflite", "ai_edge_litert.interpreter")
         try:
             interpreter = litert.Interpreter(os.fspath(path))
@@ -162,8 +162,8 @@ class Loaded:
             self.run = interpreter.get_signature_runner(self.signature)
         except Exception as error:
             raise ValueError(
-                f"load_tflite: LiteRT cannot read {path}: {first_line(error)}; expected a file of "
-                f"jaxbn.export.tflite."
+                f"load_tflite: LiteRT cannot read {printable(path)}: {first_line(error)}; expected "
+                f"a file of jaxbn.export.tflite."
             ) from error
         self.path = path
         self.inputs = _in_order(self.run.get_input_details(), interpreter.get_input_details())
@@ -182,13 +182,16 @@ class Loaded:
             and all(_fits(given[name], v, free) for name, v in self.inputs.items())
             and (len(rows) == 1 or not free)
         ):
-            got = ", ".join(f"{name} {v.dtype} {list(v.shape)}" for name, v in given.items())
+            got = ", ".join(
+                f"{printable(name)} {v.dtype} {list(v.shape)}" for name, v in given.items()
+            )
             takes = ", ".join(
-                f"{name} {np.dtype(v['dtype'])} {v['shape'].tolist()}"
+                f"{printable(name)} {np.dtype(v['dtype'])} {v['shape'].tolist()}"
                 for name, v in self.inputs.items()
             )
             raise ValueError(
-                f"load_tflite: {self.path} cannot run on {got or 'nothing'}; expected {takes}."
+                f"load_tflite: {printable(self.path)} cannot run on {got or 'nothing'}; "
+                f"expected {takes}."
             )
         if free:
             calls = [self.run(**part) for part in in_parts(given, self.size)]

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxbn._extras import need
 from jaxbn._files import replacing
-from jaxbn._text import first_line
+from jaxbn._text import first_line, printable
 from jaxbn.export._manifest import manifest_of, weights_of, write_for_copy
 from jaxbn.export._session import session
 
@@ -97,8 +97,8 @@ def triton(
     place, known = model / str(version), model.exists()
     if place.exists():
         raise ValueError(
-            f"triton: {place} is there already; write version={_next_version(model)}, or remove "
-            f"the folder."
+            f"triton: {printable(place)} is there already; write version={_next_version(model)}, "
+            f"or remove the folder."
         )
     if known:
         _check_settings(model / CONFIG, signature)
@@ -126,7 +126,9 @@ def _signature(source: Path, batched: bool) -> list[str]:
             if value.name in weights:
                 continue
             tensor = value.type.tensor_type
-            word = f"{'input' if what == 'input' else 'result'} {value.name!r} of {source}"
+            word = (
+                f"{'input' if what == 'input' else 'result'} {value.name!r} of {printable(source)}"
+            )
             dtype = _dtype(library, tensor.elem_type)
             if dtype not in KINDS:
                 raise ValueError(
@@ -166,14 +168,14 @@ def _check_settings(path: Path, signature: Sequence[str]) -> None:
         there = path.read_text()
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"triton: {path.parent} is there, but {CONFIG} cannot be read: {first_line(error)}; "
-            f"write another name, or remove the folder."
+            f"triton: {printable(path.parent)} is there, but {CONFIG} cannot be read: "
+            f"{first_line(error)}; write another name, or remove the folder."
         ) from error
     missing = [line for line in signature if line not in there]
     if missing:
         raise ValueError(
-            f"triton: {path} lacks the line {missing[0].strip()!r}, expected the inputs and "
-            f"results of the file; write another name, or remove the folder."
+            f"triton: {printable(path)} lacks the line {missing[0].strip()!r}, expected the inputs "
+            f"and results of the file; write another name, or remove the folder."
         )
 
 

@@ -45,7 +45,8 @@ def serving(fn: Callable[[Any], Any], x: Any, *, tolerance: float | None = None)
       mode, or the result: `result`, `result['logits']`.
 
     Raises:
-      ValueError: x has no rows to compare, or a result has no row for each row of x.
+      ValueError: x has no rows to compare, or fn returns no result, or one without a row for each
+        row of x.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> def centred(x):
@@ -92,6 +93,11 @@ class _Results:
     def __init__(self, y: Any, n: int, tolerance: float | None):
         self.n, self.tolerance = n, tolerance
         self.leaves = _named(y)
+        if not self.leaves:
+            raise ValueError(
+                f"serving: fn returns no array, expected a row for each of the {n} rows of x; "
+                f"return the results."
+            )
         for name, v in self.leaves.items():
             if v.shape[:1] != (n,):
                 raise ValueError(

@@ -1,5 +1,6 @@
 """The writers of a training loop: when and in which process they write; a writer that fails."""
 
+import operator
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -66,7 +67,7 @@ class Log:
             so that one scrape, or one line, has both.
 
         Raises:
-          TypeError: records are something else.
+          TypeError: records are something else, or step is no whole number.
           ValueError: records are empty.
 
         >>> from jaxbn import health, writers
@@ -77,7 +78,7 @@ class Log:
         >>> writers.Log([Print()]).write(7, health.Drift(True, (layer,), (), {}))
         7 1.0
         """
-        several = (records, *more)
+        step, several = _whole("write", step), (records, *more)
         for one in several:
             _check_records(one)
         if not self.writers:
@@ -97,7 +98,8 @@ class Log:
 
     def rewind(self, step: int) -> None:
         """Drop what was written for this step and later ones, because training repeats them."""
-        self._each(f"going back to step {step}", lambda writer: writer.rewind(step))
+        whole = _whole("rewind", step)
+        self._each(f"going back to step {whole}", lambda writer: writer.rewind(whole))
 
     def close(self) -> None:
         """Close all writers."""
@@ -133,6 +135,16 @@ class Log:
 
 def _verdict(layer: LayerDrift) -> dict[str, float]:
     return {name: float(getattr(layer, name.removeprefix("drift_"))) for name in DRIFT}
+
+
+def _whole(call: str, step: Any) -> int:
+    """The step as an int, which every writer can take: of NumPy and JAX it may be an array."""
+    try:
+        return operator.index(step)
+    except TypeError:
+        raise TypeError(
+            f"Log.{call}: step is {step!r}, expected a whole number; write int(step)."
+        ) from None
 
 
 def _check_records(records: Any) -> None:

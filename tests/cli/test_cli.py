@@ -7,6 +7,7 @@ import pathlib
 import pickle
 import re
 import resource
+import shlex
 import subprocess
 import sys
 
@@ -22,7 +23,7 @@ from flax import nnx, serialization
 from safetensors.numpy import load_file, save_file
 
 import jaxbn
-from jaxbn import _extras, export
+from jaxbn import __main__, _extras, export
 from jaxbn._checkpoints import contents, norm_layers, read
 from jaxbn._checkpoints import write as write_
 from jaxbn._cli import commands, terminal, users_model
@@ -622,6 +623,20 @@ def test_as_a_program(folder):
         pipe.stdout.close()
         assert pipe.stderr.read() == b""
     assert pipe.returncode == 2
+    closed = shlex.join(map(str, argv)) + " >&-"
+    done = subprocess.run(closed, shell=True, stderr=-1, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_full_disk_is_no_finding(monkeypatch, capsys):
+    monkeypatch.setattr(__main__, "main", lambda: print("x") or 0)
+    monkeypatch.setattr(sys, "argv", ["jaxbn"])
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as end:
+            __main__.run()
+    said = "the output cannot be written: No space left on device\n"
+    assert (end.value.code, capsys.readouterr().err) == (2, said)
 
 
 def test_no_command_is_a_call_for_help(capsys):

@@ -135,6 +135,76 @@ def artifact(net, variables):
     return pathlib.Path("net.stablehlo")
 
 
+ODD = """
+from net import *
+N = network
+def none():
+    return lambda v, x: None, *N()[1:]
+def empty():
+    return *N()[:2], [x[:0] for x in N()[2]]
+def no_list():
+    return *N()[:2], None
+def table():
+    apply, *others = N()
+    return lambda v, x: (apply(v, x), x.mean((0, 1, 2)), x.mean()), *others
+"""
+
+
+@pytest.fixture
+def odd(net, tmp_path):
+    """`odd`, models of `net`'s network that are odd."""
+    (tmp_path / "odd.py").write_text(ODD)
+    yield
+    sys.modules.pop("odd", None)
+
+
+NO_NUMBER = (
+    "result holds no number to compare; expected inputs of at least one row, and a model that "
+    "returns its results"
+)
+NOTHING = {  # words, model → what is said
+    ("verify net.stablehlo --against net.msgpack", "none"): NO_NUMBER,
+    ("compare net.msgpack net.msgpack", "none"): NO_NUMBER,
+    ("compare net.msgpack net.msgpack", "empty"): NO_NUMBER,
+    ("serving net.msgpack", "none"): "fn returns no array, expected a row for each of the 16 rows "
+    "of x; return the results.",
+}
+
+
+@pytest.mark.parametrize(("words", "model"), NOTHING, ids=lambda v: v.split()[0])
+def test_nothing_compared_is_nothing_passed(words, model, artifact, odd, capsys):
+    status, out, err = run(capsys, *words.split(), f"--model=odd:{model}")
+    assert (status, out) == (2, "")
+    assert err == f"{words.split()[0]}: {NOTHING[words, model]}\n"
+
+
+@pytest.mark.parametrize("words", [("--inputs", "x.npz"), ("--agree", "1")], ids=" ".join)
+def test_results_are_not_compared_without_a_model(words, net, capsys):
+    assert run(capsys, "compare", "net.msgpack", "net.msgpack", *words) == (
+        2,
+        "",
+        "compare: --inputs and --agree are for results, which two checkpoints have by a model "
+        "alone; write --model MODULE:FUNCTION\n",
+    )
+
+
+def test_batches_that_are_none_are_refused(odd, net, capsys):
+    assert run(capsys, "serving", "net.msgpack", "--model=odd:no_list") == (
+        2,
+        "",
+        "serving: odd:no_list returns batches that are a NoneType, expected a list or another "
+        "iterable of batches; write [x].\n",
+    )
+
+
+def test_a_result_without_rows_is_compared_as_it_is(odd, net, capsys):
+    """A table of classes and a number for the batch, beside a result for each row."""
+    model = "--model=odd:table"
+    assert run(capsys, "export", "net.msgpack", "t.stablehlo", model)[0] == 0
+    status, out, _ = run(capsys, "verify", "t.stablehlo", "--against", "net.msgpack", model)
+    assert (status, out.count("a row alone")) == (0, 3)
+
+
 def test_verify_and_the_manifest(artifact, variables, capsys):
     words = ["verify", "net.stablehlo", "--against", "net.msgpack", MODEL, "--inputs", "x.npz"]
     status, out, err = run(capsys, *words)
@@ -214,6 +284,7 @@ def test_compare_two_exported_files(artifact, capsys):
         "compare: no inputs for two exported files to run on; write --inputs FILE.npz, or --model "
         "MODULE:FUNCTION for its first batch\n",
     )
+    assert run(capsys, *words, MODEL)[0] == 0  # on the model's first batch
     assert run(capsys, "compare", "net.stablehlo", "net.msgpack") == (
         2,
         "",
@@ -226,6 +297,17 @@ def test_compare_two_exported_files(artifact, capsys):
         "verify: net.msgpack is no exported file by its name, expected .onnx, .stablehlo or "
         ".tflite, or the folder of a SavedModel\n",
     )
+
+
+def test_export_looks_at_the_place_of_the_manifest_first(net, capsys):
+    place = pathlib.Path("a.stablehlo.manifest.json")
+    place.mkdir()
+    assert run(capsys, "export", "net.msgpack", "a.stablehlo", MODEL) == (
+        2,
+        "",
+        f"export: {place} is a folder; name a file\n",
+    )
+    assert [path.name for path in pathlib.Path().glob("*.stablehlo*")] == [place.name]
 
 
 def test_export_writes_a_manifest(net, capsys):
@@ -385,7 +467,11 @@ BAD_INPUTS = {
     "nothing": (lambda: np.savez("x.npz"), f"x.npz holds no array; {HOW}"),
     "words": (
         lambda: np.savez("x.npz", a=np.array(["x"]), b=np.ones(())),
-        "['a', 'b'] of x.npz: expected arrays of numbers with rows on axis 0",
+        "['a', 'b'] of x.npz: expected arrays of numbers with rows on axis 0, at least one",
+    ),
+    "no rows": (
+        lambda: np.savez("x.npz", np.ones((0, 8))),
+        "['arr_0'] of x.npz: expected arrays of numbers with rows on axis 0, at least one",
     ),
     "no file": (lambda: None, f"no file x.npz; {HOW}"),
 }

@@ -177,6 +177,28 @@ def test_help_ends_with_three_calls_that_the_script_understands(monkeypatch, cap
     assert len(understood) == 3
 
 
+@pytest.mark.parametrize(
+    ("command", "during"),
+    [
+        ("drift/served.py", "jaxbn.writers.open"),
+        ("watch/watched.py FOLDER", "jaxbn.writers.open"),
+        ("cifar10/predict.py RUN IMAGE", "rich.console.Console.status"),
+        ("convert/zoo.py", "tempfile.TemporaryDirectory"),
+    ],
+)
+def test_ctrl_c_is_one_line(monkeypatch, capsys, command, during):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(during, interrupted)
+    try:
+        code = status(monkeypatch, *command.split())
+    except KeyboardInterrupt:  # which would end the tests
+        code = None
+    assert code == 130
+    assert capsys.readouterr() == ("", "Stopped.\n")
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_an_unknown_option_is_one_line(monkeypatch, capsys, script):
     arguments = {"ship": ["RUN"], "predict": ["RUN", "IMAGE"], "watched": ["FOLDER"]}

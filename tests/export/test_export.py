@@ -216,6 +216,16 @@ def test_a_missing_package_is_named(call, package, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("call", [export.session, export.load_stablehlo])
+def test_no_name_of_a_file_is_printed_raw(call, tmp_path):
+    path = tmp_path / "\x1b[31mred\n.onnx"
+    path.write_bytes(b"hello")
+    with pytest.raises(ValueError) as error:
+        call(path)
+    assert "/\\x1b[31mred\\n.onnx" in str(error.value)
+    assert str(error.value).isprintable()
+
+
 def test_what_is_no_file_of_ours_is_refused(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"hello")
@@ -241,6 +251,9 @@ def test_int8_refuses_what_it_cannot_calibrate_with(folded, tmp_path):
         "jaxbn.export.int8(source, [x], path).": [],
         "int8: batch 1 has shape (6, 4, 8, 3) but batch 0 has (6, 8, 8, 3); expected arrays alike "
         "but for the number of rows.": [X, X[:, :4]],
+        "int8: batch 1 has shape (0, 8, 8, 3) and dtype float32: it holds no number, expected real "
+        "inputs.": [X, X[:0]],
+        "int8: batch 0 has shape () and dtype <U1: it holds no number, expected real inputs.": "x",
         f"int8: 1 of {X.size} values of batch 1 are not finite, expected real inputs, whose range "
         "can be taken.": [X, np.where(np.arange(X.size).reshape(X.shape) == 9, np.inf, X)],
     }

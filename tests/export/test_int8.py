@@ -76,6 +76,8 @@ def test_what_stays_float_is_in_the_report(source, tmp_path):
     done = export.int8(source, [X], tmp_path / "q")
     assert not [name for name in done.in_float if "Conv" in name]
     left = export.int8(source, [X], tmp_path / "q", leave_out=("*/Conv_0/*", "*Dense*"))
+    alone = export.int8(source, [X], tmp_path / "one", leave_out="*/Conv_0/*")
+    assert "Net/Conv_0/Conv" in alone.in_float
     assert "Net/Conv_0/Conv" in left.in_float
     assert "Net/Conv_1/Conv" not in left.in_float
     assert f"in float: {left.in_float[0]}" in str(left)

@@ -119,3 +119,7 @@ def test_what_cannot_be_judged_is_refused():
         "serving: result[1] has shape (), expected a row for each of the 6 rows of x; return "
         "results with rows on axis 0 alone."
     )
+    assert message(ValueError, health.serving, lambda x: None, X) == (
+        "serving: fn returns no array, expected a row for each of the 6 rows of x; return the "
+        "results."
+    )

@@ -171,7 +171,7 @@ def test_the_functional_core_is_watched_by_moments_of_its_own_taking():
 
 
 class Block(linen.Module):
-    """Norms after a convolution, after a dense layer in bfloat16, after a sum, and after relu."""
+    """Norms after a convolution, a dense layer in bfloat16, a sum, a skip connection, and relu."""
 
     @linen.compact
     def __call__(self, x):
@@ -181,6 +181,7 @@ class Block(linen.Module):
         x = norm("of_conv")(linen.Conv(3, (2, 2), name="conv")(x))
         h = linen.Dense(3, dtype=jnp.bfloat16, name="dense")(x)
         h = norm("of_dense")(h.astype(jnp.float32))
+        h = norm("of_skip")(h + linen.Dense(3, name="skip")(h))
         return norm("of_relu")(jax.nn.relu(norm("of_sum")(x + h)))
 
 

@@ -431,6 +431,18 @@ def test_without_tensorboardx_the_error_says_what_to_install(monkeypatch, tmp_pa
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("step", [np.int64(3), jnp.int32(3)], ids=["numpy", "jax"])
+def test_a_step_may_be_a_number_of_numpy_or_jax(step, tmp_path):
+    with writers.open(["jsonl"], tmp_path) as log:
+        log.write(2, RECORDS)
+        log.write(step, RECORDS)
+        log.rewind(step)
+    assert len((tmp_path / "watch.jsonl").read_text().splitlines()) == 1
+    assert message(TypeError, log.write, 0.5, RECORDS) == (
+        "Log.write: step is 0.5, expected a whole number; write int(step)."
+    )
+
+
 def test_what_is_no_record_is_refused():
     assert message(ValueError, writers.Log([]).write, 0, {}) == (
         "Log.write: no records, expected the records of a watched step; write "
