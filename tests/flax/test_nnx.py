@@ -270,5 +270,6 @@ def test_statistics_stored_narrow_become_float32_in_training_alone(jit):
     assert layer.mean.dtype == layer.var.dtype == jnp.float16
     for model in (layer, want):
         jit(lambda layer, x: layer(x))(model, x)
-    chex.assert_trees_all_equal(pure(layer), pure(want))
+    # Two programs, one of which begins with a conversion: each may round its last sum otherwise.
+    chex.assert_trees_all_close(pure(layer), pure(want), rtol=2**-22)
     assert layer.mean.dtype == layer.var.dtype == jnp.float32
