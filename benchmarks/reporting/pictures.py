@@ -252,7 +252,7 @@ def devices():
 
 def house():
     """The rooms of the package, and what each imports; an arrow that others imply is left out."""
-    helpers = {room for room in ROOMS[0] if room != "_op"}
+    helpers = {room for room in LINE if LINE[room] < LINE["_op"]}
     needs = {room: set() for room in LINE}
     for file in FILES:
         needs[parts(file)[0]] |= {module[0] for module in imports(file)}
