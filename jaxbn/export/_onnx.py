@@ -22,7 +22,7 @@ from jaxbn.export._checked_file import (
 from jaxbn.export._float32 import without_bfloat16
 from jaxbn.export._nodes import register
 from jaxbn.export._operators import Operators, Value, plain
-from jaxbn.export._refusal import refusal
+from jaxbn.export._refusal import operands_of, refusal
 from jaxbn.export._session import session
 from jaxbn.export._signature import examples_of, flat_args, names_of, shapes_of, untraceable
 
@@ -198,10 +198,8 @@ def _refusal(operators: Operators, error: Exception) -> ValueError:
     jax2onnx, check = need("onnx", "jax2onnx"), need("onnx", "onnx").checker
 
     def attempt(op: Op) -> None:
-        avals: list[Any] = [v.aval for v in op.eqn.invars]
-        shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            model = jax2onnx.to_onnx(lambda *v: run(op, *v), shapes, opset=operators.opset)
+            model = jax2onnx.to_onnx(lambda *v: run(op, *v), operands_of(op), opset=operators.opset)
         check.check_model(model, full_check=True)
 
     expected = (

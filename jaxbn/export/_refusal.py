@@ -33,7 +33,11 @@ def refusal(
 
 def exported_alone(op: Op, platforms: Any) -> None:
     """Exports one operation as StableHLO."""
-    avals: list[Any] = [v.aval for v in op.eqn.invars]
-    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
     alone = jax.jit(lambda *arrays: run(op, *arrays))
-    jax.export.export(alone, platforms=platforms)(*shapes).serialize()
+    jax.export.export(alone, platforms=platforms)(*operands_of(op)).serialize()
+
+
+def operands_of(op: Op) -> list[jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of an operation's operands."""
+    avals: list[Any] = [v.aval for v in op.eqn.invars]
+    return [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
