@@ -83,14 +83,15 @@ def test_one_scan_equals_step_by_step(speedrun, data):
     jax.tree.map(np.testing.assert_array_equal, (run.weights, run.states), run.slow)
 
 
+@pytest.mark.optimized
 def test_a_small_run_learns_and_says_so(speedrun, tmp_path, capsys):
     out = tmp_path / "runs.json"
-    options = "--data digits --seeds 2 --epochs 3 --batch 32 --width 0.125 --target 60"
+    options = "--data digits --seeds 2 --epochs 3 --batch 32 --width 0.125 --target 70"
     result = speedrun.main([*options.split(), "--out", str(out)])
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
     assert [run["seed"] for run in result["runs"]] == [0, 1]
     assert result["runs"][0]["accuracy"] != result["runs"][1]["accuracy"]
-    assert min(run["accuracy"] for run in result["runs"]) > 0.6  # chance is 0.1
+    assert min(run["accuracy"] for run in result["runs"]) > 0.7  # chance is 0.1
     assert "% reached" in capsys.readouterr().out
 
 
