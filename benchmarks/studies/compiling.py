@@ -3,8 +3,9 @@
     python -m benchmarks.studies.compiling                    ResNet-18 of width 16 and 64, this CPU
     python -m benchmarks.studies.compiling --target h100      ResNet-50 of 64 images, for an H100
 
-Seconds of this process's CPU time, so that other work on the machine counts for little. The norms
-take turns that start elsewhere every round, and JAX's caches are empty before each.
+The networks are linen modules, then nnx modules. The time is CPU seconds of this process, so that
+other work on the machine counts for little. The norms take turns that start elsewhere every round,
+and JAX's caches are empty before each.
 """
 
 import argparse
@@ -12,33 +13,59 @@ import functools
 import itertools
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
+import jaxbn
 from benchmarks.measures.step import R18, R50
 from benchmarks.reporting import report
 from benchmarks.reporting.report import Table, track
 from benchmarks.studies import targets
-from benchmarks.subjects import network, peers
+from benchmarks.subjects import network, network_nnx, peers
 from benchmarks.subjects.network import Task
 
-NORMS = {"Flax linen": peers.linen, "jaxbn": peers.ours, peers.FUSED: peers.fused}
+
+def in_linen(norm: Any) -> Callable[..., Any]:
+    """A maker of the step and its shapes: a linen network with that norm."""
+
+    def make(task: Task, dtype: Any) -> tuple[Any, Any]:
+        model = task.model(norm, dtype)
+        return functools.partial(network.step, model), task.shapes(model)
+
+    return make
+
+
+def in_nnx(norm: Any) -> Callable[..., Any]:
+    """The same of an nnx network."""
+    return lambda task, dtype: network_nnx.training(task, norm, dtype)
+
+
+# For each kind of module, Flax's norm first.
+NORMS = {
+    "linen": {
+        "Flax linen": in_linen(peers.linen),
+        "jaxbn": in_linen(peers.ours),
+        peers.FUSED: in_linen(peers.fused),
+    },
+    "nnx": {"Flax nnx": in_nnx(nnx.BatchNorm), "jaxbn": in_nnx(jaxbn.nnx.BatchNorm)},
+}
 STAGES = ("trace", "lower", "compile")
 
 
-def seconds(task: Task, norm: Any, dtype: Any, device: Any) -> tuple[float, float, float]:
+def seconds(task: Task, make: Any, dtype: Any, device: Any) -> tuple[float, float, float]:
     """CPU seconds of each stage; `device` None is this machine."""
-    model = task.model(norm, dtype)
-    shapes, platforms = task.shapes(model), None
+    (step, shapes), platforms = make(task, dtype), None
     if device is not None:
         shapes = targets.placed(shapes, device)
         platforms = (targets.platform(device),)
     jax.clear_caches()
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         times = [time.process_time()]
-        traced = jax.jit(functools.partial(network.step, model)).trace(*shapes)
+        traced = jax.jit(step).trace(*shapes)
         times.append(time.process_time())
         lowered = traced.lower(lowering_platforms=platforms)
         times.append(time.process_time())
@@ -48,13 +75,15 @@ def seconds(task: Task, norm: Any, dtype: Any, device: Any) -> tuple[float, floa
     return first, second, third
 
 
-def measure(task: Task, dtype: Any, device: Any, turns: int) -> Table:
+def measure(task: Task, modules: str, dtype: Any, device: Any, turns: int) -> Table:
     """A row a norm: the median of each stage, and the median of its ratio to Flax's turn."""
-    names = list(NORMS)
+    norms = NORMS[modules]
+    names = list(norms)
     taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
-    order = [n for turn in range(turns) for n in names[turn % 3 :] + names[: turn % 3]]
-    for name in track(order, f"{task}, {jnp.dtype(dtype)}"):
-        taken[name].append(seconds(task, NORMS[name], dtype, device))
+    starts = [turn % len(names) for turn in range(turns)]
+    order = [name for start in starts for name in names[start:] + names[:start]]
+    for name in track(order, f"{task}, {modules}, {jnp.dtype(dtype)}"):
+        taken[name].append(seconds(task, norms[name], dtype, device))
     rows: list[list[str | float]] = []
     for name, times in taken.items():
         row: list[str | float] = [name]
@@ -68,7 +97,7 @@ def measure(task: Task, dtype: Any, device: Any, turns: int) -> Table:
     where = "this machine" if device is None else device.device_kind
     columns = [(f"{stage}, s", "of Flax's", "least and most") for stage in STAGES]
     return Table(
-        f"A training step of {task} in {jnp.dtype(dtype)}, compiled for {where}",
+        f"A training step of {task}, {modules}, {jnp.dtype(dtype)}, compiled for {where}",
         ["norm", *(column for three in columns for column in three)],
         rows,
         [f"CPU seconds, medians of {turns} turns. Of Flax's: the median of a turn's ratios."],
@@ -91,9 +120,8 @@ def main() -> None:
         tasks = [Task("ResNet-50", R50, True, 64, 64, 224)]
     if options.tiny:
         tasks = [Task("ResNet-8", (1, 1, 1), False, 8, 8, 16)]
-    for task in tasks:
-        for dtype in map(jnp.dtype, options.dtype):
-            report.show(measure(task, dtype, device, options.turns))
+    for task, modules, dtype in itertools.product(tasks, NORMS, map(jnp.dtype, options.dtype)):
+        report.show(measure(task, modules, dtype, device, options.turns))
     report.show_environment()
 
 

@@ -148,12 +148,15 @@ def forward(model, params, batch_stats, x, label):
     def loss(params):
         variables = {"params": params, "batch_stats": batch_stats}
         logits, updates = model.apply(variables, x, mutable=["batch_stats"])
-        log_p = jax.nn.log_softmax(logits)
-        return -(log_p * jax.nn.one_hot(label, logits.shape[-1])).sum(-1).mean(), updates.get(
-            "batch_stats", {}
-        )
+        return negative_log_likelihood(logits, label), updates.get("batch_stats", {})
 
     return jax.vjp(loss, params, has_aux=True)
+
+
+def negative_log_likelihood(logits, label):
+    """Its mean over the batch."""
+    log_p = jax.nn.log_softmax(logits)
+    return -(log_p * jax.nn.one_hot(label, logits.shape[-1])).sum(-1).mean()
 
 
 def step(model, params, batch_stats, x, label):

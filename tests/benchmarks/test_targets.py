@@ -6,9 +6,12 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
+from benchmarks.measures.step import R18, R50
 from benchmarks.studies import compiled, compiling, networks, targets
 from benchmarks.subjects import families, peers
+from benchmarks.subjects.network import Task
 
 PROGRAM = """
 HloModule jit_step, is_scheduled=true
@@ -149,11 +152,26 @@ def test_a_network_is_the_same_with_its_activation_in_the_norm(family):
     assert size / 1e6 == pytest.approx(published[family], rel=0.01)
 
 
+@pytest.mark.parametrize(
+    "task", [Task("ResNet-18", R18, False, 16, 2, 32), Task("ResNet-50", R50, True, 8, 2, 64)]
+)
+def test_both_kinds_of_modules_make_the_same_residual_network(task):
+    """Equal parameters and running statistics, shape by shape."""
+    leaves = []
+    for make in (compiling.in_linen(peers.linen), compiling.in_nnx(nnx.BatchNorm)):
+        _, shapes = make(task, jnp.float32)
+        # The last two are x and the labels; random keys are not of the network.
+        sizes = [leaf.shape for leaf in jax.tree.leaves(shapes) if leaf.dtype == jnp.float32]
+        leaves.append(sorted(sizes))
+    assert leaves[0] == leaves[1]
+
+
 def test_the_table_of_compile_times_has_three_stages_a_norm(monkeypatch, capsys):
     """Over Flax's own time, each is 1."""
     arguments = ["compiling", "--tiny", "--dtype", "float32", "--turns", "1"]
     monkeypatch.setattr("sys.argv", arguments)
-    monkeypatch.setattr(compiling, "NORMS", {"Flax linen": peers.linen})
+    norms = {"Flax linen": compiling.in_linen(peers.linen)}
+    monkeypatch.setattr(compiling, "NORMS", {"linen": norms})
     tables = []
     monkeypatch.setattr(compiling.report, "show", tables.append)
     compiling.main()
