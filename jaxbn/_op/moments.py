@@ -17,7 +17,7 @@ from jaxbn._op.devices import Pool
 from jaxbn._op.pooling import across, not_negative
 from jaxbn._op.primitives import Operation
 from jaxbn._op.state import Moments
-from jaxbn._op.sums import divisible, parts, real_product, total, totals
+from jaxbn._op.sums import apart, divisible, parts, real_product, total, totals
 from jaxbn._op.tables import Domains, alone, rows_of
 from jaxbn._op.tangent import summed
 
@@ -29,6 +29,9 @@ SPARSE = 64
 
 # A channel needs no pivot where mean² is at most 16 var; see `_at_once`.
 NEAR = 16
+
+# Bytes of an x that may stay in a TPU's fast memory: half of the 128 MiB of a v5e; see `_at_once`.
+FAST = 1 << 26
 
 
 def moments(
@@ -277,11 +280,16 @@ def _at_once(
     For TPUs: the convolution that makes x also makes sums about 0, without reading x again. Such
     sums lose a factor of 1 + mean² / var to cancellation, at most 1 + NEAR here. A constant channel
     other than 0 takes the pivot, and so does a channel that is not finite.
+
+    XLA keeps the operands of a conditional in the TPU's main memory. The conditional therefore gets
+    a copy of a small x, so that x itself may stay in fast memory for whatever else reads x.
     """
     zero = jnp.zeros([x.shape[a] for a in axes.features], wide(x.dtype))
     mean, var = _about(device, zero, axes, x, mask, n)
     near = jnp.all(real_product(mean, mean) <= NEAR * var)
     by_pivot = functools.partial(_by_pivot, device, axes)
+    if all(isinstance(size, int) for size in x.shape) and x.nbytes <= FAST:
+        x = apart(x)
     return lax.cond(near, lambda *_: (mean, var), by_pivot, x, mask, n)
 
 

@@ -31,7 +31,7 @@ ABREAST = -2  # the axis along which the terms of two sums lie, rows being the l
 def total(v: jax.Array, axes: Axes, device: str = "") -> jax.Array:
     """Equals `v.sum(axes.reduced)`. For a v that is in memory already, a plain sum is as fast."""
     if device == "cpu" and divisible(v, axes):
-        v = _apart(_added(_parts(v, axes)))
+        v = apart(_added(_parts(v, axes)))
     return v.sum(axes.reduced)
 
 
@@ -44,7 +44,7 @@ def totals(
     """
     if device == "cpu" and divisible(t, axes, times):
         terms = _ones_beside(d) * jnp.expand_dims(t, ABREAST)
-        rest = _apart(_added(_parts(terms, axes)))
+        rest = apart(_added(_parts(terms, axes)))
         sum_t, sum_dt = jax.vmap(lambda v: v.sum(axes.reduced), ABREAST)(rest)
         return sum_t, sum_dt
     if device == "gpu":
@@ -55,6 +55,15 @@ def totals(
 def real_product(d: jax.Array, t: jax.Array) -> jax.Array:
     """Re(conj(d) t)."""
     return d.real * t.real + d.imag * t.imag if jnp.iscomplexobj(d) else d * t
+
+
+def apart(v: jax.Array) -> jax.Array:
+    """Equals v, as an array of its own, which a loop of XLA's makes by a select.
+
+    On CPUs the library that sums has no select, so the library does not make v itself. The barrier
+    hides the condition from XLA, which would otherwise drop the select.
+    """
+    return jnp.where(lax.optimization_barrier(jnp.bool_(True)), v, 0)
 
 
 def divisible(v: jax.Array, axes: Axes, times: int = 1) -> bool:
@@ -122,11 +131,3 @@ def _ones_beside(d: jax.Array) -> jax.Array:
     shape = (*d.shape[: ABREAST + 1], 2, *d.shape[ABREAST + 1 :])
     first = lax.broadcasted_iota(jnp.int32, shape, d.ndim + 1 + ABREAST) == 0
     return jnp.where(first, 1, jnp.expand_dims(d, ABREAST))
-
-
-def _apart(v: jax.Array) -> jax.Array:
-    """Equals v, by a select. The library has no select, so a loop of XLA's makes v.
-
-    The barrier hides the condition from XLA, which would otherwise drop the select.
-    """
-    return jnp.where(lax.optimization_barrier(jnp.bool_(True)), v, 0)
