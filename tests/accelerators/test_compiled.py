@@ -56,27 +56,36 @@ def test_bytes_moved_are_at_the_floor(shape, dtype, device):
     """3N forward and 7N with backward, whose sums read x in the kernel that writes y.
 
     And an eighth for the pivot, on a TPU none. A GPU sums in two stages: what the first leaves is
-    a few percent, in float32 whatever x is.
+    a few percent, in float32 whatever x is. Of a small float32 x, a TPU makes a copy for the
+    conditional, in its fast memory or out of it: the count of bytes does not know which.
     """
     n = math.prod(shape) * jnp.dtype(dtype).itemsize
     moved = [
         targets.moved(targets.kernels(program(f, device, shape, dtype))) / n
         for f in (train, training(train))
     ]
-    pivot = 0 if device.platform == "tpu" else 1 / 8
-    assert moved[0] < 3.12 + pivot
-    assert moved[1] < (9.4 if device.platform == "tpu" else 7.24 + pivot)
+    more = 1 / 8
+    if device.platform == "tpu":
+        more = 3 if dtype == "float32" else 0
+    assert moved[0] < 3.12 + more
+    assert moved[1] < (9.4 if device.platform == "tpu" else 7.24) + more
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_nothing_of_the_size_of_x_is_written_but_y_and_dx(shape, dtype, device):
-    """No float32 copy of a bfloat16 x: in its own dtype the pivot's sample is sliced."""
+    """No float32 copy of a bfloat16 x: in its own dtype the pivot's sample is sliced.
+
+    A TPU writes a copy of a small float32 x besides, at most twice, and keeps none.
+    """
     made = program(training(train), device, shape, dtype)
     n = math.prod(shape) * jnp.dtype(dtype).itemsize
     assert made.memory_analysis().temp_size_in_bytes < 0.1 * n
     written = [k for k in targets.kernels(made) if k.written > 0.5 * n]
-    assert sum(k.written for k in written) < (3.1 if device.platform == "tpu" else 2.1) * n
+    most = 2.1
+    if device.platform == "tpu":
+        most = 5.1 if dtype == "float32" else 3.1
+    assert sum(k.written for k in written) < most * n
 
 
 def layer(norm):
@@ -112,7 +121,9 @@ def of_layer(norm, device, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_tpu_sums_x_where_it_makes_it(dtype):
-    """In the convolution's own kernel, and expects to take about as long as for Flax's sums.
+    """In the convolution's own kernel, and expects to take no longer than for Flax's sums.
+
+    For a float32 x a sixth less: the conditional reads a copy, so that x stays in fast memory.
 
     A second convolution makes dy wait for y, as in a network. Without it a compiler may make y and
     the sums of backward in one kernel.
@@ -122,7 +133,7 @@ def test_a_tpu_sums_x_where_it_makes_it(dtype):
     _, found = targets.computations(ours.as_text())
     opcodes = [{i.opcode for i in body} for body in found.values()]
     assert any({"convolution", "reduce"} <= kinds for kinds in opcodes)
-    assert targets.cycles(ours) < 1.1 * targets.cycles(theirs)
+    assert targets.cycles(ours) < (0.86 if dtype == "float32" else 1.02) * targets.cycles(theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -131,8 +142,8 @@ def test_a_layer_takes_no_more_memory_than_flaxs(dtype, device):
     n = 64 * 28 * 28 * 128 * jnp.dtype(dtype).itemsize
     ours, theirs = (of_layer(f, device, dtype) for f in (peers.ours, peers.linen))
     temporaries = [p.memory_analysis().temp_size_in_bytes for p in (ours, theirs)]
-    branch = n if device.platform == "tpu" else 0
-    assert temporaries[0] <= temporaries[1] + branch + 0.1 * n
+    branch = n if device.platform == "tpu" and dtype == "float32" else 0
+    assert temporaries[0] <= temporaries[1] + 1.2 * branch + 0.1 * n
     if device.platform == "gpu":  # and it moves an eighth more, for the pivot
         moved = [targets.moved(targets.kernels(p)) for p in (ours, theirs)]
         assert moved[0] <= moved[1] + 0.2 * n
@@ -210,19 +221,23 @@ def test_a_step_on_an_h100_is_smaller_than_flaxs(dtype):
         assert all(r <= most for r, most in zip(ratios, RATIOS[dtype, name], strict=True)), ratios
 
 
-def test_a_step_on_a_v5e_takes_about_as_many_cycles_as_flaxs():
-    """One bottleneck: kernels 0.95, bytes 1.05, cycles 1.01. ResNet-50 has 0.96, 1.01 and 1.00."""
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_on_a_v5e_takes_about_as_many_cycles_as_flaxs(dtype):
+    """One bottleneck: kernels 0.95, bytes 1.05, cycles 1.01. ResNet-50 has 0.96, 1.01 and 1.00.
+
+    In float32 0.93, 1.09 and 1.03, with a copy of each x in the bytes.
+    """
     device = targets.device("v5e")
     task = network.Task("ResNet", (1,), True, 64, 64, 64)
     made = []
     for norm in (peers.ours, peers.linen):
-        model = task.model(norm, jnp.dtype("bfloat16"))
+        model = task.model(norm, jnp.dtype(dtype))
         step = functools.partial(network.step, model)
         made.append(compiled.make(step, task.shapes(model), device))
     ours, flax = made
     assert ours.kernels <= flax.kernels
-    assert ours.moved <= 1.06 * flax.moved
-    assert ours.cycles <= 1.02 * flax.cycles
+    assert ours.moved <= (1.1 if dtype == "float32" else 1.06) * flax.moved
+    assert ours.cycles <= (1.03 if dtype == "float32" else 1.02) * flax.cycles
 
 
 def test_an_unknown_target_is_refused():
