@@ -104,6 +104,22 @@ BUGS = (
         "op/test_at_once.py::test_one_channel_far_from_0_is_enough_for_the_pivot",
     ),
     Bug(
+        "on TPUs a conditional reads x itself, which then leaves the fast memory",
+        "jaxbn/_op/moments.py",
+        "        x = apart(x)",
+        "        pass",
+        "op/test_at_once.py::test_the_conditional_reads_a_copy_of_an_x_that_fits_into_fast_memory"
+        "[float32-1]",
+    ),
+    Bug(
+        "on TPUs a conditional reads a copy of every x",
+        "jaxbn/_op/moments.py",
+        "x.nbytes <= FAST",
+        "x.nbytes > 0",
+        "op/test_at_once.py::test_the_conditional_reads_a_copy_of_an_x_that_fits_into_fast_memory"
+        "[float32-1]",
+    ),
+    Bug(
         "a conditional's operands typed unlike",
         "jaxbn/_op/devices.py",
         'return lax.pcast(v, more, to="varying") if more else v',

@@ -8,6 +8,7 @@ Nothing here is a TPU's: the CPU is told to take that way. What a TPU's compiler
 
 import functools
 import importlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,20 @@ def test_one_channel_far_from_0_is_enough_for_the_pivot(way):
     assert (np.asarray(of_near.var) != np.asarray(of(near).var)).any()
     for got, want in zip(of_far, of(far), strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(("dtype", "copies"), [("float32", 1), ("float16", 1), ("bfloat16", 0)])
+def test_the_conditional_reads_a_copy_of_an_x_that_fits_into_fast_memory(dtype, copies):
+    """So that x may stay there. A larger x is in main memory anyway, and is not copied."""
+
+    def copied(rows):
+        x = jax.ShapeDtypeStruct((rows, 64, 1024), dtype)
+        traced = jax.jit(jaxbn.moments).trace(x)
+        text = traced.lower().as_text()
+        return len(re.findall(rf"stablehlo.select .*tensor<{rows}x64x1024x", text))
+
+    most = moments.FAST // (64 * 1024 * jnp.dtype(dtype).itemsize)
+    assert [copied(most), copied(most + 1)] == [copies, 0]
 
 
 def test_complex_values():
