@@ -41,6 +41,13 @@ BUGS = (
         "op/test_moments.py::test_variance_does_not_cancel_at_large_means[shape0--1-jit]",
     ),
     Bug(
+        "a grid over no values",
+        "jaxbn/_op/moments.py",
+        " and known and x.size:",
+        " and known:",
+        "op/test_gpu_sums.py::test_no_values_have_the_moments_of_the_empty_set[shape0]",
+    ),
+    Bug(
         "pivot of one row",
         "jaxbn/_op/moments.py",
         "        x = lax.slice_in_dim(x, 0, None, stride, axis=axis)",
@@ -411,11 +418,17 @@ BUGS = (
     Bug(
         "groups contiguous whatever was asked",
         "jaxbn/_op/arguments.py",
-        "    groups = tuple(tuple(int(i) for i in group) for group in axis_index_groups)\n",
-        "    groups = tuple(tuple(int(i) for i in group) for group in axis_index_groups)\n"
-        "    k = len(groups[0]) if groups else 1\n"
-        "    groups = tuple(tuple(range(i, i + k)) for i in range(0, size, k))\n",
+        "        groups = tuple(tuple(group) for group in axis_index_groups)\n",
+        "        k = len(axis_index_groups[0]) if axis_index_groups else 1\n"
+        "        groups = tuple(tuple(range(i, i + k)) for i in range(0, size, k))\n",
         "op/test_devices.py::test_groups_equal_one_device_on_each_group[scattered-pmap]",
+    ),
+    Bug(
+        "ghost batches lie within shards",
+        "jaxbn/_op/batch_norm.py",
+        "        v = v if fits else sharded_as(v, v, whole)\n",
+        "",
+        "op/test_devices.py::test_residuals_and_ghosts_on_explicit_mesh_axes[ghosts over devices]",
     ),
     Bug(
         "ghost batches interleaved",
@@ -557,6 +570,48 @@ BUGS = (
         "weights = weights if mask is None else jnp.where(mask, weights, 0)",
         "weights = weights + 0",
         "op/test_weights.py::test_mask_and_weights_multiply",
+    ),
+    Bug(
+        "a residual sharded as it came",
+        "jaxbn/_op/arguments.py",
+        "    return sharded_as(residual, x, range(x.ndim))",
+        "    return residual",
+        "op/test_devices.py::test_residuals_and_ghosts_on_explicit_mesh_axes[otherwise]",
+    ),
+    Bug(
+        "what is no array goes on to JAX",
+        "jaxbn/_op/arguments.py",
+        "    except (TypeError, ValueError) as error:\n        cause = error",
+        "    except ZeroDivisionError as error:\n        cause = error",
+        "op/test_errors.py::test_what_is_no_array_of_numbers[is str-residual]",
+    ),
+    Bug(
+        "y loses the imaginary part of a scale",
+        "jaxbn/_op/arguments.py",
+        "check_y(call, dtype, x=x, residual=residual, mean=mean, **params._asdict())",
+        "check_y(call, dtype, x=x, residual=residual, mean=mean)",
+        "op/test_errors.py::test_complex_numbers_do_not_enter_a_real_y[scale]",
+    ),
+    Bug(
+        "a traced momentum may be an array",
+        "jaxbn/_op/arguments.py",
+        "    return _wrong(v) is ValueError and (isinstance(v, jax.core.Tracer) or good(float(v)))",
+        "    return isinstance(v, jax.core.Tracer) or (_wrong(v) is ValueError and good(float(v)))",
+        "op/test_errors.py::test_a_traced_number_is_one_real_number[momentum-value0]",
+    ),
+    Bug(
+        "what an activation returns goes unseen",
+        "jaxbn/_op/arguments.py",
+        "    if not isinstance(y, jax.Array | np.ndarray):",
+        "    if not y is y:",
+        "op/test_errors.py::test_the_message_says_all[an activation that returns nothing]",
+    ),
+    Bug(
+        "complex statistics kept by their name",
+        "jaxbn/_op/checkpoint_policy.py",
+        "    if jnp.iscomplexobj(v):",
+        "    if False:",
+        "op/test_derivative.py::test_complex_gradients_equal_those_of_the_formula[None-weights]",
     ),
     Bug(
         "negative weights pass",

@@ -13,8 +13,9 @@ from jax import lax
 
 from jaxbn import _elsewhere
 from jaxbn._op import arguments
-from jaxbn._op.arguments import Checked
+from jaxbn._op.arguments import Checked, check_activated
 from jaxbn._op.axes import promote
+from jaxbn._op.devices import sharded_as, split_over, spread
 from jaxbn._op.normalize import normalize_lean, rstd
 from jaxbn._op.pooling import across, merge, merge_all
 from jaxbn._op.state import Moments, Params, State, blend
@@ -133,6 +134,7 @@ def batch_norm(
         axis=axis,
         momentum=momentum,
         epsilon=epsilon,
+        unbiased=unbiased,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         virtual_batch_size=virtual_batch_size,
@@ -168,7 +170,7 @@ def batch_norm(
 def finish(y: jax.Array, activation: Any, residual: jax.Array | None) -> jax.Array:
     """Equals `activation(y + residual)`; either may be None."""
     y = y if residual is None else y + residual.astype(y.dtype)
-    return y if activation is None else activation(y)
+    return y if activation is None else check_activated("batch_norm", activation, activation(y))
 
 
 def _by_batch(c: Checked, relu: bool) -> tuple[jax.Array, Moments]:
@@ -205,19 +207,22 @@ def _gathered(state: Any, moments: Moments) -> Moments:
 
 def _by_ghosts(spec: Spec, v: Operands, batch_axis: int, ghosts: int) -> tuple[jax.Array, Moments]:
     """Each ghost batch normalized by its own moments; the moments of all of them, pooled."""
+    whole = [None if a == batch_axis else a for a in range(v.x.ndim)]
+    fits = ghosts % split_over(v.x, batch_axis) == 0  # each device holds whole ghost batches
 
     def split(v: jax.Array) -> jax.Array:
+        v = v if fits else sharded_as(v, v, whole)
         before, after = v.shape[:batch_axis], v.shape[batch_axis + 1 :]
         return v.reshape(*before, ghosts, v.shape[batch_axis] // ghosts, *after)
 
     large = {"x": v.x}
     for name in ("mask", "weights", "residual"):
         if (leaf := getattr(v, name)) is not None:
-            large[name] = jnp.broadcast_to(leaf, v.x.shape)
+            large[name] = spread(leaf, v.x)
     each = jax.vmap(
         lambda large: normalize_by_batch(spec, v._replace(**large)),
         in_axes=batch_axis,
         out_axes=(batch_axis, 0),
     )
     y, moments = each({name: split(leaf) for name, leaf in large.items()})
-    return y.reshape(v.x.shape), merge_all(moments)
+    return sharded_as(y.reshape(v.x.shape), v.x, range(v.x.ndim)), merge_all(moments)

@@ -234,6 +234,36 @@ def test_explicit_mesh_axes(rows, features):
     assert_same(got, of_one_device(x, params, state, dy), x, "explicit")
 
 
+@pytest.mark.parametrize(
+    ("spec", "size"),
+    [(P(), None), (P("model"), None), (P(), 2), (P("d"), 8)],
+    ids=["whole", "otherwise", "ghosts", "ghosts over devices"],
+)
+def test_residuals_and_ghosts_on_explicit_mesh_axes(spec, size):
+    """However the residual is sharded, and where ghost batches span devices: 4 hold 4 rows each."""
+    x, params, state, dy = example()
+    residual = np.sin(x)
+
+    def run(x, params, residual, state, dy):
+        def f(x, params, residual):
+            options = {"activation": jax.nn.relu, "virtual_batch_size": size}
+            return bn(x, params, state, residual=residual, **options)
+
+        y, vjp, new = jax.vjp(f, x, params, residual, has_aux=True)
+        return y, new, *vjp(dy)
+
+    want = jax.jit(run)(x, params, residual, state, dy)
+    m = mesh(4, 2, kind=AxisType.Explicit)
+    with jax.set_mesh(m):
+        put = lambda v, spec: jax.device_put(v, NamedSharding(m, spec))  # noqa: E731
+        x, residual = put(x, P("d")), put(residual, spec)
+        got = jax.jit(run)(x, params, residual, state, put(dy, P("d")))
+        assert got[0].sharding == got[2].sharding == x.sharding
+        assert got[4].sharding == residual.sharding
+    for u, v in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        oracle.assert_close(u, np.float64(v), 64 * EPS)
+
+
 GROUPS = {
     "contiguous": [[0, 1], [2, 3], [4, 5], [6, 7]],
     "scattered": [[7, 0, 3, 1], [2, 6, 5, 4]],
