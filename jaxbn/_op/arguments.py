@@ -234,6 +234,7 @@ def check_index(call: str, name: str, index: Any, number: int, x: jax.Array, axe
         )
     if is_integer(index):
         return int(index)
+    index = index.astype(int)  # as `jnp.arange` is, with which it is compared
     return sharded_as(index, x, axes.reduced[:1]) if index.ndim else index
 
 
@@ -701,11 +702,7 @@ def resolve(
         groups = ()
     members = [i for group in groups for i in group]
     integers = all(map(is_integer, members))
-    if (
-        not integers
-        or {*members} != {*range(size)}
-        or {len(g) * len(groups) for g in groups} != {size}
-    ):
+    if not integers or sorted(members) != [*range(size)] or len({*map(len, groups)}) != 1:
         raise ValueError(
             f"{call}: axis_index_groups={axis_index_groups!r} must name each index of axis "
             f"{axis_name!r} with size {size} once, in groups of one size; for pairs write "
@@ -730,14 +727,12 @@ def check_kind(call: str, kind: Any, value: Any) -> Any:
     """`value` as a `kind` of arrays, from one or from any tuple of as many leaves."""
     name, was = kind.__name__.lower(), type(value).__name__
     if isinstance(value, tuple) and len(value) == len(kind._fields):
-        leaves = zip(kind._fields, value, strict=True)
         optional = () if kind is Moments else ("scale", "bias", "count")
-        return kind(
-            *(
-                v if v is None and field in optional else array(call, f"{name}.{field}", v)
-                for field, v in leaves
-            )
-        )
+        leaves = dict(zip(kind._fields, value, strict=True))
+        for field, v in leaves.items():
+            if v is not None or field not in optional:
+                leaves[field] = array(call, f"{name}.{field}", v)
+        return kind(**leaves)
     remedy = "write params, state = jaxbn.init(features)."
     if isinstance(value, Params | State | Moments):
         remedy = f"the order is {call}(x, params, state)."
@@ -788,15 +783,15 @@ def settle(
                 f"{call}: state.{name} has dtype {v.dtype}, expected real numbers; write "
                 f"state._replace({name}=state.{name}.real)."
             )
-    leaves = {"mean": state.mean, "var": state.var}
-    for name, v in leaves.items():
+    for name in ("mean", "var"):
+        v = getattr(state, name)
         if not jnp.issubdtype(v.dtype, jnp.inexact):
             raise TypeError(
                 f"{call}: state.{name} has dtype {v.dtype}, in which no average can move; write "
                 f"state._replace({name}=state.{name}.astype(jnp.float32))."
             )
     like = (*[None] * len(number), *axes.features)
-    mean, var = (sharded_as(v.astype(wide(v.dtype)), x, like) for v in leaves.values())
+    mean, var = (sharded_as(v.astype(wide(v.dtype)), x, like) for v in state[:2])
     kind = promote(mean.dtype, x.dtype) if jnp.iscomplexobj(x) else mean.dtype
     return State(mean.astype(kind), var, None if state.count is None else _int32(state.count))
 

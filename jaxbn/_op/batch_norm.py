@@ -113,7 +113,8 @@ def batch_norm(
 
     Raises:
       TypeError: x, dtype or statistics are not floating or complex, x or dtype has fewer than 16
-        bits, train is no bool, or params, state or a number is something else.
+        bits, y would lose the imaginary part of an array, train or unbiased is no bool, the
+        activation returns no array, or params, state, an array or a number is something else.
       ValueError: shapes, axes, mask, groups or numbers do not fit, or training statistics
         would be over one value per channel.
       NotImplementedError: under `jax.experimental.jet`, which cannot; `jax.jvp` nests.
