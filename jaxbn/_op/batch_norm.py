@@ -15,7 +15,7 @@ from jaxbn import _elsewhere
 from jaxbn._op import arguments
 from jaxbn._op.arguments import Checked, check_activated
 from jaxbn._op.axes import promote
-from jaxbn._op.devices import sharded_as, split_over, spread
+from jaxbn._op.devices import spread
 from jaxbn._op.normalize import normalize_lean, rstd
 from jaxbn._op.pooling import across, merge, merge_all
 from jaxbn._op.state import Moments, Params, State, blend
@@ -208,11 +208,8 @@ def _gathered(state: Any, moments: Moments) -> Moments:
 
 def _by_ghosts(spec: Spec, v: Operands, batch_axis: int, ghosts: int) -> tuple[jax.Array, Moments]:
     """Each ghost batch normalized by its own moments; the moments of all of them, pooled."""
-    whole = [None if a == batch_axis else a for a in range(v.x.ndim)]
-    fits = ghosts % split_over(v.x, batch_axis) == 0  # each device holds whole ghost batches
 
     def split(v: jax.Array) -> jax.Array:
-        v = v if fits else sharded_as(v, v, whole)
         before, after = v.shape[:batch_axis], v.shape[batch_axis + 1 :]
         return v.reshape(*before, ghosts, v.shape[batch_axis] // ghosts, *after)
 
@@ -226,4 +223,4 @@ def _by_ghosts(spec: Spec, v: Operands, batch_axis: int, ghosts: int) -> tuple[j
         out_axes=(batch_axis, 0),
     )
     y, moments = each({name: split(leaf) for name, leaf in large.items()})
-    return sharded_as(y.reshape(v.x.shape), v.x, range(v.x.ndim)), merge_all(moments)
+    return y.reshape(v.x.shape), merge_all(moments)

@@ -236,19 +236,22 @@ def test_explicit_mesh_axes(rows, features):
 
 
 @pytest.mark.parametrize(
-    ("spec", "size"),
-    [(P(), None), (P("model"), None), (P(), 2), (P("d"), 8)],
-    ids=["whole", "otherwise", "ghosts", "ghosts over devices"],
+    ("spec", "options"),
+    [
+        (P(), {}),
+        (P("model"), {}),
+        (P(), {"virtual_batch_size": 2, "mask": np.arange(3)[:, None, None] < 2}),
+    ],
+    ids=["whole", "otherwise", "ghosts"],
 )
-def test_residuals_and_ghosts_on_explicit_mesh_axes(spec, size):
-    """However the residual is sharded, and where ghost batches span devices: 4 hold 4 rows each."""
+def test_a_residual_on_explicit_mesh_axes_is_sharded_as_x_is(spec, options):
+    """And so is a mask for ghost batches that is the same for all rows."""
     x, params, state, dy = example()
     residual = np.sin(x)
 
     def run(x, params, residual, state, dy):
         def f(x, params, residual):
-            options = {"activation": jax.nn.relu, "virtual_batch_size": size}
-            return bn(x, params, state, residual=residual, **options)
+            return bn(x, params, state, residual=residual, activation=jax.nn.relu, **options)
 
         y, vjp, new = jax.vjp(f, x, params, residual, has_aux=True)
         return y, new, *vjp(dy)
