@@ -55,6 +55,7 @@ def check(
     axis: Any,
     momentum: Any,
     epsilon: Any,
+    unbiased: Any,
     axis_name: Any,
     axis_index_groups: Any,
     virtual_batch_size: Any,
@@ -72,10 +73,10 @@ def check(
     axes = axes_.resolve(call, x, axis)
     momentum, epsilon = check_numbers(call, momentum, epsilon)
     check_train(call, train)
+    check_flag(call, "unbiased", unbiased, "Write unbiased=False.")
     params = Params(None, None) if params is None else check_kind(call, Params, params)
     gathers = isinstance(state, Moments)
-    state = state if state is None or gathers else check_kind(call, State, state)
-    params = Params(*(None if leaf is None else jnp.asarray(leaf) for leaf in params))
+    state = None if state is None else check_kind(call, Moments if gathers else State, state)
     domain = None if domain is None else check_domain(call, domain, state, x, axes)
     any_ = params.scale is not None or params.bias is not None
     labels = check_labels(call, labels, params, x, axes) if any_ and labels is not None else None
@@ -88,10 +89,13 @@ def check(
     table = state
     if domain is not None and not np.ndim(domain):
         state = jax.tree.map(lambda v: taken(v, domain), table)
-    dtype = x.dtype if dtype is None else jnp.dtype(dtype)
-    check_dtype(call, "values of y", dtype, "leave dtype out for that of x")
+    dtype = x.dtype if dtype is None else dtype
+    dtype = check_dtype(call, "values of y", dtype, "leave dtype out for that of x")
     check_activation(call, activation)
-    residual = None if residual is None else check_residual(call, residual, x, dtype)
+    residual = None if residual is None else check_residual(call, residual, x)
+    mean = state.mean if isinstance(state, State) else None
+    check_y(call, dtype, x=x, residual=residual, mean=mean, **params._asdict())
+    residual = None if residual is None else residual.astype(dtype)
     mask, weights = check_cells(call, mask, weights, x)
     limits = None if renorm is None else check_renorm(call, renorm, state, x)
     pool, batch_axis, ghosts = None, 0, 0
@@ -142,7 +146,7 @@ class OneValueError(ValueError):
 
 
 def array(call: str, what: str, v: Any) -> jax.Array:
-    """Returns `v` as a JAX array, or raises where no batch norm of `v` can be computed."""
+    """Returns `v` as a JAX array of numbers, or raises where no batch norm can compute with `v`."""
     library = type(v).__module__.partition(".")[0]
     if library in ("torch", "tensorflow"):
         raise TypeError(
@@ -155,7 +159,19 @@ def array(call: str, what: str, v: Any) -> jax.Array:
             f"jax.checkpoint and jax.custom_jvp; nest jax.jvp for higher orders, write "
             f"jax.jvp(lambda x: jax.jvp(f, (x,), (v,))[1], (x,), (v,))."
         )
-    return jnp.asarray(v)
+    cause = None
+    try:
+        found = jnp.asarray(v)
+        if jnp.issubdtype(found.dtype, jnp.number) or found.dtype == bool:
+            return found
+    except (TypeError, ValueError) as error:
+        cause = error
+    own = isinstance(v, jax.Array) or type(v) is np.ndarray
+    was = f"has dtype {v.dtype}" if own else f"is {'None' if v is None else type(v).__name__}"
+    raise TypeError(
+        f"{call}: {what} {was}, expected an array of numbers, of JAX or NumPy; write "
+        f"jnp.asarray(numbers)."
+    ) from cause
 
 
 def check_domain(call: str, domain: Any, state: Any, x: jax.Array, axes: Axes) -> Index:
@@ -193,10 +209,10 @@ def check_labels(call: str, labels: Any, params: Params, x: jax.Array, axes: Axe
 
 def check_index(call: str, name: str, index: Any, number: int, x: jax.Array, axes: Axes) -> Index:
     """An index into a table of `number` rows: an int for all of x, a traced one, or one a row."""
-    if not is_integer(index) or isinstance(index, bool):
+    if not is_integer(index):
         index = array(call, name, index)
     dtype = getattr(index, "dtype", np.dtype(int))
-    if isinstance(index, bool) or not jnp.issubdtype(dtype, jnp.integer):
+    if not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(
             f"{call}: {name} has dtype {dtype}, expected an integer, or integers, one for each row "
             f"of x; write jnp.asarray({name}, jnp.int32)."
@@ -218,6 +234,7 @@ def check_index(call: str, name: str, index: Any, number: int, x: jax.Array, axe
         )
     if is_integer(index):
         return int(index)
+    index = index.astype(int)  # as `jnp.arange` is, with which it is compared
     return sharded_as(index, x, axes.reduced[:1]) if index.ndim else index
 
 
@@ -369,24 +386,30 @@ def check_choices(call: str, domains: Any, classes: Any, domain: Any, labels: An
             )
 
 
+def check_flag(call: str, name: str, flag: Any, remedy: str) -> None:
+    """Refuses a flag that is not a bool, or is traced."""
+    if not isinstance(flag, bool | np.bool_):
+        raise TypeError(
+            f"{call}: {name}={flag!r}, expected True or False, known when tracing. {remedy}"
+        )
+
+
 def check_train(call: str, train: Any) -> None:
     """Refuses a `train` that is not a bool, or is traced."""
-    if not isinstance(train, bool | np.bool_):
-        raise TypeError(
-            f"{call}: train={train!r}, expected True or False, known when tracing. Both return "
-            f"the same types, so a traced flag can choose: jax.lax.cond(flag, train_step, "
-            f"eval_step, x)."
-        )
+    remedy = (
+        "Both return the same types, so a traced flag can choose: jax.lax.cond(flag, train_step, "
+        "eval_step, x)."
+    )
+    check_flag(call, "train", train, remedy)
 
 
 def check_update_stats(call: str, update_stats: Any) -> None:
     """Refuses an `update_stats` that is not a bool, or is traced."""
-    if not isinstance(update_stats, bool | np.bool_):
-        raise TypeError(
-            f"{call}: update_stats={update_stats!r}, expected True or False, known when tracing. A "
-            f"traced flag can choose afterwards: jax.tree.map(lambda old, new: jnp.where(flag, "
-            f"new, old), old_stats, new_stats)."
-        )
+    remedy = (
+        "A traced flag can choose afterwards: jax.tree.map(lambda old, new: jnp.where(flag, new, "
+        "old), old_stats, new_stats)."
+    )
+    check_flag(call, "update_stats", update_stats, remedy)
 
 
 def check_eval(call: str, state: Any) -> None:
@@ -411,10 +434,41 @@ def check_activation(call: str, activation: Any) -> None:
             f"{call}: activation={activation!r}, expected None or a function of y; write "
             f"activation=jax.nn.relu."
         )
+    if isinstance(activation, type):
+        name = activation.__name__
+        raise TypeError(
+            f"{call}: activation={name}, a class, expected None or a function of y; write "
+            f"activation={name}() where such a layer is a function."
+        )
 
 
-def check_residual(call: str, residual: Any, x: jax.Array, dtype: Any) -> jax.Array:
-    """`residual` in y's dtype; of x's shape, or an error with the line to write."""
+def check_activated(call: str, activation: Any, y: Any) -> Any:
+    """What an activation returned: an array, or an error with the line to write."""
+    if not isinstance(y, jax.Array | np.ndarray):
+        was = "None" if y is None else type(y).__name__
+        raise TypeError(
+            f"{call}: activation={activation!r} returned {was}, expected an array; write "
+            f"activation=jax.nn.relu, or a function that returns one."
+        )
+    return y
+
+
+def check_y(call: str, dtype: Any, **arrays: jax.Array | None) -> None:
+    """Refuses complex numbers where y is real, and so would lose their imaginary part."""
+    groups = {"scale": "params.", "bias": "params.", "mean": "state."}
+    for name, v in arrays.items():
+        if v is not None and jnp.iscomplexobj(v) and not jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"{call}: {groups.get(name, '')}{name} has dtype {v.dtype} but y has dtype "
+                f"{dtype}; write dtype={v.dtype.name!r} for a complex y."
+            )
+
+
+def check_residual(call: str, residual: Any, x: jax.Array) -> jax.Array:
+    """`residual` as an array of x's shape, or an error with the line to write.
+
+    Where shardings are types, its axes are sharded as those of x are.
+    """
     residual = array(call, "residual", residual)
     if residual.shape != x.shape:
         raise ValueError(
@@ -422,12 +476,7 @@ def check_residual(call: str, residual: Any, x: jax.Array, dtype: Any) -> jax.Ar
             f"same. Project the shortcut as x is, or write "
             f"residual=jnp.broadcast_to(residual, x.shape) for one that repeats."
         )
-    if jnp.iscomplexobj(residual) and not jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(
-            f"{call}: residual has dtype {residual.dtype} but y has dtype {jnp.dtype(dtype)}; "
-            f"write dtype={residual.dtype.name!r} for a complex y."
-        )
-    return residual.astype(dtype)
+    return sharded_as(residual, x, range(x.ndim))
 
 
 def check_renorm(
@@ -436,7 +485,7 @@ def check_renorm(
     """r_max and d_max as arrays; None where moments are gathered, which no state is to draw to."""
     pair = renorm if isinstance(renorm, tuple | list) else ()
     least = zip(pair, (1.0, 0.0), strict=False)
-    if len(pair) != 2 or not all(np.shape(v) == () and _is_number(v, w.__le__) for v, w in least):
+    if len(pair) != 2 or not all(_is_number(v, w.__le__) for v, w in least):
         raise (ValueError if pair else TypeError)(
             f"{call}: renorm={renorm!r}, expected (r_max, d_max), numbers of at least 1 and 0, or "
             f"traced ones; write renorm=(3.0, 5.0), or renorm=(1.0, 0.0) for plain batch norm."
@@ -554,14 +603,16 @@ def _settled(v: Any) -> Any:
 
 
 def _is_number(v: Any, good: Callable[[float], bool]) -> bool:
-    """Whether v is a number and good, or traced and may be."""
-    return isinstance(v, jax.core.Tracer) or (_wrong(v) is ValueError and good(float(v)))
+    """Whether v is one real number and good, or traced and may be."""
+    return _wrong(v) is ValueError and (isinstance(v, jax.core.Tracer) or good(float(v)))
 
 
 def _wrong(v: Any) -> type[Exception]:
-    """What to raise for v where a number was expected: ValueError for another number."""
-    is_number = isinstance(v, numbers.Real | np.generic | np.ndarray | jax.Array)
-    return ValueError if is_number and np.shape(v) == () else TypeError
+    """What to raise for v where a real number was expected: ValueError for another number."""
+    real = isinstance(v, numbers.Real)
+    if isinstance(v, np.generic | np.ndarray | jax.Array):
+        real = v.shape == () and any(jnp.issubdtype(v.dtype, k) for k in (np.floating, np.integer))
+    return ValueError if real else TypeError
 
 
 def check_ghosts(call: str, x: jax.Array, axes: Axes, virtual_batch_size: int) -> tuple[int, int]:
@@ -579,11 +630,13 @@ def check_ghosts(call: str, x: jax.Array, axes: Axes, virtual_batch_size: int) -
             f"has, an integer that divides the {rows} on axis {batch_axis} of x; write "
             f"virtual_batch_size={rows}."
         )
-    if virtual_batch_size < 1 or rows % virtual_batch_size:
-        sizes = [d for d in range(1, rows + 1) if rows % d == 0]
+    if virtual_batch_size < 1 or rows % virtual_batch_size != 0:
+        remedy = f"export x with {virtual_batch_size}*{rows} rows"  # where their number is a name
+        if is_integer(rows):
+            remedy = f"write one of {[d for d in range(1, rows + 1) if rows % d == 0]}"
         raise ValueError(
             f"{call}: virtual_batch_size={virtual_batch_size} does not divide the {rows} rows on "
-            f"axis {batch_axis} of x with shape {x.shape}; write one of {sizes}."
+            f"axis {batch_axis} of x with shape {x.shape}; {remedy}."
         )
     return batch_axis, rows // virtual_batch_size
 
@@ -623,7 +676,13 @@ def resolve(
                 f"for groups of rows under jit."
             )
         return None
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    if not isinstance(names, Sequence) or len({*names}) != len(names):
+        raise (ValueError if isinstance(names, Sequence) else TypeError)(
+            f"{call}: axis_name={axis_name!r}, expected the name of a mapped axis, or several, "
+            f"each once; write axis_name='batch'."
+        )
+    names = tuple(names)
     try:
         size = lax.axis_size(names)
     except NameError:
@@ -637,9 +696,13 @@ def resolve(
     mapped = tuple(name for name in names if name not in manual)
     if axis_index_groups is None:
         return Pool(of_devices, mapped, None, size)
-    groups = tuple(tuple(int(i) for i in group) for group in axis_index_groups)
-    members = sorted(i for group in groups for i in group)
-    if members != list(range(size)) or len({len(group) for group in groups}) != 1:
+    try:
+        groups = tuple(tuple(group) for group in axis_index_groups)
+    except TypeError:
+        groups = ()
+    members = [i for group in groups for i in group]
+    integers = all(map(is_integer, members))
+    if not integers or sorted(members) != [*range(size)] or len({*map(len, groups)}) != 1:
         raise ValueError(
             f"{call}: axis_index_groups={axis_index_groups!r} must name each index of axis "
             f"{axis_name!r} with size {size} once, in groups of one size; for pairs write "
@@ -661,10 +724,15 @@ def _bound() -> list[str]:
 
 
 def check_kind(call: str, kind: Any, value: Any) -> Any:
-    """`value` as `Params` or `State`, from one or from any tuple of as many leaves."""
-    if isinstance(value, tuple) and len(value) == len(kind._fields):
-        return kind(*value)
+    """`value` as a `kind` of arrays, from one or from any tuple of as many leaves."""
     name, was = kind.__name__.lower(), type(value).__name__
+    if isinstance(value, tuple) and len(value) == len(kind._fields):
+        optional = () if kind is Moments else ("scale", "bias", "count")
+        leaves = dict(zip(kind._fields, value, strict=True))
+        for field, v in leaves.items():
+            if v is not None or field not in optional:
+                leaves[field] = array(call, f"{name}.{field}", v)
+        return kind(**leaves)
     remedy = "write params, state = jaxbn.init(features)."
     if isinstance(value, Params | State | Moments):
         remedy = f"the order is {call}(x, params, state)."
@@ -702,21 +770,28 @@ def settle(
             f"by the updates so far; start from jaxbn.init(features), or write momentum=0.99."
         )
     number = np.shape(state.mean)[:1] if domains else ()
-    if domains and state.count is not None and np.shape(state.count) != number:
+    if state.count is not None and state.count.shape != number:
+        of_each, more = (" of each domain", f", domains={number[0]}") if domains else ("", "")
         raise ValueError(
-            f"{call}: state.count has shape {np.shape(state.count)}, expected {number}, the "
-            f"updates of each domain; write state._replace(count=jnp.zeros({number}, jnp.int32)), "
-            f"or start from jaxbn.init(features, domains={number[0]})."
+            f"{call}: state.count has shape {state.count.shape}, expected {number}, the "
+            f"updates{of_each}; write state._replace(count=jnp.zeros({number}, jnp.int32)), "
+            f"or start from jaxbn.init(features{more})."
         )
-    leaves = {"mean": jnp.asarray(state.mean), "var": jnp.asarray(state.var)}
-    for name, v in leaves.items():
+    for name in ("var", "count"):
+        if jnp.iscomplexobj(v := getattr(state, name)):
+            raise TypeError(
+                f"{call}: state.{name} has dtype {v.dtype}, expected real numbers; write "
+                f"state._replace({name}=state.{name}.real)."
+            )
+    for name in ("mean", "var"):
+        v = getattr(state, name)
         if not jnp.issubdtype(v.dtype, jnp.inexact):
             raise TypeError(
                 f"{call}: state.{name} has dtype {v.dtype}, in which no average can move; write "
                 f"state._replace({name}=state.{name}.astype(jnp.float32))."
             )
     like = (*[None] * len(number), *axes.features)
-    mean, var = (sharded_as(v.astype(wide(v.dtype)), x, like) for v in leaves.values())
+    mean, var = (sharded_as(v.astype(wide(v.dtype)), x, like) for v in state[:2])
     kind = promote(mean.dtype, x.dtype) if jnp.iscomplexobj(x) else mean.dtype
     return State(mean.astype(kind), var, None if state.count is None else _int32(state.count))
 

@@ -68,23 +68,29 @@ def resolve(call: str, x: jax.Array, axis: int | Sequence[int]) -> Axes:
 
 
 def is_integer(v: Any) -> bool:
-    """Whether v is an integer of Python or NumPy."""
-    return isinstance(v, numbers.Integral)
+    """Whether v is an integer of Python or NumPy, and no bool."""
+    return isinstance(v, numbers.Integral) and not isinstance(v, bool)
 
 
 def check_number(call: str, name: str, number: Any) -> int:
     """The number of domains or classes, or an error with the line to write."""
-    if not is_integer(number) or isinstance(number, bool) or number < 1:
-        wrong = not is_integer(number) or isinstance(number, bool)
-        raise (TypeError if wrong else ValueError)(
+    if not is_integer(number) or number < 1:
+        raise (ValueError if is_integer(number) else TypeError)(
             f"{call}: {name}={number!r}, expected how many there are, an integer of at least 1, or "
             f"None for one without an axis of its own; write {name}=2."
         )
     return int(number)
 
 
-def check_dtype(call: str, what: str, dtype: Any, otherwise: str) -> None:
-    """The dtype asked for can hold what it is asked for, and JAX computes with it."""
+def check_dtype(call: str, what: str, dtype: Any, otherwise: str) -> Any:
+    """The dtype asked for, which can hold what it is asked for, and JAX computes with it."""
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(
+            f"{call}: dtype={dtype!r}, expected a dtype of JAX or NumPy; write dtype=jnp.float32, "
+            f"or {otherwise}."
+        ) from None
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
             f"{call}: dtype={dtype}, but {what} are floating or complex; write "
@@ -95,3 +101,4 @@ def check_dtype(call: str, what: str, dtype: Any, otherwise: str) -> None:
             f"{call}: dtype={dtype}, but JAX promotes no dtype of fewer than 16 bits; write "
             f"dtype=jnp.bfloat16, or {otherwise}, and cast what comes out."
         )
+    return dtype

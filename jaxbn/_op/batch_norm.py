@@ -13,8 +13,9 @@ from jax import lax
 
 from jaxbn import _elsewhere
 from jaxbn._op import arguments
-from jaxbn._op.arguments import Checked
+from jaxbn._op.arguments import Checked, check_activated
 from jaxbn._op.axes import promote
+from jaxbn._op.devices import spread
 from jaxbn._op.normalize import normalize_lean, rstd
 from jaxbn._op.pooling import across, merge, merge_all
 from jaxbn._op.state import Moments, Params, State, blend
@@ -112,7 +113,8 @@ def batch_norm(
 
     Raises:
       TypeError: x, dtype or statistics are not floating or complex, x or dtype has fewer than 16
-        bits, train is no bool, or params, state or a number is something else.
+        bits, y would lose the imaginary part of an array, train or unbiased is no bool, the
+        activation returns no array, or params, state, an array or a number is something else.
       ValueError: shapes, axes, mask, groups or numbers do not fit, or training statistics
         would be over one value per channel.
       NotImplementedError: under `jax.experimental.jet`, which cannot; `jax.jvp` nests.
@@ -133,6 +135,7 @@ def batch_norm(
         axis=axis,
         momentum=momentum,
         epsilon=epsilon,
+        unbiased=unbiased,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         virtual_batch_size=virtual_batch_size,
@@ -168,7 +171,7 @@ def batch_norm(
 def finish(y: jax.Array, activation: Any, residual: jax.Array | None) -> jax.Array:
     """Equals `activation(y + residual)`; either may be None."""
     y = y if residual is None else y + residual.astype(y.dtype)
-    return y if activation is None else activation(y)
+    return y if activation is None else check_activated("batch_norm", activation, activation(y))
 
 
 def _by_batch(c: Checked, relu: bool) -> tuple[jax.Array, Moments]:
@@ -213,7 +216,7 @@ def _by_ghosts(spec: Spec, v: Operands, batch_axis: int, ghosts: int) -> tuple[j
     large = {"x": v.x}
     for name in ("mask", "weights", "residual"):
         if (leaf := getattr(v, name)) is not None:
-            large[name] = jnp.broadcast_to(leaf, v.x.shape)
+            large[name] = spread(leaf, v.x)
     each = jax.vmap(
         lambda large: normalize_by_batch(spec, v._replace(**large)),
         in_axes=batch_axis,

@@ -3,6 +3,8 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn._op.state import Moments
@@ -15,7 +17,13 @@ only_moments = jax.checkpoint_policies.save_only_these_names(MOMENTS)
 
 def named(m: Moments) -> Moments:
     """Names the pooled moments for checkpoint policies. No collective is left to repeat."""
-    return Moments(*(checkpoint_name(leaf, MOMENTS) for leaf in m))
+    return Moments(*map(_named, m))
+
+
+def _named(v: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(v):  # JAX cannot keep a complex number by its name
+        return lax.complex(_named(v.real), _named(v.imag))
+    return checkpoint_name(v, MOMENTS)
 
 
 def checkpoint_policy(prim: Any, *avals: Any, **params: Any) -> bool:

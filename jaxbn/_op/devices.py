@@ -101,9 +101,11 @@ def sharded_as(v: jax.Array, like: jax.Array, axes: Iterable[int | None]) -> jax
 
     None leaves an axis whole, and so does size 1, which broadcasts. Arrays must be sharded alike to
     be concatenated, and to stand in one select; a sum or a product takes the sharding of either
-    term. An array on no mesh fits any mesh, and only a trace can move the array to one.
+    term. An array on no mesh fits any mesh, and only a trace can move the array to one, or a mesh
+    that is set: a part of the array would be on that mesh.
     """
-    if not typed(like) or not (typed(v) or isinstance(v, jax.core.Tracer)):
+    is_set = not jax.sharding.get_abstract_mesh().empty
+    if not typed(like) or not (is_set or typed(v) or isinstance(v, jax.core.Tracer)):
         return v
     sharding = jax.typeof(like).sharding
     pairs = zip(v.shape, axes, strict=True)

@@ -89,6 +89,7 @@ def moments(
             f"moments: {given}= alone, expected the domain of x, or of each row, and the number of "
             f"domains; write {other} too."
         )
+    domains = axes_.check_number("moments", "domains", domains)
     index = arguments.check_index("moments", "domain", domain, domains, x, where)
     if not isinstance(index, int) and index.ndim:
         rows = Domains(rows_of(where), index, domains)
@@ -198,7 +199,8 @@ def _mean_and_var(  # type: ignore[no-untyped-def]
     device, x, n, mask, near, *, axes: Axes
 ) -> tuple[jax.Array, jax.Array]:
     way = _by_pivot
-    if device == "gpu" and mask is None and all(isinstance(size, int) for size in x.shape):
+    known = all(isinstance(size, int) for size in x.shape)
+    if device == "gpu" and mask is None and known and x.size:
         way = _by_grid
     if device == "tpu":
         way = functools.partial(_about_near, near) if x.dtype == jnp.bfloat16 else _at_once

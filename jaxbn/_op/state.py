@@ -72,8 +72,8 @@ def init(
             f"init: features={features!r}, expected the size of the feature axis (or axes); "
             f"write jaxbn.init(x.shape[-1])."
         )
-    dtype = jnp.dtype(dtype)
-    check_dtype("init", "parameters and statistics", dtype, "leave dtype out for float32")
+    what, otherwise = "parameters and statistics", "leave dtype out for float32"
+    dtype = check_dtype("init", what, dtype, otherwise)
     before: dict[str, tuple[int, ...]] = {"domains": (), "classes": ()}
     for name, number in (("domains", domains), ("classes", classes)):
         if number is not None:

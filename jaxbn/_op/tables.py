@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxbn._op.axes import Axes
-from jaxbn._op.devices import typed
+from jaxbn._op.devices import spread, typed
 
 Index = int | jax.Array  # one row of a table for all of x, or one [rows] for each row of x
 
@@ -91,5 +91,10 @@ def alone(row: jax.Array, index: Index, number: int) -> jax.Array:
 
 
 def put(table: jax.Array, index: Index, row: jax.Array) -> jax.Array:
-    """The table with another row there; the same table where a traced index is out of range."""
-    return table.at[index].set(row, mode="drop", wrap_negative_indices=False)
+    """The table with another row there; the same table where a traced index is out of range.
+
+    By a select: a scatter takes no row that is sharded by type into a table on no mesh.
+    """
+    each = jnp.broadcast_to(row[None], table.shape)
+    here = jnp.expand_dims(jnp.arange(len(table)) == index, range(1, table.ndim))
+    return jnp.where(spread(here, each), each, table)

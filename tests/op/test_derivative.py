@@ -66,12 +66,21 @@ def test_gradients_equal_the_oracle(case):
         assert np.abs(np.float64(got).ravel() - want).max() <= tolerance * size * 4, name
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_complex_gradients_equal_those_of_the_formula(masked):
+@pytest.mark.parametrize("cells", [None, "mask", "weights"])
+@pytest.mark.parametrize("kept", ["everything", "by policy"])
+def test_complex_gradients_equal_those_of_the_formula(cells, kept):
     case = next(case for case in cases.SMALL if case.dtype == "complex64")
     a = cases.arrays(case)
-    mask = np.random.default_rng(0).random((*case.shape[:-1], 1)) < 0.6 if masked else None
-    dx, (dscale, dbias) = gradients(a.x, jaxbn.Params(a.scale, a.bias), a.dy, mask, -1)
+    mask = np.random.default_rng(0).random((*case.shape[:-1], 1)) < 0.6 if cells else None
+    options = {cells: mask.astype(np.float32) if cells == "weights" else mask} if cells else {}
+
+    def f(x, params):
+        return train(x, params, **options)[0]
+
+    if kept == "by policy":
+        f = jax.checkpoint(f, policy=jaxbn.checkpoint_policy)
+    _, vjp = jax.vjp(f, jnp.asarray(a.x), jaxbn.Params(a.scale, a.bias))
+    dx, (dscale, dbias) = vjp(jnp.asarray(a.dy))
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         params = jaxbn.Params(np.float64(a.scale), np.float64(a.bias))
         _, vjp = jax.vjp(lambda x, p: plain(x, p, mask), np.complex128(a.x), params)

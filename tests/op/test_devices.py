@@ -3,6 +3,7 @@
 Eight CPU devices (conftest.py). Fewer is a failure, not a skip.
 """
 
+import contextlib
 import functools
 import re
 import sys
@@ -232,6 +233,53 @@ def test_explicit_mesh_axes(rows, features):
         got = run(x_, params_, state_, dy_)
         assert got[2].sharding == x_.sharding
     assert_same(got, of_one_device(x, params, state, dy), x, "explicit")
+
+
+@pytest.mark.parametrize(
+    ("spec", "options"),
+    [
+        (P(), {}),
+        (P("model"), {}),
+        (P(), {"virtual_batch_size": 2, "mask": np.arange(3)[:, None, None] < 2}),
+    ],
+    ids=["whole", "otherwise", "ghosts"],
+)
+def test_a_residual_on_explicit_mesh_axes_is_sharded_as_x_is(spec, options):
+    """And so is a mask for ghost batches that is the same for all rows."""
+    x, params, state, dy = example()
+    residual = np.sin(x)
+
+    def run(x, params, residual, state, dy):
+        def f(x, params, residual):
+            return bn(x, params, state, residual=residual, activation=jax.nn.relu, **options)
+
+        y, vjp, new = jax.vjp(f, x, params, residual, has_aux=True)
+        return y, new, *vjp(dy)
+
+    want = jax.jit(run)(x, params, residual, state, dy)
+    m = mesh(4, 2, kind=AxisType.Explicit)
+    with jax.set_mesh(m):
+        put = lambda v, spec: jax.device_put(v, NamedSharding(m, spec))  # noqa: E731
+        x, residual = put(x, P("d")), put(residual, spec)
+        got = jax.jit(run)(x, params, residual, state, put(dy, P("d")))
+        for v, like in ((got[0], x), (got[2], x), (got[4], residual)):
+            assert v.sharding.is_equivalent_to(like.sharding, x.ndim)
+    for u, v in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        oracle.assert_close(u, np.float64(v), 64 * EPS)
+
+
+@pytest.mark.parametrize("is_set", [False, True])
+def test_one_of_several_domains_on_an_explicit_mesh_without_jit(is_set):
+    """The state was made before there was a mesh."""
+    x, params, _, _ = example()
+    state = jaxbn.init(C, domains=2)[1]
+    m = mesh(4, 2, kind=AxisType.Explicit)
+    with jax.set_mesh(m) if is_set else contextlib.nullcontext():
+        sharded = jax.device_put(x, NamedSharding(m, P("d", None, None, "model")))
+        got = bn(sharded, params, state, domain=1)
+    want = bn(x, params, state, domain=1)
+    for u, v in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        oracle.assert_close(u, np.float64(v), 64 * EPS)
 
 
 GROUPS = {

@@ -105,6 +105,20 @@ def example(rows=8, channels=4, seed=0):
     return 2 * normal(rows, 3, c) + 1, params, state, normal(rows, 3, c), domain
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int64"])
+@pytest.mark.parametrize("each", [False, True])
+def test_integers_of_every_width_choose(each, dtype):
+    """Also where JAX refuses implicit promotion."""
+    x, params, state, _, domain = example()
+    index = domain if each else domain[0]
+    with jax.enable_x64(dtype == "int64"):
+        found = [
+            (train(x, params, state, domain=d), jaxbn.moments(x, domain=d, domains=DOMAINS))
+            for d in (index, jnp.asarray(np.asarray(index), dtype))
+        ]
+    chex.assert_trees_all_equal(*found)
+
+
 def row_of(state, k):
     return jax.tree.map(lambda v: v[k], state)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental.jet import jet
 
 import jaxbn
@@ -25,9 +26,9 @@ EPSILON = "expected a finite number of at least 0, added to the variance; write 
 FEATURES = "pass the feature axis as axis=."
 AXIS = "expected integers from -3 to 2, axis=-1 for channels last."
 MASK = "but x has shape (8, 5, 3); expected a shape that broadcasts to x."
-TRAIN = (
-    "expected True or False, known when tracing. Both return the same types, so a traced flag "
-    "can choose: jax.lax.cond(flag, train_step, eval_step, x)."
+BOTH = (
+    "Both return the same types, so a traced flag can choose: jax.lax.cond(flag, train_step, "
+    "eval_step, x)."
 )
 ONE_VALUE = (
     "and its variance is 0, so y would be bias whatever x is; expected at least 2 in training."
@@ -65,28 +66,6 @@ WEIGHTS = {
     "moments": lambda weights: jaxbn.moments(X, weights=weights),
 }
 CASES = {
-    "a residual of another shape": (
-        lambda: call(residual=X[0]),
-        ValueError(
-            "batch_norm: residual has shape (5, 3) but x has shape (8, 5, 3); expected the same. "
-            "Project the shortcut as x is, or write residual=jnp.broadcast_to(residual, x.shape) "
-            "for one that repeats."
-        ),
-    ),
-    "a complex residual of real y": (
-        lambda: call(residual=X.astype(jnp.complex64)),
-        TypeError(
-            "batch_norm: residual has dtype complex64 but y has dtype float32; write "
-            "dtype='complex64' for a complex y."
-        ),
-    ),
-    "an activation by name": (
-        lambda: call(activation="relu"),
-        TypeError(
-            "batch_norm: activation='relu', expected None or a function of y; write "
-            "activation=jax.nn.relu."
-        ),
-    ),
     **{
         f"renorm of {name}": (
             lambda limits=limits: call(renorm=limits),
@@ -138,6 +117,33 @@ CASES = {
             "activation=jax.nn.relu."
         ),
     ),
+    "an activation that is a class": (
+        lambda: call(activation=nnx.PReLU),
+        TypeError(
+            "batch_norm: activation=PReLU, a class, expected None or a function of y; write "
+            "activation=PReLU() where such a layer is a function."
+        ),
+    ),
+    "an activation that returns nothing": (
+        lambda: call(activation=print),
+        TypeError(
+            "batch_norm: activation=<built-in function print> returned None, expected an array; "
+            "write activation=jax.nn.relu, or a function that returns one."
+        ),
+    ),
+    **{
+        f"{name} is {flag!r}": (
+            lambda name=name, flag=flag: call(**{name: flag}),
+            TypeError(
+                f"batch_norm: {name}={flag!r}, expected True or False, known when tracing. {more}"
+            ),
+        )
+        for name, flag, more in (
+            ("train", None, BOTH),
+            ("train", 1, BOTH),
+            ("unbiased", "no", "Write unbiased=False."),
+        )
+    },
     "residual of another shape": (
         lambda: call(residual=jnp.ones((8, 1))),
         ValueError(
@@ -152,10 +158,6 @@ CASES = {
             "batch_norm: residual has dtype complex64 but y has dtype float32; write "
             "dtype='complex64' for a complex y."
         ),
-    ),
-    "train is None": (
-        lambda: call(train=None),
-        TypeError(f"batch_norm: train=None, {TRAIN}"),
     ),
     "state is a dict": (
         lambda: call(state={"mean": STATE.mean, "var": STATE.var}),
@@ -492,6 +494,34 @@ CASES = {
             "each row."
         ),
     ),
+    "a count for each channel": (
+        lambda: call(state=STATE._replace(count=jnp.zeros(3, int)), train=False),
+        ValueError(
+            "batch_norm: state.count has shape (3,), expected (), the updates; write "
+            "state._replace(count=jnp.zeros((), jnp.int32)), or start from jaxbn.init(features)."
+        ),
+    ),
+    "a complex var": (
+        lambda: call(state=STATE._replace(var=jnp.ones(3, jnp.complex64)), train=False),
+        TypeError(
+            "batch_norm: state.var has dtype complex64, expected real numbers; write "
+            "state._replace(var=state.var.real)."
+        ),
+    ),
+    "a dtype that is none": (
+        lambda: call(dtype="float33"),
+        TypeError(
+            "batch_norm: dtype='float33', expected a dtype of JAX or NumPy; write "
+            "dtype=jnp.float32, or leave dtype out for that of x."
+        ),
+    ),
+    "domains in words": (
+        lambda: jaxbn.moments(X, domain=0, domains="2"),
+        TypeError(
+            "moments: domains='2', expected how many there are, an integer of at least 1, or None "
+            "for one without an axis of its own; write domains=2."
+        ),
+    ),
     "one count for all domains": (
         lambda: of_domains(state=DOMAINS._replace(count=jnp.int32(7)), domain=0),
         ValueError(
@@ -697,6 +727,23 @@ CASES = {
         lambda: mapped(axis_name="d", axis_index_groups=[[0, 1, 2], [3, 4, 5, 6, 7]]),
         ValueError(f"batch_norm: axis_index_groups=[[0, 1, 2], [3, 4, 5, 6, 7]] {GROUPS}"),
     ),
+    **{
+        f"axis_index_groups={groups!r}": (
+            lambda groups=groups: mapped(axis_name="d", axis_index_groups=groups),
+            ValueError(f"batch_norm: axis_index_groups={groups!r} {GROUPS}"),
+        )
+        for groups in (4, [], [[]], ["d"], [[0.5 + i for i in range(8)]], [[*range(8)] * 2])
+    },
+    **{
+        f"axis_name={name!r}": (
+            lambda name=name: mapped(axis_name=name),
+            error(
+                f"batch_norm: axis_name={name!r}, expected the name of a mapped axis, or several, "
+                "each once; write axis_name='batch'."
+            ),
+        )
+        for name, error in ((0, TypeError), (("d", "d"), ValueError))
+    },
     "groups without an axis name": (
         lambda: call(axis_index_groups=[[0, 1]]),
         ValueError(
@@ -739,6 +786,72 @@ def test_refused_under_jit_too(case):
     with pytest.raises(type(expected)) as error:
         jax.jit(f)()
     assert str(error.value) == str(expected)
+
+
+NUMBERS = "expected an array of numbers, of JAX or NumPy; write jnp.asarray(numbers)."
+OPERANDS = {
+    "x": lambda v: call(v),
+    "residual": lambda v: call(residual=v),
+    "mask": lambda v: call(mask=v),
+    "weights": lambda v: call(weights=v),
+    "domain": lambda v: of_domains(domain=v),
+    "params.scale": lambda v: call(params=PARAMS._replace(scale=v)),
+    "params.bias": lambda v: call(params=PARAMS._replace(bias=v)),
+    "state.mean": lambda v: call(state=STATE._replace(mean=v), train=False),
+    "state.var": lambda v: call(state=STATE._replace(var=v)),
+    "state.count": lambda v: call(state=STATE._replace(count=v)),
+}
+NO_ARRAYS = {
+    "is None": None,
+    "is str": "relu",
+    "is dict": {"mean": X},
+    "is list": [X[0], X[0, 0]],
+    "is ShapeDtypeStruct": jax.ShapeDtypeStruct(X.shape, X.dtype),
+    "has dtype object": np.array([None]),
+    "has dtype key<fry>": jax.random.split(jax.random.key(0), 3),
+}
+
+
+@pytest.mark.parametrize("what", OPERANDS)
+@pytest.mark.parametrize("was", NO_ARRAYS)
+def test_what_is_no_array_of_numbers(was, what):
+    if was == "is None" and what not in ("x", "state.mean", "state.var"):
+        return  # these may be left out
+    with pytest.raises(TypeError) as error:
+        OPERANDS[what](NO_ARRAYS[was])
+    assert str(error.value) == f"batch_norm: {what} {was}, {NUMBERS}"
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("what", ["x", "scale", "bias", "mean", "residual"])
+def test_complex_numbers_do_not_enter_a_real_y(what, train):
+    """Or their imaginary parts would be lost; they enter a complex y."""
+    v = (X if what in ("x", "residual") else X[0, 0]).astype(jnp.complex64)
+    options = {
+        "x": lambda: {"x": v, "dtype": "float32"},
+        "residual": lambda: {"residual": v},
+        "mean": lambda: {"state": STATE._replace(mean=v)},
+    }.get(what, lambda: {"params": PARAMS._replace(**{what: v})})()
+    name = {"scale": "params.scale", "bias": "params.bias", "mean": "state.mean"}.get(what, what)
+    with pytest.raises(TypeError) as error:
+        call(**options, train=train)
+    assert str(error.value) == (
+        f"batch_norm: {name} has dtype complex64 but y has dtype float32; write dtype='complex64' "
+        "for a complex y."
+    )
+    with jax.numpy_dtype_promotion("standard"):
+        call_ = functools.partial(call, **options | {"dtype": "complex64"}, train=train)
+        assert jax.eval_shape(call_)[0].dtype == jnp.complex64
+
+
+@pytest.mark.parametrize("value", [np.ones(3), np.complex64(0.5)])
+@pytest.mark.parametrize("name", ["momentum", "epsilon", "renorm"])
+def test_a_traced_number_is_one_real_number(name, value):
+    """As a number that is not traced."""
+    given = (lambda v: (v, 0.0)) if name == "renorm" else lambda v: v
+    for run in (jax.jit, lambda f: f):
+        with pytest.raises((TypeError, ValueError), match=f"^batch_norm: {name}=.*, expected "):
+            run(lambda v: call(**{name: given(v)}))(value)
 
 
 def test_a_traced_train_is_refused():

@@ -45,6 +45,12 @@ def test_training_equals_the_oracle(case):
     assert_training_equals_the_oracle(case)
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0, 3), (0, 4, 3)])
+def test_no_values_have_the_moments_of_the_empty_set(shape):
+    for leaf in jaxbn.moments(jnp.ones(shape)):
+        np.testing.assert_array_equal(leaf, 0)
+
+
 def halves(v):
     """Sums over axis 0, two by two."""
     while v.shape[0] > 1:
