@@ -4,6 +4,7 @@ Each bug is one replacement of text in a temporary copy of the package. It count
 its test runs there and fails, having passed on the package as it is. Give names to run some.
 """
 
+import difflib
 import pathlib
 import shutil
 import subprocess
@@ -1896,8 +1897,19 @@ def fails(bug, seed=True):
     return run.returncode == 1
 
 
+def chosen_by(names):
+    """The bugs of these names; all without names. Ends the program if a name is no bug's."""
+    known = [bug.name for bug in BUGS]
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
+            expected = ", ".join(map(repr, close))
+            sys.exit(f"seeded_bugs: no bug is called {name!r}, expected a name such as {expected}")
+    return [bug for bug in BUGS if not names or bug.name in names]
+
+
 def main(names):
-    chosen = [bug for bug in BUGS if not names or bug.name in names]
+    chosen = chosen_by(names)
     sound = list(dict.fromkeys(bug.test for bug in chosen))
     first = {bug.test: bug for bug in reversed(chosen)}
     with ThreadPoolExecutor(2) as pool:
