@@ -37,6 +37,28 @@ def check_place(call: str, path: str | os.PathLike[str]) -> None:
         raise IsADirectoryError(f"{call}: {printable(path)} is a folder; name a file")
 
 
+def check_new_folder(call: str, path: str | os.PathLike[str]) -> None:
+    """Raises if no new folder can be written to `path`. Called before any work is done for it.
+
+    Args:
+      call: the public call, for errors.
+      path: where the folder goes.
+
+    Raises:
+      FileExistsError: there is something at path.
+      FileNotFoundError: the folder around it does not exist.
+
+    >>> from jaxbn import _files
+    >>> _files.check_new_folder("saved_model", "/")
+    Traceback (most recent call last):
+        ...
+    FileExistsError: saved_model: / is there already; name a new folder.
+    """
+    if os.path.lexists(path):
+        raise FileExistsError(f"{call}: {printable(path)} is there already; name a new folder.")
+    check_place(call, path)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A place beside `path` to write to. At the end it is renamed to `path`, unless an error came.

@@ -13,8 +13,10 @@ import numpy as np
 from jaxbn._extras import need
 from jaxbn._files import check_place
 from jaxbn._text import first_line, printable, short
+from jaxbn.export._beside import weights_of
 from jaxbn.export._checked_file import Case, arrays_of, written
 from jaxbn.export._session import session
+from jaxbn.export._signature import by_name
 
 Calibration = Literal["minmax", "entropy", "percentile"]
 METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
@@ -135,7 +137,7 @@ def int8(
                 "per_channel": per_channel,
                 "weight_type": quantization.QuantType.QInt8,
                 "nodes_to_exclude": _left_out(source, prepared, leave_out),
-                "use_external_data_format": Path(f"{source}.data").exists(),
+                "use_external_data_format": weights_of(Path(source)) is not None,
             }
             if dynamic:
                 quantization.quantize_dynamic(prepared, file, **common)
@@ -181,10 +183,7 @@ def quantized(call: str, source: Any) -> ValueError:
 
 def feed_of(batch: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
     """A batch by the names of the inputs."""
-    if not isinstance(batch, Mapping):
-        arrays = batch if isinstance(batch, tuple) else (batch,)
-        batch = dict(zip(names, arrays, strict=False))
-    return {name: np.asarray(array) for name, array in batch.items()}
+    return by_name(names, batch if isinstance(batch, tuple) else (batch,))[0]
 
 
 def _alike(feeds: Sequence[dict[str, np.ndarray]]) -> Sequence[dict[str, np.ndarray]]:
@@ -249,7 +248,7 @@ def _left_out(source: Any, prepared: Path, patterns: Sequence[str]) -> list[str]
         os.fspath(source),
         prepared,
         skip_symbolic_shape=True,
-        save_as_external_data=Path(f"{source}.data").exists(),
+        save_as_external_data=weights_of(Path(source)) is not None,
     )
     nodes = library.load(prepared, load_external_data=False).graph.node
     return fitting("int8", [node.name for node in nodes], patterns)

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxbn._extras import need
 from jaxbn._folding.program import Op, run, trace
+from jaxbn.export._beside import WEIGHTS
 from jaxbn.export._checked_file import (
     TOLERANCES,
     Case,
@@ -57,7 +58,8 @@ def onnx(
       fn: an inference function, batch first.
       x: an example batch: an array, a dict of arrays for `fn(x)`, or a tuple for `fn(*x)`. Any
         dtype: uint8 images, int32 tokens.
-      path: the file; an older file is replaced once the new one is complete.
+      path: the file; an older file, with the weights beside it that it refers to and its manifest,
+        is replaced once the new one is complete.
       inputs: names of the inputs, in the order of `jax.tree.leaves(x)`. None: the keys of a dict,
         else "input", or "input_0" and so on.
       outputs: names of the results, in the order of `jax.tree.leaves`. None: as for inputs, with
@@ -83,7 +85,7 @@ def onnx(
     TypeError: onnx: x is a list, expected an example batch, batch first; write jnp.asarray(x).
     """
     args, leaves, structure = flat_args(x)
-    leaves = inference_inputs("onnx", fn, args, leaves, path, "onnx", "onnxruntime", "jax2onnx")
+    leaves = inference_inputs("onnx", fn, args, leaves, path)
     if opset not in OPSETS:
         raise ValueError(
             f"onnx: opset is {opset!r}, expected {OPSETS[0]} to {OPSETS[-1]}; write opset=21."
@@ -108,7 +110,7 @@ def onnx(
     def write(file: Path) -> None:
         library = need("onnx", "onnx")
         weights = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-        apart = {"save_as_external_data": True, "location": f"{file.name}.data"}
+        apart = {"save_as_external_data": True, "location": f"{file.name}{WEIGHTS}"}
         library.save_model(model, os.fspath(file), **(apart if weights > LIMIT else {}))
         try:
             library.checker.check_model(os.fspath(file), full_check=True)

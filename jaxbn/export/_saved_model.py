@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxbn._extras import need
+from jaxbn._files import check_new_folder
 from jaxbn._folding.program import trace
 from jaxbn._text import first_line, printable
 from jaxbn.export._checked_file import Case, Exported, arrays_of, inference_inputs, written
@@ -69,12 +70,9 @@ def saved_model(
         ...
     FileExistsError: saved_model: . is there already; name a new folder.
     """
-    if Path(path).exists():
-        raise FileExistsError(
-            f"saved_model: {printable(path)} is there already; name a new folder."
-        )
+    check_new_folder("saved_model", path)
     args, leaves, structure = flat_args(x)
-    leaves = inference_inputs("saved_model", fn, args, leaves, path, "tensorflow")
+    leaves = inference_inputs("saved_model", fn, args, leaves, path)
     from jax.extend import mlir  # slow to import
 
     tf, xla = need("saved_model", "tensorflow"), need("saved_model", XLA)

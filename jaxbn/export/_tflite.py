@@ -58,8 +58,7 @@ def tflite(
     TypeError: tflite: x is a list, expected an example batch, batch first; write jnp.asarray(x).
     """
     args, leaves, structure = flat_args(x)
-    packages = ("litert_converter", "ai_edge_litert", "flatbuffers")
-    leaves = inference_inputs("tflite", fn, args, leaves, path, *packages)
+    leaves = inference_inputs("tflite", fn, args, leaves, path)
 
     def flat(*leaves: Any) -> Any:
         return fn(*jax.tree.unflatten(structure, leaves))

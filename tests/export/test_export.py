@@ -170,8 +170,8 @@ STABLEHLO_LACKS = {
     ),
     "one size": (
         lambda x: x if x.shape[0] > 3 else x[:3],
-        "fn cannot be traced with sizes batch, 8, 8, 3: Symbolic dimension comparison 'batch' > "
-        "'3' is inconclusive; expected operations that work at any batch size.",
+        "fn cannot be traced with sizes B, 8, 8, 3: Symbolic dimension comparison 'B' > '3' is "
+        "inconclusive; expected operations that work at any batch size.",
     ),
     "no result": (lambda x: None, "fn returns no array, expected one array or several."),
 }
