@@ -936,6 +936,34 @@ BUGS = (
         "adapt/test_freeze.py::test_what_is_frozen_is_so_to_the_bit_and_the_rest_moves[linen-flax-all-trainable]",
     ),
     Bug(
+        "where= of an nnx model, in the place of variables, is not heard",
+        "jaxbn/_adapt/freeze.py",
+        "    if nnx_model and variables is not None:",
+        "    if False:",
+        "test_first_day.py::test_what_is_no_model[freeze of nnx, where= in the place of variables]",
+    ),
+    Bug(
+        "a call without an argument ends in Python's words",
+        "jaxbn/_misuse.py",
+        "                if signature.parameters.keys() >= kwargs.keys():",
+        "                if False:",
+        "test_first_day.py::test_what_is_no_model[recalibrate as gap is called, of nnx]",
+    ),
+    Bug(
+        "a linen module without variables is a function",
+        "jaxbn/_misuse.py",
+        "    if not callable(fn) or is_unbound(fn):",
+        "    if not callable(fn):",
+        "test_first_day.py::test_what_is_no_model[serving of a linen model]",
+    ),
+    Bug(
+        "the rows of one batch are batches",
+        "jaxbn/_misuse.py",
+        'getattr(batches, "ndim", 3) < 3',
+        'getattr(batches, "ndim", 3) < 2',
+        "test_first_day.py::test_what_is_no_model[recalibrate on one batch]",
+    ),
+    Bug(
         "statistics that were counted and not learned are frozen",
         "jaxbn/_adapt/freeze.py",
         "    mean, var = np.asarray(state.mean), np.asarray(state.var)\n",
@@ -1828,6 +1856,27 @@ BUGS = (
         "worst = [np.abs(v).mean() for v in",
         "cli/test_gates.py::test_compare_says_which_layer_differs_and_by_how_much"
         "[batch_stats/bn/mean]",
+    ),
+    Bug(
+        "a tuple is one argument of an exported file",
+        "jaxbn/_cli/commands.py",
+        "else tuple(x)  #",
+        "else (x,)  #",
+        "cli/test_gates.py::test_a_batch_of_several_inputs_is_good_for_every_command[arrays]",
+    ),
+    Bug(
+        "a missing package is noticed when all is folded",
+        "jaxbn/_cli/commands.py",
+        '        need(f"{printable(dest)} as {form.name}", package)\n',
+        "        pass\n",
+        "cli/test_gates.py::test_what_a_format_needs_is_told_before_any_work[a-tensorflow]",
+    ),
+    Bug(
+        "arrays of savez without names are a dict",
+        "jaxbn/_checkpoints/inputs.py",
+        "if {*batch} == {*in_a_row} else batch",
+        "if not batch else batch",
+        "cli/test_gates.py::test_arrays_of_savez_without_names_are_a_tuple",
     ),
     Bug(
         "a model that ends the program ends it well",

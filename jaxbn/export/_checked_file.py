@@ -12,6 +12,7 @@ import numpy as np
 from jaxbn._extras import need
 from jaxbn._files import check_place, replacing
 from jaxbn._folding.training_mode import batch_statistics
+from jaxbn._misuse import check_function
 from jaxbn.export._beside import remove_older_manifest, weights_of
 
 PACKAGES = {  # that a call needs
@@ -24,6 +25,9 @@ PACKAGES = {  # that a call needs
 }
 # The largest error over the largest value, by the result's dtype: some rounding steps.
 TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
+
+
+TO_A_FILE = "an inference function, an example batch and a path"
 
 
 class Exported(NamedTuple):
@@ -54,14 +58,20 @@ def arrays_of(results: Any) -> list[np.ndarray]:
     return list(results.values()) if isinstance(results, dict) else [results]
 
 
+def example_call(call: str) -> str:
+    """The line to write for a call that writes a function as a file."""
+    return f"export.{call}(lambda x: net.apply(variables, x), x, path)"
+
+
 def inference_inputs(
     call: str, fn: Any, args: tuple[Any, ...], leaves: Sequence[Any], path: Any
 ) -> list[jax.Array]:
     """Returns the arrays in args.
 
-    Raises if args hold something else or no row, fn is in training mode, no file can be written to
-    path, or a package that the call needs is missing.
+    Raises if args hold something else or no row, fn is no function or in training mode, no file can
+    be written to path, or a package that the call needs is missing.
     """
+    check_function(call, fn, example_call(call))
     if not leaves:
         raise TypeError(f"{call}: x holds no array, expected an example batch, batch first.")
     for x in leaves:

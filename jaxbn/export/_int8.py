@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxbn._extras import need
 from jaxbn._files import check_place
+from jaxbn._misuse import check_batches, takes
 from jaxbn._text import first_line, printable, short
 from jaxbn.export._beside import weights_of
 from jaxbn.export._checked_file import Case, arrays_of, written
@@ -57,6 +58,10 @@ class Quantized(NamedTuple):
         )
 
 
+WRITE = "export.int8(source, [x], path)"
+
+
+@takes("an ONNX file, batches and a path", WRITE)
 def int8(
     source: str | os.PathLike[str],
     batches: Iterable[Any],
@@ -91,6 +96,7 @@ def int8(
         1 %; measure the accuracy of the task too.
 
     Raises:
+      TypeError: batches is no iterable of batches, or path no path.
       FileNotFoundError: source does not exist.
       ValueError: source is no ONNX file, there is no batch, the batches differ in shape or do not
         fit, a name in `leave_out` fits no node, or the error is above tolerance. Nothing is
@@ -104,6 +110,7 @@ def int8(
     FileNotFoundError: session: no ONNX file at nothing.onnx
     """
     check_place("int8", path)
+    check_batches("int8", batches, WRITE)
     original = session(source)
     for name, value, known in (
         ("calibration", calibration, METHODS),

@@ -11,6 +11,7 @@ import jax
 
 from jaxbn._files import check_place, replacing
 from jaxbn._folding.fold import FoldReport
+from jaxbn._misuse import misuse
 from jaxbn._text import first_line, printable
 from jaxbn.export._beside import FORMAT, checksum, checksums, manifest_beside, read, weights_of
 from jaxbn.export._checked_file import Exported
@@ -30,13 +31,14 @@ def manifest(
     `python -m jaxbn verify` refuse a file that is not the one of its manifest.
 
     Args:
-      done: what `stablehlo`, `onnx` or `int8` returned.
+      done: what `stablehlo`, `onnx`, `int8` or another export returned.
       folded: the report of `jaxbn.fold`.
       source: what `onnx` returned, for a file of `int8`.
       checkpoint: the file or folder that the weights came from. Its checksum is written, and its
         name, without the folders before the name.
 
     Raises:
+      TypeError: done is something else.
       OSError: a file cannot be read or written.
 
     >>> import tempfile, jax.numpy as jnp
@@ -47,6 +49,10 @@ def manifest(
     ...     path.name, export.read_manifest(done.path)["checkpoint"]
     ('sin.stablehlo.manifest.json', None)
     """
+    if not isinstance(done, Exported | Quantized):
+        raise misuse(
+            "manifest", [done], "the result of an export", "manifest(export.onnx(fn, x, path))"
+        )
     path = manifest_beside(done.path)
     check_place("manifest", path)
     sites = () if folded is None else folded.sites

@@ -11,12 +11,15 @@ import numpy as np
 
 from jaxbn._extras import need
 from jaxbn._folding.program import Op, run, trace
+from jaxbn._misuse import takes
 from jaxbn.export._beside import WEIGHTS
 from jaxbn.export._checked_file import (
+    TO_A_FILE,
     TOLERANCES,
     Case,
     Exported,
     arrays_of,
+    example_call,
     inference_inputs,
     written,
 )
@@ -31,6 +34,7 @@ OPSETS = range(17, 24)  # what the converter writes and onnxruntime reads
 LIMIT = 2**31 - 2**20  # of a protobuf file, in bytes, with room for the graph
 
 
+@takes(TO_A_FILE, example_call("onnx"))
 def onnx(
     fn: Callable[..., Any],
     x: Any,
@@ -72,7 +76,7 @@ def onnx(
         in float16, 3e-2 in bfloat16, 0 for integers.
 
     Raises:
-      TypeError: x is no array.
+      TypeError: fn is no function, or x no array.
       ValueError: fn is in training mode or has an operation that ONNX lacks, names, sizes or opset
         do not fit, a result is not finite, or the file differs from fn by more than tolerance.
         Nothing is written then.

@@ -9,14 +9,24 @@ from typing import Any
 import jax
 
 from jaxbn._folding.program import trace
+from jaxbn._misuse import takes
 from jaxbn._text import first_line, printable
-from jaxbn.export._checked_file import TOLERANCES, Case, Exported, inference_inputs, written
+from jaxbn.export._checked_file import (
+    TO_A_FILE,
+    TOLERANCES,
+    Case,
+    Exported,
+    example_call,
+    inference_inputs,
+    written,
+)
 from jaxbn.export._refusal import exported_alone, refusal
 from jaxbn.export._signature import flat_args, names_of, shapes_of
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
+@takes(TO_A_FILE, example_call("stablehlo"))
 def stablehlo(
     fn: Callable[..., Any],
     x: Any,
@@ -41,7 +51,7 @@ def stablehlo(
         float16, 3e-2 of bfloat16.
 
     Raises:
-      TypeError: x is no array.
+      TypeError: fn is no function, or x no array.
       ValueError: fn is in training mode, works at one size alone, calls into Python or returns no
         array, a result is not finite, or the file differs from fn by more than tolerance. Nothing
         is written then.
