@@ -126,7 +126,7 @@ def int8(
         raise quantized("int8", source)
     weights = {tensor.name for tensor in graph.initializer}
     names = [value.name for value in graph.input if value.name not in weights]
-    feeds = [feed_of(batch, names) for batch in batches]
+    feeds = [feed_of("int8", i, batch, names) for i, batch in enumerate(batches)]
     reference = run_or_refuse("int8", original, feeds)
     quantization = need("int8", "onnxruntime.quantization")
 
@@ -188,9 +188,15 @@ def quantized(call: str, source: Any) -> ValueError:
     )
 
 
-def feed_of(batch: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """A batch by the names of the inputs."""
-    return by_name(names, batch if isinstance(batch, tuple) else (batch,))[0]
+def feed_of(call: str, i: int, batch: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Batch i by the names of the inputs. Raises unless the batch has these inputs and no other."""
+    feed, fits = by_name(names, batch if isinstance(batch, tuple) else (batch,))
+    if not fits:
+        raise ValueError(
+            f"{call}: batch {i} has other arrays than the file, expected {short(names)}; write a "
+            f"tuple in this order, or a dict by name."
+        )
+    return feed
 
 
 def _alike(feeds: Sequence[dict[str, np.ndarray]]) -> Sequence[dict[str, np.ndarray]]:

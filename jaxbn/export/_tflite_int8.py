@@ -69,7 +69,8 @@ def tflite_int8(
     quantizer = need("tflite_int8", "ai_edge_quantizer.quantizer")
     recipe = need("tflite_int8", "ai_edge_quantizer.recipe")
     original = load_tflite(source)
-    feeds = [feed_of(batch, [*original.inputs]) for batch in batches]
+    names = [*original.inputs]
+    feeds = [feed_of("tflite_int8", i, batch, names) for i, batch in enumerate(batches)]
     reference = run_or_refuse("tflite_int8", original, feeds)
     nodes = [*_operators(Path(source).read_bytes())]
     if any("INT8" in dtypes for _, _, dtypes in nodes):
