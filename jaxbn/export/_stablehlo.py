@@ -77,7 +77,8 @@ def stablehlo(
     except Exception as error:
         raise ValueError(
             f"stablehlo: a file cannot hold x or the results of fn as they are: "
-            f"{first_line(error)}; expected arrays in tuples, lists and dicts; write x._asdict()."
+            f"{first_line(error)}; expected arrays in tuples, lists, and dicts by name; of a "
+            f"NamedTuple write x._asdict()."
         ) from error
     names_of("stablehlo", "outputs", None, program.out_avals)
 
