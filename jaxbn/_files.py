@@ -19,6 +19,7 @@ def check_place(call: str, path: str | os.PathLike[str]) -> None:
       path: where the file goes.
 
     Raises:
+      TypeError: path is no path.
       FileNotFoundError: the folder of the file does not exist.
       IsADirectoryError: a folder has the name of the file.
 
@@ -28,6 +29,7 @@ def check_place(call: str, path: str | os.PathLike[str]) -> None:
         ...
     IsADirectoryError: onnx: / is a folder; name a file
     """
+    _check_type(call, path)
     path = Path(path)
     if not (folder := path.absolute().parent).is_dir():
         raise FileNotFoundError(
@@ -35,6 +37,38 @@ def check_place(call: str, path: str | os.PathLike[str]) -> None:
         )
     if path.is_dir():
         raise IsADirectoryError(f"{call}: {printable(path)} is a folder; name a file")
+
+
+def check_new_folder(call: str, path: str | os.PathLike[str]) -> None:
+    """Raises if no new folder can be written to `path`. Called before any work is done for it.
+
+    Args:
+      call: the public call, for errors.
+      path: where the folder goes.
+
+    Raises:
+      TypeError: path is no path.
+      FileExistsError: there is something at path.
+      FileNotFoundError: the folder around it does not exist.
+
+    >>> from jaxbn import _files
+    >>> _files.check_new_folder("saved_model", "/")
+    Traceback (most recent call last):
+        ...
+    FileExistsError: saved_model: / is there already; name a new folder.
+    """
+    _check_type(call, path)
+    if os.path.lexists(path):
+        raise FileExistsError(f"{call}: {printable(path)} is there already; name a new folder.")
+    check_place(call, path)
+
+
+def _check_type(call: str, path: Any) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"{call}: path is a {type(path).__name__}, expected the name of a file or of a folder; "
+            f'write "NAME".'
+        )
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from jax.tree_util import GetAttrKey
 from jaxbn._inspection import hooks
 from jaxbn._inspection.layers import find, is_nnx, join, nnx_layers, plain
 from jaxbn._inspection.sketch import quantiles
+from jaxbn._misuse import check_by_path
 from jaxbn._op.axes import wide
 from jaxbn._op.pooling import merge
 from jaxbn._op.state import Moments, Params, State
@@ -360,7 +361,7 @@ def records(
     [1.0, 1.0]
     """
     write = "watch.records(seen, variables, grads)"
-    _check_by_path("records", seen, (Moments, Observed), write, "watch.linen")
+    check_by_path("watch.records", seen, (Moments, Observed), write, "watch.linen")
     found = find(variables)
     if missing := sorted(set(seen) - set(found)):
         raise ValueError(
@@ -404,23 +405,6 @@ def _kernel_norms(kernels: Mapping[str, str], variables: Any, grads: Any) -> dic
         return jnp.sqrt((jnp.abs(v.astype(wide(v.dtype))) ** 2).sum())
 
     return {layer: Kernel(norm(weights[k]), norm(slopes[k])) for layer, k in kernels.items()}
-
-
-def _check_by_path(
-    call: str, by_path: Any, kinds: tuple[type, ...], write: str, source: str
-) -> None:
-    """Raises unless `by_path` is a dict, path → kind; the error says where to get such a dict."""
-    if not isinstance(by_path, Mapping) or not all(isinstance(v, kinds) for v in by_path.values()):
-        raise TypeError(
-            f"watch.{call}: called with {_types(by_path)}, expected a dict, path → "
-            f"{kinds[0].__name__} of each layer, as {source} gives; write {write}."
-        )
-
-
-def _types(v: Any) -> str:
-    if not isinstance(v, Mapping):
-        return type(v).__name__
-    return f"{type(v).__name__} of {sorted({type(one).__name__ for one in v.values()})}"
 
 
 Channels = dict[str, np.ndarray]
@@ -495,7 +479,7 @@ def metrics(records: Mapping[str, Record]) -> dict[str, dict[str, float]]:
     >>> figures["batch_var_min"], round(figures["mean_over_sd_max"], 3)
     (4.0, 2.0)
     """
-    _check_by_path("metrics", records, (Record,), "watch.metrics(records)", "watch.records")
+    check_by_path("watch.metrics", records, (Record,), "watch.metrics(records)", "watch.records")
     with np.errstate(all="ignore"):  # figures show overflows and NaNs
         return {path: _figures(record) for path, record in jax.device_get(dict(records)).items()}
 

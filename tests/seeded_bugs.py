@@ -4,6 +4,7 @@ Each bug is one replacement of text in a temporary copy of the package. It count
 its test runs there and fails, having passed on the package as it is. Give names to run some.
 """
 
+import difflib
 import pathlib
 import shutil
 import subprocess
@@ -1020,6 +1021,34 @@ BUGS = (
         "adapt/test_freeze.py::test_what_is_frozen_is_so_to_the_bit_and_the_rest_moves[linen-flax-all-trainable]",
     ),
     Bug(
+        "where= of an nnx model, in the place of variables, is not heard",
+        "jaxbn/_adapt/freeze.py",
+        "    if nnx_model and variables is not None:",
+        "    if False:",
+        "test_first_day.py::test_what_is_no_model[freeze of nnx, where= in the place of variables]",
+    ),
+    Bug(
+        "a call without an argument ends in Python's words",
+        "jaxbn/_misuse.py",
+        "                if signature.parameters.keys() >= kwargs.keys():",
+        "                if False:",
+        "test_first_day.py::test_what_is_no_model[recalibrate as gap is called, of nnx]",
+    ),
+    Bug(
+        "a linen module without variables is a function",
+        "jaxbn/_misuse.py",
+        "    if not callable(fn) or is_unbound(fn):",
+        "    if not callable(fn):",
+        "test_first_day.py::test_what_is_no_model[serving of a linen model]",
+    ),
+    Bug(
+        "the rows of one batch are batches",
+        "jaxbn/_misuse.py",
+        'getattr(batches, "ndim", 3) < 3',
+        'getattr(batches, "ndim", 3) < 2',
+        "test_first_day.py::test_what_is_no_model[recalibrate on one batch]",
+    ),
+    Bug(
         "statistics that were counted and not learned are frozen",
         "jaxbn/_adapt/freeze.py",
         "    mean, var = np.asarray(state.mean), np.asarray(state.var)\n",
@@ -1091,6 +1120,27 @@ BUGS = (
         "export/test_tflite.py::test_a_folder_and_its_manifest",
     ),
     Bug(
+        "what has the name of weights counts as weights",
+        "jaxbn/export/_beside.py",
+        "return None if found < 0 else place",
+        "return place",
+        "export/test_onnx.py::test_what_stands_beside_a_file_and_is_not_of_it_stays_and_does_not_count",
+    ),
+    Bug(
+        "the weights of an older file stay",
+        "jaxbn/export/_checked_file.py",
+        "        older.unlink(missing_ok=True)\n",
+        "        pass\n",
+        "export/test_onnx.py::test_an_older_export_goes_as_a_whole[onnx-False]",
+    ),
+    Bug(
+        "the manifest of an older file stays",
+        "jaxbn/export/_checked_file.py",
+        "    remove_older_manifest(path)\n",
+        "",
+        "export/test_onnx.py::test_an_older_export_goes_as_a_whole[stablehlo-True]",
+    ),
+    Bug(
         "a folder that is missing is noticed when all is done",
         "jaxbn/export/_checked_file.py",
         "    check_place(call, path)\n",
@@ -1114,8 +1164,8 @@ BUGS = (
     Bug(
         "export folds before it looks where the file goes",
         "jaxbn/_cli/commands.py",
-        '        check_place("export", place)\n',
-        "        pass\n",
+        '    (check_place if dest.suffix else check_new_folder)("export", dest)\n',
+        "",
         "cli/test_gates.py::test_export_writes_a_manifest",
     ),
     Bug(
@@ -1135,8 +1185,8 @@ BUGS = (
     Bug(
         "export does not look where the manifest goes",
         "jaxbn/_cli/commands.py",
-        "for place in (dest, manifest_beside(dest)):",
-        "for place in (dest,):",
+        '    check_place("export", manifest_beside(dest))\n',
+        "",
         "cli/test_gates.py::test_export_looks_at_the_place_of_the_manifest_first",
     ),
     Bug(
@@ -1893,6 +1943,27 @@ BUGS = (
         "[batch_stats/bn/mean]",
     ),
     Bug(
+        "a tuple is one argument of an exported file",
+        "jaxbn/_cli/commands.py",
+        "else tuple(x)  #",
+        "else (x,)  #",
+        "cli/test_gates.py::test_a_batch_of_several_inputs_is_good_for_every_command[arrays]",
+    ),
+    Bug(
+        "a missing package is noticed when all is folded",
+        "jaxbn/_cli/commands.py",
+        '        need(f"{printable(dest)} as {form.name}", package)\n',
+        "        pass\n",
+        "cli/test_gates.py::test_what_a_format_needs_is_told_before_any_work[a-tensorflow]",
+    ),
+    Bug(
+        "arrays of savez without names are a dict",
+        "jaxbn/_checkpoints/inputs.py",
+        "if {*batch} == {*in_a_row} else batch",
+        "if not batch else batch",
+        "cli/test_gates.py::test_arrays_of_savez_without_names_are_a_tuple",
+    ),
+    Bug(
         "a model that ends the program ends it well",
         "jaxbn/_cli/commands.py",
         "    except (Exception, SystemExit) as error:",
@@ -1981,8 +2052,19 @@ def fails(bug, seed=True):
     return run.returncode == 1
 
 
+def chosen_by(names):
+    """The bugs of these names; all without names. Ends the program if a name is no bug's."""
+    known = [bug.name for bug in BUGS]
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
+            expected = ", ".join(map(repr, close))
+            sys.exit(f"seeded_bugs: no bug is called {name!r}, expected a name such as {expected}")
+    return [bug for bug in BUGS if not names or bug.name in names]
+
+
 def main(names):
-    chosen = [bug for bug in BUGS if not names or bug.name in names]
+    chosen = chosen_by(names)
     sound = list(dict.fromkeys(bug.test for bug in chosen))
     first = {bug.test: bug for bug in reversed(chosen)}
     with ThreadPoolExecutor(2) as pool:

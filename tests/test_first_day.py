@@ -9,7 +9,7 @@ import pytest
 from flax import errors, nnx
 
 import jaxbn
-from jaxbn import _elsewhere, health, watch
+from jaxbn import _elsewhere, export, health, watch
 from tests.support.compiling import as_pasted
 
 X = jnp.ones((8, 3))
@@ -31,6 +31,20 @@ NNX = (
     "expected an nnx model; write with watch.nnx(model) as seen: y = model(x), or "
     "watch.linen(model.apply) of linen."
 )
+
+ALONE = "expected an nnx model alone, or linen's apply and its variables; write"
+RECALIBRATE = (
+    "expected apply(model, batch), the model and batches; write recalibrate(functools.partial("
+    "net.apply, train=False), variables, batches), or of nnx recalibrate(lambda model, x: "
+    "model(x), model, batches)."
+)
+BATCHES = "expected an iterable of batches, such as a list; write"
+FUNCTION = "expected an inference function with its weights closed over; write"
+SERVING = "health.serving(lambda x: net.apply(variables, x), x)"
+DRIFT = "drift(variables, (health.incoming(model.apply)(variables, x)[1] for x in data))"
+WRITERS = (export.onnx, export.stablehlo, export.tflite, export.saved_model)
+TO_A_FILE = "export.{}(lambda x: net.apply(variables, x), x, path)"
+NAME = 'expected the name of a file or of a folder; write "NAME".'
 
 
 class Net(nn.Module):
@@ -172,6 +186,159 @@ CASES = {  # of a linen model and its variables, and an nnx model
         lambda net, v, model: jaxbn.freeze(net, v),
         f"freeze: called with Net, {APPLY} freeze(net.apply, variables).",
     ),
+    "freeze of nnx, where= in the place of variables": (
+        lambda net, v, model: jaxbn.freeze(model, "norm"),
+        f"freeze: called with (BatchNorm, str), {ALONE} freeze(model, where=...) or "
+        "freeze(net.apply, variables).",
+    ),
+    "swap of nnx, to= in the place of variables": (
+        lambda net, v, model: jaxbn.swap(model, "layer"),
+        f"swap: called with (BatchNorm, str), {ALONE} swap(model, to=...) or "
+        "swap(net.apply, variables).",
+    ),
+    "swap, its arguments changed over": (
+        lambda net, v, model: jaxbn.swap(v, net.apply),
+        "swap: dict without variables, expected an nnx model, or linen's apply and its variables, "
+        '"params" and "batch_stats"; write swap(net.apply, variables).',
+    ),
+    "recalibrate as gap is called, of nnx": (
+        lambda net, v, model: jaxbn.recalibrate(model, [X]),
+        f"recalibrate: called with (BatchNorm, list), {RECALIBRATE}",
+    ),
+    "recalibrate without apply": (
+        lambda net, v, model: jaxbn.recalibrate(v, [X], limit=1),
+        f"recalibrate: called with (dict, list, int), {RECALIBRATE}",
+    ),
+    "recalibrate, its arguments changed over": (
+        lambda net, v, model: jaxbn.recalibrate(v, net.apply, [X]),
+        f"recalibrate: called with (dict, method, list), {RECALIBRATE}",
+    ),
+    "recalibrate by an nnx model": (
+        lambda net, v, model: jaxbn.recalibrate(model, model, [X]),
+        f"recalibrate: called with (BatchNorm, BatchNorm, list), {RECALIBRATE}",
+    ),
+    "recalibrate by a linen model": (
+        lambda net, v, model: jaxbn.recalibrate(net, v, [X]),
+        f"recalibrate: called with (Net, dict, list), {RECALIBRATE}",
+    ),
+    "recalibrate on one batch": (
+        lambda net, v, model: jaxbn.recalibrate(net.apply, v, X),
+        f"recalibrate: batches is an array of shape (8, 3), {BATCHES} "
+        "recalibrate(apply, model, [x]).",
+    ),
+    "recalibrate on one dict": (
+        lambda net, v, model: jaxbn.recalibrate(net.apply, v, {"x": X}),
+        f"recalibrate: batches is a dict, {BATCHES} recalibrate(apply, model, [x]).",
+    ),
+    "recalibrate on a function": (
+        lambda net, v, model: jaxbn.recalibrate(net.apply, v, iter),
+        f"recalibrate: batches is a builtin_function_or_method, {BATCHES} "
+        "recalibrate(apply, model, [x]).",
+    ),
+    "fold of a linen model": (
+        lambda net, v, model: jaxbn.fold(net, X),
+        f"fold: fn is a linen module without its variables, {FUNCTION} "
+        "jaxbn.fold(lambda x: model.apply(variables, x), x).",
+    ),
+    "fold of variables": (
+        lambda net, v, model: jaxbn.fold(v, X),
+        f"fold: fn is a dict, {FUNCTION} jaxbn.fold(lambda x: model.apply(variables, x), x).",
+    ),
+    "lint of a linen model": (
+        lambda net, v, model: health.lint(net, X),
+        "lint: fn is a linen module without its variables, expected a function with its weights "
+        "closed over, or an nnx model; write "
+        "health.lint(lambda x: net.apply(variables, x), x).",
+    ),
+    "serving as gap is called": (
+        lambda net, v, model: health.serving(net.apply, v, X),
+        "serving: called with (method, dict, ArrayImpl), expected an inference function and a "
+        f"batch; write {SERVING}.",
+    ),
+    "serving of a linen model": (
+        lambda net, v, model: health.serving(net, X),
+        f"serving: fn is a linen module without its variables, {FUNCTION} {SERVING}.",
+    ),
+    "serving, its arguments changed over": (
+        lambda net, v, model: health.serving(X, net.apply),
+        f"serving: fn is a ArrayImpl, {FUNCTION} {SERVING}.",
+    ),
+    "check of variables and a batch": (
+        lambda net, v, model: health.check(v, X),
+        "check: called with ArrayImpl, expected a dict, path → Moments of each layer, as "
+        "calls.hooked_apply(model.apply)(variables, x)[1] gives; write check(variables, moments).",
+    ),
+    "drift without batches": (
+        lambda net, v, model: health.drift(v),
+        "drift: called with (dict), expected running statistics, and the moments of each batch; "
+        f"write {DRIFT}.",
+    ),
+    "drift of one batch": (
+        lambda net, v, model: health.drift(v, X),
+        f"drift: batches is an array of shape (8, 3), {BATCHES} {DRIFT}.",
+    ),
+    "drift of batches": (
+        lambda net, v, model: health.drift(v, [X]),
+        "drift: called with ArrayImpl, expected a dict, path → Moments of each layer, as "
+        "health.incoming(model.apply)(variables, x)[1] gives; write drift(variables, batches), or "
+        "seen(variables, rows).",
+    ),
+    "decide on moments": (
+        lambda net, v, model: health.decide({"norm": jaxbn.moments(X)}),
+        "decide: called with dict of ['Moments'], expected a dict, path → Seen of each layer, as "
+        "health.merge gives; write health.decide(total).",
+    ),
+    "merge of moments": (
+        lambda net, v, model: health.merge({}, {"norm": jaxbn.moments(X)}),
+        "merge: called with dict of ['Moments'], expected a dict, path → Seen of each layer, as "
+        "health.seen gives; write health.merge(a, b).",
+    ),
+    "shards of a batch": (
+        lambda net, v, model: health.shards(X),
+        "health.shards: called with (ArrayImpl), expected the records of a step; write "
+        "health.shards(watch.records(...)).",
+    ),
+    **{
+        f"{call.__name__} as gap is called": (
+            lambda net, v, model, call=call: call(net.apply, v, X, "no/file"),
+            f"{call.__name__}: called with (method, dict, ArrayImpl, str), expected an inference "
+            f"function, an example batch and a path; write {TO_A_FILE.format(call.__name__)}.",
+        )
+        for call in WRITERS
+    },
+    **{
+        f"{call.__name__} of variables": (
+            lambda net, v, model, call=call: call(v, X, "file"),
+            f"{call.__name__}: fn is a dict, {FUNCTION} {TO_A_FILE.format(call.__name__)}.",
+        )
+        for call in WRITERS
+    },
+    "saved_model without a path": (
+        lambda net, v, model: export.saved_model(net, X, [X]),
+        f"saved_model: path is a list, {NAME}",
+    ),
+    **{
+        f"{call.__name__} on one batch": (
+            lambda net, v, model, call=call: call("source", X, "file"),
+            f"{call.__name__}: batches is an array of shape (8, 3), {BATCHES} "
+            f"export.{call.__name__}(source, [x], path).",
+        )
+        for call in (export.int8, export.tflite_int8)
+    },
+    "int8, its arguments changed over": (
+        lambda net, v, model: export.int8("source", "file", [X]),
+        f"int8: path is a list, {NAME}",
+    ),
+    "int8 without batches": (
+        lambda net, v, model: export.int8("source", "file"),
+        "int8: called with (str, str), expected an ONNX file, batches and a path; write "
+        "export.int8(source, [x], path).",
+    ),
+    "manifest of a path": (
+        lambda net, v, model: export.manifest("net.onnx"),
+        "manifest: called with (str), expected the result of an export; write "
+        "manifest(export.onnx(fn, x, path)).",
+    ),
     "swap of variables": (
         lambda net, v, model: jaxbn.swap(v, v),
         f"swap: called with dict, {APPLY} swap(net.apply, variables).",
@@ -231,4 +398,26 @@ def test_few_values_are_cured_by_what_changes_y():
     assert found["few_values"] == (
         'a larger batch, or jaxbn.swap: to="batch" with axis_name= pools over devices, to="group" '
         "needs no batch; jaxbn.health.advise(batch_per_device=...) tells which"
+    )
+
+
+def test_pythons_own_words_for_a_keyword_that_is_not_there():
+    with pytest.raises(
+        TypeError, match=r"^recalibrate\(\) got an unexpected keyword argument 'on'"
+    ):
+        jaxbn.recalibrate(Net().apply, {}, on=[X])
+
+
+def test_images_in_place_of_batches_of_images(models):
+    """Of rank 4, they may be batches of rank 3; only a failure says that they are not."""
+    net, v, _ = models
+
+    def apply(v, x, **how):
+        return net.apply(v, x[:, :, :, 0], **how)
+
+    with pytest.raises(IndexError) as error, as_pasted():
+        jaxbn.recalibrate(apply, v, jnp.ones((2, 4, 4, 3)))
+    assert error.value.__notes__[-1] == (
+        "recalibrate: batches is one array of shape (2, 4, 4, 3), each row of which is taken as a "
+        "batch; for one batch write recalibrate(apply, model, [x])."
     )

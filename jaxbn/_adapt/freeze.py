@@ -10,6 +10,7 @@ import numpy as np
 from jaxbn._inspection import layers, nnx_classes
 from jaxbn._inspection.hooks import Call, check_apply, hooked_apply
 from jaxbn._inspection.selection import Where, select
+from jaxbn._misuse import misuse
 from jaxbn._op.state import State
 from jaxbn._text import listed
 
@@ -37,7 +38,8 @@ def freeze(
       For nnx, the model; `unfreeze` undoes the change.
 
     Raises:
-      TypeError: linen's apply came without variables, or the model is a linen module or variables.
+      TypeError: linen's apply came without variables or an nnx model with some, or the model is a
+        linen module or variables.
       ValueError: there is no such layer, or no batch has updated a layer's statistics (count 0, or
         mean 0 and var 1). Frozen, such a layer would not normalize at all.
 
@@ -56,6 +58,10 @@ def freeze(
             f"freeze: {type(model).__name__} without variables, expected an nnx model, or linen's "
             f"apply and its variables; write freeze(net.apply, variables)."
         )
+    if nnx_model and variables is not None:
+        expected = "an nnx model alone, or linen's apply and its variables"
+        write = "freeze(model, where=...) or freeze(net.apply, variables)"
+        raise misuse("freeze", (model, variables), expected, write)
     if not nnx_model:
         check_apply("freeze", model, "freeze(net.apply, variables)")
     chosen = select("freeze", model if nnx_model else variables, where)

@@ -17,13 +17,21 @@ from jaxbn._extras import need
 from jaxbn._inspection import layers
 from jaxbn._inspection.observer import Observe, Observed, observer
 from jaxbn._inspection.selection import Where, select
+from jaxbn._misuse import check_batches, is_unbound, misuse, takes
 from jaxbn._op import arguments, devices
 from jaxbn._op.devices import Pool
 from jaxbn._op.pooling import across, merge
 from jaxbn._op.state import Moments, State
 from jaxbn._text import listed
 
+WRITE = (
+    "recalibrate(functools.partial(net.apply, train=False), variables, batches), or of nnx "
+    "recalibrate(lambda model, x: model(x), model, batches)"
+)
+EXPECTED = "apply(model, batch), the model and batches"
 
+
+@takes(EXPECTED, WRITE)
 def recalibrate(
     apply: Callable[..., Any],
     model: Any,
@@ -95,6 +103,10 @@ def recalibrate(
     ([2.5], [2.75], 2)
     """
     call = "recalibrate"
+    if not callable(apply) or layers.is_nnx(apply) or is_unbound(apply):
+        raise misuse(call, (apply, model, batches), EXPECTED, WRITE)
+    if not isinstance(batches, jax.core.Tracer):
+        check_batches(call, batches, f"{call}(apply, model, [x])")
     if variance not in ("pooled", "mean"):
         raise ValueError(f'{call}: variance={variance!r}, expected "pooled" or "mean".')
     number = isinstance(momentum, numbers.Real)
@@ -115,7 +127,15 @@ def recalibrate(
         total, count = _scanned(observe, fold, arrays, batches), len(batches)
     else:
         with _shown(batches, limit, progress) as shown:
-            total, count = _looped(observe, fold, arrays, shown)
+            try:
+                total, count = _looped(observe, fold, arrays, shown)
+            except Exception as error:
+                if hasattr(batches, "shape"):
+                    error.add_note(
+                        f"{call}: batches is one array of shape {batches.shape}, each row of which "
+                        f"is taken as a batch; for one batch write {call}(apply, model, [x])."
+                    )
+                raise
     if not count:
         raise ValueError(
             f"{call}: no batches, expected at least one. A generator that was used up gives none; "

@@ -12,10 +12,11 @@ from jaxbn._text import first_line, listed, printable
 
 
 def read_inputs(path: str | os.PathLike[str]) -> Any:
-    """The batch in an `.npz` file: its one array, or a dict of its arrays by name.
+    """The batch in an `.npz` file: its one array, a tuple of several, or a dict of them by name.
 
     Args:
-      path: a file of `np.savez(path, x)` or `np.savez(path, images=x, lengths=n)`.
+      path: a file of `np.savez(path, x)`, of `np.savez(path, x, n)` for a tuple, or of
+        `np.savez(path, images=x, lengths=n)` for a dict.
 
     Raises:
       FileNotFoundError: the file does not exist.
@@ -55,7 +56,10 @@ def read_inputs(path: str | os.PathLike[str]) -> Any:
             f"read_inputs: {listed(odd)} of {name}: expected arrays of numbers with rows on axis "
             f"0, at least one"
         )
-    return next(iter(batch.values())) if len(batch) == 1 else batch
+    if len(batch) == 1:
+        return next(iter(batch.values()))
+    in_a_row = [f"arr_{i}" for i in range(len(batch))]  # as np.savez names arrays without names
+    return tuple(batch[name] for name in in_a_row) if {*batch} == {*in_a_row} else batch
 
 
 def _array(stream: IO[bytes], size: int) -> np.ndarray:

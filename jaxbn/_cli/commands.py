@@ -17,12 +17,27 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxbn._cli import options
 from jaxbn._text import distinct, printable
 
-ARTIFACTS = (".onnx", ".stablehlo", ".tflite")
+
+class Format(NamedTuple):
+    """A format of exported files, and the functions of `jaxbn.export` for it."""
+
+    name: str
+    write: str
+    load: str
+    int8: str | None = None
+
+
+FORMATS = {  # by the suffix
+    ".onnx": Format("ONNX", "onnx", "session", "int8"),
+    ".stablehlo": Format("StableHLO", "stablehlo", "load_stablehlo"),
+    ".tflite": Format("TFLite", "tflite", "load_tflite", "tflite_int8"),
+    "": Format("a SavedModel", "saved_model", "load_saved_model"),
+}
 ARTIFACT = ".onnx, .stablehlo or .tflite"
 
 
@@ -184,22 +199,12 @@ def lint(args: Namespace) -> int:
 
 
 def export(args: Namespace) -> int:
-    """Folds the norms of the user's model and writes a file to serve."""
+    """Folds the norms of the user's model and writes a file, or a folder, to serve."""
     import jaxbn
     from jaxbn import export as tool
-    from jaxbn._files import check_place
-    from jaxbn.export._manifest import manifest_beside
 
     dest = Path(args.dest)
-    if dest.suffix not in ARTIFACTS:
-        ends = f"{printable(dest)} ends in {printable(dest.suffix) or 'nothing'}"
-        raise ValueError(f"{ends}, expected {ARTIFACT}")
-    if args.int8 and dest.suffix == ".stablehlo":
-        raise ValueError(
-            f"--int8 is for .onnx and .tflite, and {printable(dest)} ends in {dest.suffix}"
-        )
-    for place in (dest, manifest_beside(dest)):
-        check_place("export", place)
+    form = _format_of(dest, args.int8)
     fn, x, batches = _function(args)
     report = source = None
     if args.fold:
@@ -207,14 +212,15 @@ def export(args: Namespace) -> int:
         print(report)
     own = {} if args.tolerance is None else {"tolerance": args.tolerance}
     done: tool.Exported | tool.Quantized
-    write: Any = getattr(tool, dest.suffix.removeprefix("."))
-    if args.int8:
-        quantize = tool.int8 if dest.suffix == ".onnx" else tool.tflite_int8
+    fn, example = _of_arguments(fn, x), _arguments(x)
+    write: Any = getattr(tool, form.write)
+    if args.int8 and form.int8:
+        quantize: Any = getattr(tool, form.int8)
         with tempfile.TemporaryDirectory() as folder:
-            source = write(fn, x, Path(folder, f"float{dest.suffix}"))
-            done = quantize(source.path, batches, dest, **own)
+            source = write(fn, example, Path(folder, f"float{dest.suffix}"))
+            done = quantize(source.path, map(_arguments, batches), dest, **own)
     else:
-        done = write(fn, x, dest, **own)
+        done = write(fn, example, dest, **own)
     tool.manifest(done, folded=report, source=source, checkpoint=args.source)
     print(
         f"wrote {printable(dest)}: {done.bytes} bytes, largest error {done.relative:.1e} of the "
@@ -261,7 +267,7 @@ def compare(args: Namespace) -> int:
 def verify(args: Namespace) -> int:
     """Compares an exported file with the model it was made of. Status 1 if it is another."""
     from jaxbn._cli import comparison
-    from jaxbn.export._manifest import checksum
+    from jaxbn.export._beside import checksum
 
     if not _is_artifact(args.artifact):
         raise ValueError(
@@ -395,7 +401,7 @@ def _results(apply: Any, model: Any, x: Any) -> Any:
     except Exception as error:
         raise ValueError(
             f"the model fails on the inputs: {called(error)}; expected inputs as the model takes "
-            f"them, one array or a dict by name"
+            f"them, one array, a tuple or a dict by name"
         ) from error
 
 
@@ -411,6 +417,46 @@ def _inputs(args: Namespace, batches: Iterable[Any] | None = None) -> Any:
             "MODULE:FUNCTION for its first batch"
         )
     return _first(batches, args)
+
+
+def _format_of(dest: Path, int8: bool) -> Format:
+    """The format to export to. Raises if dest has the name of none, or cannot be written to."""
+    from jaxbn._extras import need
+    from jaxbn._files import check_new_folder, check_place
+    from jaxbn.export._beside import manifest_beside
+    from jaxbn.export._checked_file import PACKAGES
+
+    form = FORMATS.get(dest.suffix)
+    ends = f"{printable(dest)} ends in {printable(dest.suffix) or 'nothing'}"
+    if form is None or (not dest.suffix and "." in dest.name):  # ".onnx", of an empty $NAME.onnx
+        raise ValueError(
+            f"{ends}, expected {ARTIFACT}, or a name without a dot for the folder of a SavedModel"
+        )
+    calls = form.write, form.int8 if int8 else form.write
+    if calls[1] is None:
+        raise ValueError(f"--int8 is for .onnx and .tflite, and {ends}")
+    (check_place if dest.suffix else check_new_folder)("export", dest)
+    check_place("export", manifest_beside(dest))
+    for package in dict.fromkeys([*PACKAGES[calls[0]], *PACKAGES[calls[1]]]):
+        need(f"{printable(dest)} as {form.name}", package)
+    return form
+
+
+def _arguments(x: Any) -> tuple[Any, ...]:
+    """The arguments of an exported file for a batch: those in a tuple or a list, or one."""
+    if not isinstance(x, list | tuple):
+        return (x,)
+    return (x._asdict(),) if hasattr(x, "_fields") else tuple(x)  # type: ignore[union-attr]
+
+
+def _of_arguments(fn: Any, x: Any) -> Any:
+    """fn, a function of a batch of x's kind, as a function of its `_arguments`."""
+    if not isinstance(x, list | tuple):
+        return fn
+    kind = type(x)
+    if hasattr(x, "_fields"):
+        return lambda arrays: fn(kind(**arrays))
+    return lambda *arrays: fn(kind(arrays))
 
 
 def _first_row(x: Any) -> Any:
@@ -459,29 +505,25 @@ def _is_artifact(path: str) -> bool:
     """Whether a path is that of an exported file, by its name, or a SavedModel's folder."""
     from jaxbn.export._saved_model import is_saved_model
 
-    return Path(path).suffix in ARTIFACTS or is_saved_model(path)
+    suffix = Path(path).suffix
+    return (suffix != "" and suffix in FORMATS) or is_saved_model(path)
 
 
 def _artifact(path: str) -> tuple[Any, Any]:
     """An exported file as a function, and its manifest, which must fit the file; None without."""
     from jaxbn import export
-    from jaxbn.export._manifest import manifest_beside
+    from jaxbn.export._beside import manifest_beside
 
     path = str(Path(path))  # a folder's may end in a slash
     manifest = export.read_manifest(path) if manifest_beside(Path(path)).exists() else None
     suffix = Path(path).suffix
-    loads: dict[str, Any] = {
-        ".onnx": export.session,
-        ".stablehlo": export.load_stablehlo,
-        ".tflite": export.load_tflite,
-    }
-    load = loads.get(suffix, export.load_saved_model)
+    load: Any = getattr(export, FORMATS.get(suffix, FORMATS[""]).load)
     with _silent_compiler():
         fn = load(path)
 
     def run(x: Any) -> Any:
         with _silent_compiler():
-            y: Any = fn(x)
+            y: Any = fn(*_arguments(x))
         # Several results of a file stand in the order of the function's leaves, by any names.
         return list(y.values()) if suffix != ".stablehlo" and isinstance(y, Mapping) else y
 

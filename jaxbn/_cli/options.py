@@ -13,9 +13,9 @@ MODEL = """\
 --model MODULE:FUNCTION names a function of your own, in a module that Python can import from
 here. Called without arguments it returns what jaxbn.recalibrate takes: (apply, model, batches).
 apply(model, batch) runs the model in eval mode; model is linen's variables or an nnx module (shapes
-will do), which get the checkpoint's arrays by name; batches is an iterable of arrays, of which
-`fold` and `export` take the first as the example. This code runs; a checkpoint is data and never
-does.
+will do), which get the checkpoint's arrays by name; batches is an iterable of batches, of which
+`fold` and `export` take the first as the example. A batch is an array, or a tuple or a dict of
+arrays if the model has several inputs. This code runs; a checkpoint is data and never does.
 """
 EXAMPLES = """\
 examples:
@@ -166,13 +166,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     sub = command(
         "export",
-        "a file to serve: ONNX, StableHLO, TFLite; int8",
+        "a file to serve: ONNX, StableHLO, TFLite, SavedModel; int8",
         "Folds the norms and writes a file for any batch size, which is run and compared first.\n"
-        "TFLite has one batch size, that of the first batch.",
+        "TFLite has one batch size, that of the first batch. A SavedModel is a folder.",
         MODEL,
     )
     _add_source(sub, "source")
-    sub.add_argument("dest", metavar="DEST", help="NAME.onnx, .stablehlo or .tflite")
+    sub.add_argument(
+        "dest",
+        metavar="DEST",
+        help="NAME.onnx, .stablehlo or .tflite; without a suffix a SavedModel's new folder",
+    )
     _add_model(sub)
     sub.add_argument("--int8", action="store_true", help="ONNX, TFLite: calibrated on the batches")
     sub.add_argument("--no-fold", dest="fold", action="store_false", help="leave the norms")
@@ -273,7 +277,8 @@ def _add_gate(sub: Any, *, model: bool = True) -> None:
     sub.add_argument(
         "--inputs",
         metavar="FILE.npz",
-        help="a batch of np.savez, one array or several by name (the model's first batch)",
+        help="a batch of np.savez: one array, several in a row for a tuple, or several by name for "
+        "a dict (the model's first batch)",
     )
     sub.add_argument("--json", action="store_true", help="the same for programs")
     _add_matching(sub)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from jaxbn import convert
 from jaxbn._checkpoints.contents import Contents
+from jaxbn._misuse import are_batches
 from jaxbn._text import first_line, printable
 from jaxbn.convert._report import Report
 
@@ -51,7 +52,7 @@ def network(name: str) -> Network:
             f"network: {name} returns a {type(made).__name__}, expected a tuple (apply, model, "
             f"batches) with apply(model, batch), as jaxbn.recalibrate takes them."
         )
-    if not isinstance(made[2], Iterable):
+    if not are_batches(made[2]):
         raise ValueError(
             f"network: {name} returns batches that are a {type(made[2]).__name__}, expected a list "
             f"or another iterable of batches; write [x]."

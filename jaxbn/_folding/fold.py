@@ -12,6 +12,7 @@ from jaxbn._folding.constants import ARITHMETIC, floating, known
 from jaxbn._folding.program import Program, evaluate, trace
 from jaxbn._folding.rewrite import Rewrite, SiteOutcome
 from jaxbn._folding.training_mode import batch_statistics
+from jaxbn._misuse import check_function
 from jaxbn._op.axes import promote
 from jaxbn._text import aligned
 
@@ -320,11 +321,7 @@ def _tolerance(program: Program) -> float:
 
 
 def _check_arguments(fn: Any, args: Sequence[Any], tolerance: float | None) -> None:
-    if not callable(fn):
-        raise TypeError(
-            f"fold: fn is a {type(fn).__name__}, expected an inference function with its weights "
-            f"closed over; write jaxbn.fold(lambda x: model.apply(variables, x), x)."
-        )
+    check_function("fold", fn, "jaxbn.fold(lambda x: model.apply(variables, x), x)")
     if not jax.tree.leaves(args):
         raise ValueError(
             "fold: no example arguments, expected a batch to trace fn with; write "

@@ -7,6 +7,7 @@ from typing import Any
 from jaxbn._inspection import layers
 from jaxbn._inspection.hooks import check_apply
 from jaxbn._inspection.selection import Where, select
+from jaxbn._misuse import misuse
 from jaxbn._op.arguments import check_numbers
 from jaxbn._op.axes import is_integer
 from jaxbn._swapping.batch_norms import as_batch_norms
@@ -77,7 +78,8 @@ def swap(
       `Swapped(model, variables, report)`. Linen's model pickles if `net.apply` pickles.
 
     Raises:
-      TypeError: linen's apply came without variables, or the model is a linen module or variables.
+      TypeError: linen's apply came without variables or an nnx model with some, or the model is a
+        linen module or variables.
       ValueError: there is no such layer, norm or convolution, groups do not divide the features, an
         option is not one of the new norm, or a layer has a call of its own, which would be lost.
         Features are not on the last axis (not with "batch" or "flax"). For linen, what only a call
@@ -97,7 +99,11 @@ def swap(
     (2, (1, 4, 4, 16))
     """
     nnx_model = layers.is_nnx(model)
-    if not nnx_model and (variables is None or "params" not in variables):
+    if nnx_model and variables is not None:
+        expected = "an nnx model alone, or linen's apply and its variables"
+        write = "swap(model, to=...) or swap(net.apply, variables)"
+        raise misuse("swap", (model, variables), expected, write)
+    if not nnx_model and (not isinstance(variables, Mapping) or "params" not in variables):
         raise TypeError(
             f"swap: {type(model).__name__} without variables, expected an nnx model, or linen's "
             f'apply and its variables, "params" and "batch_stats"; write '

@@ -12,9 +12,22 @@ import numpy as np
 from jaxbn._extras import need
 from jaxbn._files import check_place, replacing
 from jaxbn._folding.training_mode import batch_statistics
+from jaxbn._misuse import check_function
+from jaxbn.export._beside import remove_older_manifest, weights_of
 
+PACKAGES = {  # that a call needs
+    "int8": ("onnx", "onnxruntime"),
+    "onnx": ("onnx", "onnxruntime", "jax2onnx"),
+    "saved_model": ("tensorflow",),
+    "stablehlo": ("flatbuffers",),
+    "tflite": ("litert_converter", "ai_edge_litert", "flatbuffers"),
+    "tflite_int8": ("ai_edge_litert", "ai_edge_quantizer"),
+}
 # The largest error over the largest value, by the result's dtype: some rounding steps.
 TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
+
+
+TO_A_FILE = "an inference function, an example batch and a path"
 
 
 class Exported(NamedTuple):
@@ -45,29 +58,36 @@ def arrays_of(results: Any) -> list[np.ndarray]:
     return list(results.values()) if isinstance(results, dict) else [results]
 
 
+def example_call(call: str) -> str:
+    """The line to write for a call that writes a function as a file."""
+    return f"export.{call}(lambda x: net.apply(variables, x), x, path)"
+
+
 def inference_inputs(
-    call: str, fn: Any, args: tuple[Any, ...], leaves: Sequence[Any], path: Any, *packages: str
+    call: str, fn: Any, args: tuple[Any, ...], leaves: Sequence[Any], path: Any
 ) -> list[jax.Array]:
     """Returns the arrays in args.
 
-    Raises if args hold something else or no row, fn is in training mode, no file can be written to
-    path, or a package is missing.
+    Raises if args hold something else or no row, fn is no function or in training mode, no file can
+    be written to path, or a package that the call needs is missing.
     """
+    check_function(call, fn, example_call(call))
     if not leaves:
         raise TypeError(f"{call}: x holds no array, expected an example batch, batch first.")
     for x in leaves:
         if not isinstance(x, jax.Array | np.ndarray) or not x.ndim:
             what = f"a {type(x).__name__}" if not hasattr(x, "shape") else "a scalar"
+            several = isinstance(x, list) and any(getattr(v, "ndim", 0) for v in x)
             raise TypeError(
                 f"{call}: x is {what}, expected an example batch, batch first; write "
-                f"jnp.asarray(x)."
+                f"{'tuple' if several else 'jnp.asarray'}(x)."
             )
         if not x.size:
             raise ValueError(
                 f"{call}: x has shape {x.shape}: it holds no number, expected an example batch."
             )
     check_place(call, path)
-    for package in packages:
+    for package in PACKAGES[call]:
         need(call, package)
     where = batch_statistics(fn, args)
     if where is not None:
@@ -88,6 +108,8 @@ def written(
 ) -> Exported:
     """Writes a file beside `path`, compares its results, and renames it to `path`.
 
+    An older file goes as a whole: with the weights that it referred to, and its manifest.
+
     Args:
       call: the public call, for errors.
       path: where the file goes.
@@ -97,6 +119,7 @@ def written(
       tolerances: the tolerance for each dtype; 0 for others.
     """
     path = Path(path)
+    older = weights_of(path)
     absolute = relative = 0.0
     with replacing(path) as file:
         write(file)
@@ -114,6 +137,9 @@ def written(
                     )
                 absolute, relative = max(absolute, errors[0]), max(relative, errors[1])
         size = sum(part.stat().st_size for part in file.parent.rglob("*") if part.is_file())
+    if older is not None and weights_of(path) is None:
+        older.unlink(missing_ok=True)
+    remove_older_manifest(path)
     return Exported(path, size, absolute, relative)
 
 

@@ -12,9 +12,12 @@ import numpy as np
 
 from jaxbn._extras import need
 from jaxbn._files import check_place
+from jaxbn._misuse import check_batches, takes
 from jaxbn._text import first_line, printable, short
+from jaxbn.export._beside import weights_of
 from jaxbn.export._checked_file import Case, arrays_of, written
 from jaxbn.export._session import session
+from jaxbn.export._signature import by_name
 
 Calibration = Literal["minmax", "entropy", "percentile"]
 METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
@@ -55,6 +58,10 @@ class Quantized(NamedTuple):
         )
 
 
+WRITE = "export.int8(source, [x], path)"
+
+
+@takes("an ONNX file, batches and a path", WRITE)
 def int8(
     source: str | os.PathLike[str],
     batches: Iterable[Any],
@@ -89,6 +96,7 @@ def int8(
         1 %; measure the accuracy of the task too.
 
     Raises:
+      TypeError: batches is no iterable of batches, or path no path.
       FileNotFoundError: source does not exist.
       ValueError: source is no ONNX file, there is no batch, the batches differ in shape or do not
         fit, a name in `leave_out` fits no node, or the error is above tolerance. Nothing is
@@ -102,6 +110,7 @@ def int8(
     FileNotFoundError: session: no ONNX file at nothing.onnx
     """
     check_place("int8", path)
+    check_batches("int8", batches, WRITE)
     original = session(source)
     for name, value, known in (
         ("calibration", calibration, METHODS),
@@ -117,7 +126,7 @@ def int8(
         raise quantized("int8", source)
     weights = {tensor.name for tensor in graph.initializer}
     names = [value.name for value in graph.input if value.name not in weights]
-    feeds = [feed_of(batch, names) for batch in batches]
+    feeds = [feed_of("int8", i, batch, names) for i, batch in enumerate(batches)]
     reference = run_or_refuse("int8", original, feeds)
     quantization = need("int8", "onnxruntime.quantization")
 
@@ -135,7 +144,7 @@ def int8(
                 "per_channel": per_channel,
                 "weight_type": quantization.QuantType.QInt8,
                 "nodes_to_exclude": _left_out(source, prepared, leave_out),
-                "use_external_data_format": Path(f"{source}.data").exists(),
+                "use_external_data_format": weights_of(Path(source)) is not None,
             }
             if dynamic:
                 quantization.quantize_dynamic(prepared, file, **common)
@@ -179,12 +188,15 @@ def quantized(call: str, source: Any) -> ValueError:
     )
 
 
-def feed_of(batch: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """A batch by the names of the inputs."""
-    if not isinstance(batch, Mapping):
-        arrays = batch if isinstance(batch, tuple) else (batch,)
-        batch = dict(zip(names, arrays, strict=False))
-    return {name: np.asarray(array) for name, array in batch.items()}
+def feed_of(call: str, i: int, batch: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Batch i by the names of the inputs. Raises unless the batch has these inputs and no other."""
+    feed, fits = by_name(names, batch if isinstance(batch, tuple) else (batch,))
+    if not fits:
+        raise ValueError(
+            f"{call}: batch {i} has other arrays than the file, expected {short(names)}; write a "
+            f"tuple in this order, or a dict by name."
+        )
+    return feed
 
 
 def _alike(feeds: Sequence[dict[str, np.ndarray]]) -> Sequence[dict[str, np.ndarray]]:
@@ -249,7 +261,7 @@ def _left_out(source: Any, prepared: Path, patterns: Sequence[str]) -> list[str]
         os.fspath(source),
         prepared,
         skip_symbolic_shape=True,
-        save_as_external_data=Path(f"{source}.data").exists(),
+        save_as_external_data=weights_of(Path(source)) is not None,
     )
     nodes = library.load(prepared, load_external_data=False).graph.node
     return fitting("int8", [node.name for node in nodes], patterns)

@@ -1,6 +1,5 @@
 """What an exported file was made of, as JSON beside the file, with the checksums of both."""
 
-import hashlib
 import json
 import math
 import os
@@ -12,13 +11,11 @@ import jax
 
 from jaxbn._files import check_place, replacing
 from jaxbn._folding.fold import FoldReport
+from jaxbn._misuse import misuse
 from jaxbn._text import first_line, printable
+from jaxbn.export._beside import FORMAT, checksum, checksums, manifest_beside, read, weights_of
 from jaxbn.export._checked_file import Exported
 from jaxbn.export._int8 import Quantized
-
-SUFFIX = ".manifest.json"
-FORMAT = 1
-LONGEST = 2**24  # bytes of a manifest; a network of 1000 sites needs a hundredth
 
 
 def manifest(
@@ -34,13 +31,14 @@ def manifest(
     `python -m jaxbn verify` refuse a file that is not the one of its manifest.
 
     Args:
-      done: what `stablehlo`, `onnx` or `int8` returned.
+      done: what `stablehlo`, `onnx`, `int8` or another export returned.
       folded: the report of `jaxbn.fold`.
       source: what `onnx` returned, for a file of `int8`.
       checkpoint: the file or folder that the weights came from. Its checksum is written, and its
         name, without the folders before the name.
 
     Raises:
+      TypeError: done is something else.
       OSError: a file cannot be read or written.
 
     >>> import tempfile, jax.numpy as jnp
@@ -51,6 +49,10 @@ def manifest(
     ...     path.name, export.read_manifest(done.path)["checkpoint"]
     ('sin.stablehlo.manifest.json', None)
     """
+    if not isinstance(done, Exported | Quantized):
+        raise misuse(
+            "manifest", [done], "the result of an export", "manifest(export.onnx(fn, x, path))"
+        )
     path = manifest_beside(done.path)
     check_place("manifest", path)
     sites = () if folded is None else folded.sites
@@ -93,8 +95,9 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
       path: the exported file.
 
     Returns:
-      A dict with `artifact`, `weights` (beside an ONNX file above 2 GB) and `checkpoint`, each with
-      `file`, `bytes` and `sha256`, or None; `folded`, `not_folded`, `errors`, and the versions.
+      A dict with `artifact`, `weights` (beside an ONNX file that refers to them) and `checkpoint`,
+      each with `file`, `bytes` and `sha256`, or None; `folded`, `not_folded`, `errors`, and the
+      versions.
 
     Raises:
       FileNotFoundError: there is no such file, or no manifest beside the file.
@@ -116,43 +119,19 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"after an export"
         )
     try:
-        if place.stat().st_size > LONGEST:
-            raise ValueError(f"it is longer than {LONGEST} bytes")
-        content = json.loads(place.read_text(encoding="utf-8"))
-        _check(content)
+        content = read(place)
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"read_manifest: {printable(place)} is no manifest of jaxbn.export.manifest: "
             f"{first_line(error)}"
         ) from error
-    for part, name in ((path, "artifact"), (weights_of(path), "weights")):
-        declared = (content[name] or {"sha256": "no such file"})["sha256"]
-        found = checksum(part) if part.exists() else "no such file"
+    for part, found, declared in checksums(content, path):
         if found != declared:
             raise ValueError(
                 f"read_manifest: {printable(part)} has the SHA-256 {found[:12]}…, but its manifest "
                 f"says {printable(declared[:12])}…: the file has changed; export it again"
             )
     return content
-
-
-def checksum(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file; of a folder, of the names and checksums of the files in it.
-
-    >>> import pathlib, tempfile
-    >>> from jaxbn.export import _manifest
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     _ = pathlib.Path(folder, "a").write_bytes(b"")
-    ...     _manifest.checksum(f"{folder}/a")[:8]
-    'e3b0c442'
-    """
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        lines = [f"{checksum(file)} {file.relative_to(path).as_posix()}\n" for file in files]
-        return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _content() -> dict[str, Any]:
@@ -173,43 +152,17 @@ def _content() -> dict[str, Any]:
 def _files(path: Path) -> dict[str, Any]:
     """The entries of an exported file and of the weights beside the file."""
     weights = weights_of(path)
-    return {"artifact": _entry(path), "weights": _entry(weights) if weights.is_file() else None}
+    return {"artifact": _entry(path), "weights": None if weights is None else _entry(weights)}
 
 
 def _write(content: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def manifest_beside(path: Path) -> Path:
-    """Where the manifest of an exported file is."""
-    return path.with_name(path.name + SUFFIX)
-
-
-def weights_of(path: Path) -> Path:
-    """Where the weights of an ONNX file are that are too large for the file."""
-    return path.with_name(f"{path.name}.data")
-
-
 def _entry(path: Path) -> dict[str, Any]:
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files)
     return {"file": path.name, "bytes": size, "sha256": checksum(path)}
-
-
-def _check(content: Any) -> None:
-    """Raises unless the content of a manifest has its form."""
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"expected an object of format {FORMAT}")
-    for name in ("artifact", "weights", "checkpoint"):
-        entry = content.get(name)
-        if entry is None and name != "artifact":
-            content[name] = None
-            continue
-        if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
-            raise ValueError(f"expected the SHA-256 of the {name}")
-    for name, kind in (("folded", list), ("not_folded", list), ("errors", dict)):
-        if not isinstance(content.get(name), kind):
-            raise ValueError(f"expected {name}, a {kind.__name__}")
 
 
 def _finite(v: float) -> float | None:

@@ -11,11 +11,15 @@ import numpy as np
 
 from jaxbn._extras import need
 from jaxbn._folding.program import Op, run, trace
+from jaxbn._misuse import takes
+from jaxbn.export._beside import WEIGHTS
 from jaxbn.export._checked_file import (
+    TO_A_FILE,
     TOLERANCES,
     Case,
     Exported,
     arrays_of,
+    example_call,
     inference_inputs,
     written,
 )
@@ -30,6 +34,7 @@ OPSETS = range(17, 24)  # what the converter writes and onnxruntime reads
 LIMIT = 2**31 - 2**20  # of a protobuf file, in bytes, with room for the graph
 
 
+@takes(TO_A_FILE, example_call("onnx"))
 def onnx(
     fn: Callable[..., Any],
     x: Any,
@@ -57,7 +62,8 @@ def onnx(
       fn: an inference function, batch first.
       x: an example batch: an array, a dict of arrays for `fn(x)`, or a tuple for `fn(*x)`. Any
         dtype: uint8 images, int32 tokens.
-      path: the file; an older file is replaced once the new one is complete.
+      path: the file; an older file, with the weights beside it that it refers to and its manifest,
+        is replaced once the new one is complete.
       inputs: names of the inputs, in the order of `jax.tree.leaves(x)`. None: the keys of a dict,
         else "input", or "input_0" and so on.
       outputs: names of the results, in the order of `jax.tree.leaves`. None: as for inputs, with
@@ -70,7 +76,7 @@ def onnx(
         in float16, 3e-2 in bfloat16, 0 for integers.
 
     Raises:
-      TypeError: x is no array.
+      TypeError: fn is no function, or x no array.
       ValueError: fn is in training mode or has an operation that ONNX lacks, names, sizes or opset
         do not fit, a result is not finite, or the file differs from fn by more than tolerance.
         Nothing is written then.
@@ -83,7 +89,7 @@ def onnx(
     TypeError: onnx: x is a list, expected an example batch, batch first; write jnp.asarray(x).
     """
     args, leaves, structure = flat_args(x)
-    leaves = inference_inputs("onnx", fn, args, leaves, path, "onnx", "onnxruntime", "jax2onnx")
+    leaves = inference_inputs("onnx", fn, args, leaves, path)
     if opset not in OPSETS:
         raise ValueError(
             f"onnx: opset is {opset!r}, expected {OPSETS[0]} to {OPSETS[-1]}; write opset=21."
@@ -108,7 +114,7 @@ def onnx(
     def write(file: Path) -> None:
         library = need("onnx", "onnx")
         weights = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-        apart = {"save_as_external_data": True, "location": f"{file.name}.data"}
+        apart = {"save_as_external_data": True, "location": f"{file.name}{WEIGHTS}"}
         library.save_model(model, os.fspath(file), **(apart if weights > LIMIT else {}))
         try:
             library.checker.check_model(os.fspath(file), full_check=True)

@@ -10,9 +10,19 @@ import jax
 import numpy as np
 
 from jaxbn._extras import need
+from jaxbn._files import check_new_folder
 from jaxbn._folding.program import trace
+from jaxbn._misuse import takes
 from jaxbn._text import first_line, printable
-from jaxbn.export._checked_file import Case, Exported, arrays_of, inference_inputs, written
+from jaxbn.export._checked_file import (
+    TO_A_FILE,
+    Case,
+    Exported,
+    arrays_of,
+    example_call,
+    inference_inputs,
+    written,
+)
 from jaxbn.export._refusal import exported_alone, refusal
 from jaxbn.export._signature import (
     by_name,
@@ -29,6 +39,7 @@ XLA = "tensorflow.compiler.tf2xla.python.xla"  # as jax2tf calls StableHLO
 STABLEHLO = "1.10.0"  # what is written: TensorFlow 2.21 reads up to 1.13, jax 0.12 writes 1.18
 
 
+@takes(TO_A_FILE, example_call("saved_model"))
 def saved_model(
     fn: Callable[..., Any],
     x: Any,
@@ -57,7 +68,7 @@ def saved_model(
         in float16, 3e-2 in bfloat16, 0 for integers.
 
     Raises:
-      TypeError: x is no array.
+      TypeError: fn is no function, or x no array.
       FileExistsError: there is something at path.
       ValueError: fn is in training mode, names or sizes do not fit, a result is not finite, or the
         folder differs from fn by more than tolerance. Nothing is written then.
@@ -69,12 +80,9 @@ def saved_model(
         ...
     FileExistsError: saved_model: . is there already; name a new folder.
     """
-    if Path(path).exists():
-        raise FileExistsError(
-            f"saved_model: {printable(path)} is there already; name a new folder."
-        )
+    check_new_folder("saved_model", path)
     args, leaves, structure = flat_args(x)
-    leaves = inference_inputs("saved_model", fn, args, leaves, path, "tensorflow")
+    leaves = inference_inputs("saved_model", fn, args, leaves, path)
     from jax.extend import mlir  # slow to import
 
     tf, xla = need("saved_model", "tensorflow"), need("saved_model", XLA)

@@ -12,7 +12,11 @@ from jaxbn._text import first_line
 def flat_args(x: Any) -> tuple[tuple[Any, ...], list[Any], Any]:
     """The arguments that x stands for, their arrays, and the structure that holds the arrays."""
     args = x if isinstance(x, tuple) and not hasattr(x, "_fields") else (x,)
-    return args, *jax.tree.flatten(args, is_leaf=lambda v: isinstance(v, list))
+    return args, *jax.tree.flatten(args, is_leaf=_is_list)
+
+
+def _is_list(v: Any) -> bool:
+    return isinstance(v, list)
 
 
 def shapes_of(call: str, leaves: Sequence[Any], sizes: str | Sequence[str] | None) -> list[Any]:
@@ -81,10 +85,20 @@ def names_of(call: str, what: str, given: Sequence[str] | None, tree: Any) -> li
 
 
 def by_name(names: Collection[str], arrays: Sequence[Any]) -> tuple[dict[str, np.ndarray], bool]:
-    """The arguments of a call, in order or one dict, by name; and whether they are the inputs."""
+    """The arguments of a call, in order or one dict, by name; and whether they are the inputs.
+
+    Trees are taken apart. The name of an array has the keys that lead to it, as in `names_of`.
+    """
     keyed = len(arrays) == 1 and isinstance(arrays[0], Mapping)
-    given = dict(arrays[0] if keyed else zip(names, arrays, strict=False))
-    fits = given.keys() == {*names} and (keyed or len(arrays) == len(given))
+    # Key by key: JAX would sort the keys, and a dict of np.load is no tree to JAX.
+    parts = [{key: v} for key, v in arrays[0].items()] if keyed else arrays
+    found = [
+        (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
+        for part in parts
+        for path, leaf in jax.tree_util.tree_flatten_with_path(part, is_leaf=_is_list)[0]
+    ]
+    given = dict(found if keyed else zip(names, (leaf for _, leaf in found), strict=False))
+    fits = given.keys() == {*names} and len(given) == len(found)
     return {name: np.asarray(array) for name, array in given.items()}, fits
 
 

@@ -9,16 +9,26 @@ from typing import Any
 import jax
 
 from jaxbn._folding.program import trace
+from jaxbn._misuse import takes
 from jaxbn._text import first_line, printable
-from jaxbn.export._checked_file import TOLERANCES, Case, Exported, inference_inputs, written
+from jaxbn.export._checked_file import (
+    TO_A_FILE,
+    TOLERANCES,
+    Case,
+    Exported,
+    example_call,
+    inference_inputs,
+    written,
+)
 from jaxbn.export._refusal import exported_alone, refusal
-from jaxbn.export._signature import names_of
+from jaxbn.export._signature import flat_args, names_of, shapes_of
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
+@takes(TO_A_FILE, example_call("stablehlo"))
 def stablehlo(
-    fn: Callable[..., jax.Array],
+    fn: Callable[..., Any],
     x: Any,
     path: str | os.PathLike[str],
     *,
@@ -32,15 +42,16 @@ def stablehlo(
     newer jax wrote.
 
     Args:
-      fn: an inference function of one array, batch first.
-      x: an example batch.
+      fn: an inference function, batch first.
+      x: an example batch: an array, a dict of arrays for `fn(x)`, or a tuple for `fn(*x)`. The
+        function that `load_stablehlo` returns is called as fn is.
       path: the file; an older file is replaced once the new one is complete.
       platforms: the platforms that can run the file. Only that of this machine is compared.
       tolerance: the largest error over fn's largest value; None for 1e-5 of float32, 4e-3 of
         float16, 3e-2 of bfloat16.
 
     Raises:
-      TypeError: x is no array.
+      TypeError: fn is no function, or x no array.
       ValueError: fn is in training mode, works at one size alone, calls into Python or returns no
         array, a result is not finite, or the file differs from fn by more than tolerance. Nothing
         is written then.
@@ -53,20 +64,28 @@ def stablehlo(
     ...     export.load_stablehlo(done.path)(jnp.ones((1, 3))).tolist()
     [[2.0, 2.0, 2.0]]
     """
-    (x,) = inference_inputs("stablehlo", fn, (x,), (x,), path, "flatbuffers")
-    batch = jax.export.symbolic_shape("batch")
-    shape = jax.ShapeDtypeStruct((*batch, *x.shape[1:]), x.dtype)
+    args, leaves, structure = flat_args(x)
+    leaves = inference_inputs("stablehlo", fn, args, leaves, path)
+    args = jax.tree.unflatten(structure, leaves)
+    shapes = jax.tree.unflatten(structure, shapes_of("stablehlo", leaves, None))
     try:
-        program = jax.export.export(jax.jit(fn), platforms=platforms)(shape)
+        program = jax.export.export(jax.jit(fn), platforms=platforms)(*shapes)
+    except Exception as error:
+        raise _refusal(fn, shapes, platforms, error) from error
+    try:
         content = bytes(program.serialize())
     except Exception as error:
-        raise _refusal(fn, shape, platforms, error) from error
+        raise ValueError(
+            f"stablehlo: a file cannot hold x or the results of fn as they are: "
+            f"{first_line(error)}; expected arrays in tuples, lists, and dicts by name; of a "
+            f"NamedTuple write x._asdict()."
+        ) from error
     names_of("stablehlo", "outputs", None, program.out_avals)
 
     def cases(path: Path) -> Iterator[Case]:
         here = jax.default_backend()
         if ("cuda" if here == "gpu" else here) in platforms:
-            yield Case(jax.tree.leaves(load_stablehlo(path)(x)), jax.tree.leaves(fn(x)))
+            yield Case(jax.tree.leaves(load_stablehlo(path)(*args)), jax.tree.leaves(fn(*args)))
 
     return written(
         "stablehlo",
@@ -78,12 +97,14 @@ def stablehlo(
     )
 
 
-def _refusal(fn: Any, shape: Any, platforms: Sequence[str], error: Exception) -> ValueError:
+def _refusal(
+    fn: Any, shapes: Sequence[Any], platforms: Sequence[str], error: Exception
+) -> ValueError:
     """The refusal of what cannot be traced at any batch size, or not be written to a file."""
     try:
-        ops = trace(fn, [shape], lambda eqn: True).ops
+        ops = trace(fn, shapes, lambda eqn: True).ops
     except Exception as reason:
-        sizes = ", ".join(map(str, shape.shape))
+        sizes = ", ".join(map(str, jax.tree.leaves(shapes)[0].shape))
         return ValueError(
             f"stablehlo: fn cannot be traced with sizes {sizes}: {first_line(reason)}; expected "
             f"operations that work at any batch size."
@@ -110,6 +131,8 @@ def load_stablehlo(path: str | os.PathLike[str]) -> Callable[..., jax.Array]:
     ...     export.load_stablehlo(done.path)(jnp.zeros((3, 2))).shape
     (3, 2)
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"load_stablehlo: no StableHLO file at {printable(path)}")
     content = Path(path).read_bytes()
     try:
         return jax.export.deserialize(bytearray(content)).call

@@ -10,8 +10,17 @@ import numpy as np
 
 from jaxbn._extras import need
 from jaxbn._folding.program import Op, Program, trace
+from jaxbn._misuse import takes
 from jaxbn._text import first_line, printable
-from jaxbn.export._checked_file import Case, Exported, arrays_of, inference_inputs, written
+from jaxbn.export._checked_file import (
+    TO_A_FILE,
+    Case,
+    Exported,
+    arrays_of,
+    example_call,
+    inference_inputs,
+    written,
+)
 from jaxbn.export._refusal import refusal
 from jaxbn.export._signature import by_name, flat_args, names_of
 from jaxbn.export._transposed import results_of
@@ -19,6 +28,7 @@ from jaxbn.export._transposed import results_of
 SIGNATURE = "serving_default"
 
 
+@takes(TO_A_FILE, example_call("tflite"))
 def tflite(
     fn: Callable[..., Any],
     x: Any,
@@ -45,7 +55,7 @@ def tflite(
         in float16, 3e-2 in bfloat16, 0 for integers.
 
     Raises:
-      TypeError: x is no array.
+      TypeError: fn is no function, or x no array.
       ValueError: fn is in training mode or has an operation that TFLite lacks, names do not fit, a
         result is not finite, or the file differs from fn by more than tolerance. Nothing is
         written then.
@@ -58,8 +68,7 @@ def tflite(
     TypeError: tflite: x is a list, expected an example batch, batch first; write jnp.asarray(x).
     """
     args, leaves, structure = flat_args(x)
-    packages = ("litert_converter", "ai_edge_litert", "flatbuffers")
-    leaves = inference_inputs("tflite", fn, args, leaves, path, *packages)
+    leaves = inference_inputs("tflite", fn, args, leaves, path)
 
     def flat(*leaves: Any) -> Any:
         return fn(*jax.tree.unflatten(structure, leaves))

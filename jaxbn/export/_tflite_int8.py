@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxbn._extras import need
 from jaxbn._files import check_place
+from jaxbn._misuse import check_batches, takes
 from jaxbn._text import printable
 from jaxbn.export._checked_file import Case, arrays_of, written
 from jaxbn.export._int8 import Quantized, feed_of, fitting, quantized, run_or_refuse, times_of
@@ -17,6 +18,10 @@ from jaxbn.export._tflite import in_parts, load_tflite
 MOVES = {"RESHAPE", "TRANSPOSE", "SQUEEZE", "EXPAND_DIMS", "QUANTIZE", "DEQUANTIZE"}
 
 
+WRITE = "export.tflite_int8(source, [x], path)"
+
+
+@takes("a TFLite file, batches and a path", WRITE)
 def tflite_int8(
     source: str | os.PathLike[str],
     batches: Iterable[Any],
@@ -45,6 +50,7 @@ def tflite_int8(
         1 %; measure the accuracy of the task too.
 
     Raises:
+      TypeError: batches is no iterable of batches, or path no path.
       FileNotFoundError: source does not exist.
       ValueError: source is no TFLite file, there is no batch, the batches do not fit, a name in
         `leave_out` fits no node, or the error is above tolerance. Nothing is written then.
@@ -57,12 +63,14 @@ def tflite_int8(
     FileNotFoundError: tflite_int8: no TFLite file at nothing.tflite
     """
     check_place("tflite_int8", path)
+    check_batches("tflite_int8", batches, WRITE)
     if not Path(source).is_file():
         raise FileNotFoundError(f"tflite_int8: no TFLite file at {printable(source)}")
     quantizer = need("tflite_int8", "ai_edge_quantizer.quantizer")
     recipe = need("tflite_int8", "ai_edge_quantizer.recipe")
     original = load_tflite(source)
-    feeds = [feed_of(batch, [*original.inputs]) for batch in batches]
+    names = [*original.inputs]
+    feeds = [feed_of("tflite_int8", i, batch, names) for i, batch in enumerate(batches)]
     reference = run_or_refuse("tflite_int8", original, feeds)
     nodes = [*_operators(Path(source).read_bytes())]
     if any("INT8" in dtypes for _, _, dtypes in nodes):

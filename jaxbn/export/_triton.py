@@ -12,7 +12,8 @@ import numpy as np
 from jaxbn._extras import need
 from jaxbn._files import replacing
 from jaxbn._text import first_line, printable
-from jaxbn.export._manifest import manifest_of, weights_of, write_for_copy
+from jaxbn.export._beside import WEIGHTS, weights_of
+from jaxbn.export._manifest import manifest_of, write_for_copy
 from jaxbn.export._session import session
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -185,7 +186,7 @@ def _next_version(model: Path) -> int:
 
 def _copy(source: Path, path: Path) -> None:
     """Copies an ONNX file; weights beside the file get the name that belongs to the copy."""
-    if not weights_of(source).is_file():
+    if weights_of(source) is None:
         shutil.copyfile(source, path)
         return
     library = need("triton", "onnx")
@@ -193,5 +194,5 @@ def _copy(source: Path, path: Path) -> None:
         library.load(os.fspath(source)),
         os.fspath(path),
         save_as_external_data=True,
-        location=weights_of(path).name,
+        location=f"{path.name}{WEIGHTS}",
     )

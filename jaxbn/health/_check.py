@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxbn._inspection import layers
+from jaxbn._misuse import check_by_path
 from jaxbn._op.state import Moments
 from jaxbn.health._findings import (
     Finding,
@@ -53,6 +54,7 @@ def check(
       A list of `Finding`; empty if nothing is wrong.
 
     Raises:
+      TypeError: moments is not a dict, path → `Moments`.
       ValueError: the tree holds no batch norm layer, or the moments are of another model.
 
     >>> import jax.numpy as jnp, jaxbn
@@ -63,6 +65,8 @@ def check(
     """
     found = _layers_of("check", tree)
     moments = {} if moments is None else moments
+    source = "calls.hooked_apply(model.apply)(variables, x)[1]"
+    check_by_path("check", moments, (Moments,), "check(variables, moments)", source)
     for path, of_x in moments.items():
         if path not in found:
             raise ValueError(

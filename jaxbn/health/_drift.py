@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxbn._misuse import check_batches, check_by_path, takes
 from jaxbn._op.state import Moments
 from jaxbn._text import aligned
 from jaxbn.health._findings import WARNING, Finding
@@ -65,6 +66,10 @@ class Drift(NamedTuple):
         return "\n".join(aligned(rows, right=5))
 
 
+WRITE = "drift(variables, (health.incoming(model.apply)(variables, x)[1] for x in data))"
+
+
+@takes("running statistics, and the moments of each batch", WRITE)
 def drift(
     state: Any,
     batches: Mapping[str, Moments] | Iterable[Mapping[str, Moments]],
@@ -109,6 +114,7 @@ def drift(
       A `Drift`.
 
     Raises:
+      TypeError: a batch is not a dict, path → `Moments`.
       ValueError: there are no batches or fewer than 2 rows, or the moments do not fit the state.
 
     >>> import jax, jax.numpy as jnp, jaxbn
@@ -118,6 +124,8 @@ def drift(
     >>> jaxbn.health.drift(state, rows[:1]).alarm, jaxbn.health.drift(state, rows[1:]).alarm
     (False, True)
     """
+    if not isinstance(batches, Mapping):
+        check_batches("drift", batches, WRITE)
     total: dict[str, Seen] = {}
     for rows in [batches] if isinstance(batches, Mapping) else batches:
         total = merge(total, seen(state, rows, epsilon=epsilon))
@@ -145,6 +153,7 @@ def decide(
       A `Drift`.
 
     Raises:
+      TypeError: total is not a dict, path → `Seen`.
       ValueError: nothing was seen, fewer than 2 rows were, or the reference lacks a layer.
 
     >>> import jax, jax.numpy as jnp, jaxbn
@@ -158,6 +167,7 @@ def decide(
     """
     from scipy.special import stdtrit  # type: ignore[import-untyped]  # jax depends on scipy
 
+    check_by_path("decide", total, (Seen,), "health.decide(total)", "health.merge")
     _check_stream(total, reference, false_alarm)
     if tolerance is None:
         tolerance = FROM_STATE if reference is None else FROM_REFERENCE

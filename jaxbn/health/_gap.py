@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._inspection import hooks, layers
+from jaxbn._misuse import misuse
 from jaxbn._op.axes import resolve
 from jaxbn._op.devices import sharded_as
 from jaxbn._op.state import Moments
@@ -170,11 +171,9 @@ def _check_model(model: Any, args: Any, kwargs: Any) -> None:
         fits = callable(model) and not hasattr(model, "apply")
         fits = fits and len(args) + len(kwargs) > 1 and isinstance((*args, None)[0], Mapping)
     if not fits:
-        came = ", ".join(type(v).__name__ for v in (model, *args))
-        raise TypeError(
-            f"gap: called with ({came}), expected linen's apply, its variables and a batch, or an "
-            f"nnx model and a batch; write gap(model.apply, variables, x) or gap(model, x)."
-        )
+        expected = "linen's apply, its variables and a batch, or an nnx model and a batch"
+        write = "gap(model.apply, variables, x) or gap(model, x)"
+        raise misuse("gap", (model, *args), expected, write)
 
 
 def _runner(model: Any, args: Any, kwargs: Any) -> tuple[Callable[[hooks.Hook], Any], Any]:

@@ -11,6 +11,7 @@ import jax
 from jaxbn._folding.norms import Norm, norms
 from jaxbn._inspection import layers
 from jaxbn._inspection.hooks import hooked_nnx
+from jaxbn._misuse import check_function
 from jaxbn._text import distinct
 from jaxbn.health._findings import ERROR, WARNING, Finding, worst_first
 
@@ -51,11 +52,9 @@ def lint(fn: Any, *args: Any, train: bool | None = None) -> list[Finding]:
     >>> finding.layer, finding.kind, finding.figure
     ('layers_1', 'lost_bias', 3.0)
     """
-    if not callable(fn):
-        raise TypeError(
-            f"lint: fn is a {type(fn).__name__}, expected a function with its weights closed over, "
-            f"or an nnx model; write health.lint(lambda x: net.apply(variables, x), x)."
-        )
+    write = "health.lint(lambda x: net.apply(variables, x), x)"
+    expected = "a function with its weights closed over, or an nnx model"
+    check_function("lint", fn, write, expected)
     models = [v for v in (fn, *args) if layers.is_nnx(v)]
     data = [v for v in args if not layers.is_nnx(v)]
     if not jax.tree.leaves(data):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._inspection import hooks, layers
+from jaxbn._misuse import check_by_path
 from jaxbn._op.arguments import check_cells
 from jaxbn._op.axes import resolve
 from jaxbn._op.devices import sharded_as
@@ -142,6 +143,7 @@ def seen(state: Any, rows: Mapping[str, Moments], *, epsilon: float = 1e-5) -> d
       Path → `Seen`, a few numbers per channel.
 
     Raises:
+      TypeError: rows is not a dict, path → `Moments`.
       ValueError: a path or a shape does not fit the state.
 
     >>> import jax, jax.numpy as jnp, jaxbn
@@ -150,6 +152,9 @@ def seen(state: Any, rows: Mapping[str, Moments], *, epsilon: float = 1e-5) -> d
     >>> round(float(jaxbn.health.seen(state, {"bn": rows})["bn"].shift.mean[0]), 4)
     1.0
     """
+    write = "drift(variables, batches), or seen(variables, rows)"
+    source = "health.incoming(model.apply)(variables, x)[1]"
+    check_by_path("drift", rows, (Moments,), write, source)
     held = layers.find(state)
     for path, of_rows in rows.items():
         _check_fits(held, path, of_rows)
@@ -166,10 +171,15 @@ def merge(a: Mapping[str, Seen], b: Mapping[str, Seen]) -> dict[str, Seen]:
     Returns:
       Path → `Seen`, for the layers of either.
 
+    Raises:
+      TypeError: a or b is not a dict, path → `Seen`.
+
     >>> from jaxbn import health
     >>> health.merge({}, {})
     {}
     """
+    for part in (a, b):
+        check_by_path("merge", part, (Seen,), "health.merge(a, b)", "health.seen")
     both = {**a, **b}
     for path in a.keys() & b.keys():
         v, w = a[path], b[path]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._folding.training_mode import batch_statistics
+from jaxbn._misuse import check_function, takes
 from jaxbn._text import first_line
 from jaxbn.health._distances import relative_error
 from jaxbn.health._findings import ERROR, Finding, worst_first
@@ -17,6 +18,10 @@ EVAL = "run the norms in eval mode: train=False, use_running_average=True, model
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
 
 
+WRITE = "health.serving(lambda x: net.apply(variables, x), x)"
+
+
+@takes("an inference function and a batch", WRITE)
 def serving(fn: Callable[[Any], Any], x: Any, *, tolerance: float | None = None) -> list[Finding]:
     """What is wrong with a function that serves batches of rows, worst first.
 
@@ -45,6 +50,7 @@ def serving(fn: Callable[[Any], Any], x: Any, *, tolerance: float | None = None)
       mode, or the result: `result`, `result['logits']`.
 
     Raises:
+      TypeError: fn is no function of x.
       ValueError: x has no rows to compare, or fn returns no result, or one without a row for each
         row of x.
 
@@ -55,6 +61,7 @@ def serving(fn: Callable[[Any], Any], x: Any, *, tolerance: float | None = None)
     >>> [finding.kind for finding in jaxbn.health.serving(centred, x)]
     ['batch_dependent', 'batch_of_one']
     """
+    check_function("serving", fn, WRITE)
     n = _rows(x)
     if where := _training_mode(fn, x):
         return [Finding(where, "train_in_inference", ERROR, 1.0, 0.0, (), EVAL)]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._inspection.hooks import Call
+from jaxbn._misuse import misuse
 from jaxbn._op import devices
 from jaxbn._op.arguments import resolve
 from jaxbn._op.devices import Pool
@@ -186,6 +187,7 @@ def shards(records: Mapping[str, Any], *, limits: Limits = Limits()) -> list[Fin
       puts them. `repeated_shards`: at every layer they lie closer together, as copies do.
 
     Raises:
+      TypeError: records is no dict.
       ValueError: a record has no shards.
 
     >>> import jax, jax.numpy as jnp, jaxbn
@@ -200,6 +202,10 @@ def shards(records: Mapping[str, Any], *, limits: Limits = Limits()) -> list[Fin
     >>> found(x), found(x[jnp.argsort(x[:, 0])]), found(jnp.tile(x[:16], (4, 1)))
     ([], ['skewed_shards'], ['repeated_shards'])
     """
+    if not isinstance(records, Mapping):
+        raise misuse(
+            "health.shards", [records], "the records of a step", "health.shards(watch.records(...))"
+        )
     if missing := sorted(path for path, r in records.items() if getattr(r, "shards", None) is None):
         raise ValueError(
             f"health.shards: the records of {missing} have no shards, expected those of a step "

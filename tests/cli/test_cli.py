@@ -1073,7 +1073,18 @@ def test_errors_of_the_commands_that_write(net, capsys, tmp_path):
             "fold: the checkpoint has no part 'ema'; at its top are model, step."
         ),
         ("export", "net.msgpack", "net.pb", "--model", "net:network"): (
-            "export: net.pb ends in .pb, expected .onnx, .stablehlo or .tflite"
+            "export: net.pb ends in .pb, expected .onnx, .stablehlo or .tflite, or a name without "
+            "a dot for the folder of a SavedModel"
+        ),
+        ("export", "net.msgpack", ".onnx", "--model", "net:network"): (
+            "export: .onnx ends in nothing, expected .onnx, .stablehlo or .tflite, or a name "
+            "without a dot for the folder of a SavedModel"
+        ),
+        ("export", "net.msgpack", str(tmp_path), "--model", "net:network"): (
+            f"export: {tmp_path} is there already; name a new folder."
+        ),
+        ("export", "net.msgpack", "a", "--int8", "--model", "net:network"): (
+            "export: --int8 is for .onnx and .tflite, and a ends in nothing"
         ),
         ("export", "net.msgpack", "a.stablehlo", "--int8", "--model", "net:network"): (
             "export: --int8 is for .onnx and .tflite, and a.stablehlo ends in .stablehlo"

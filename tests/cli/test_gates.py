@@ -262,16 +262,22 @@ def test_a_manifest_that_is_not_of_its_file_is_refused(artifact, capsys):
     assert err.endswith(f"its manifest says {sha[:12]}…: the file has changed; export it again\n")
 
 
-def test_the_weights_beside_a_large_file_are_part_of_it(artifact):
-    beside = pathlib.Path("net.stablehlo.data")
+def test_the_weights_beside_a_large_file_are_part_of_it(tmp_path):
+    """If the file refers to them."""
+    path = tmp_path / "net.onnx"
+    beside = tmp_path / "net.onnx.data"
     beside.write_bytes(b"weights")
-    with pytest.raises(ValueError, match=r"net\.stablehlo\.data has the SHA-256 "):
-        export.read_manifest(artifact)
-    export.manifest(export.Exported(artifact, 0, 0.0, 0.0))
-    assert export.read_manifest(artifact)["weights"]["bytes"] == 7
+    for content, size in ((b"no word of it", None), (b"\n\x08location\x12\rnet.onnx.data", 7)):
+        path.write_bytes(content)
+        export.manifest(export.Exported(path, 0, 0.0, 0.0))
+        weights = export.read_manifest(path)["weights"]
+        assert (weights and weights["bytes"]) == size
+    beside.write_bytes(b"others")
+    with pytest.raises(ValueError, match=r"net\.onnx\.data has the SHA-256 "):
+        export.read_manifest(path)
     beside.unlink()
     with pytest.raises(ValueError, match="has the SHA-256 no such file…"):
-        export.read_manifest(artifact)
+        export.read_manifest(path)
 
 
 def test_compare_two_exported_files(artifact, capsys):
@@ -358,11 +364,34 @@ def test_a_saved_model_needs_tensorflow(folder, monkeypatch, capsys):
         assert err.endswith("…: the file has changed; export it again\n")
 
 
+LACKING = {  # destination, package → the format, and what to install
+    ("a.onnx", "jax2onnx"): ("ONNX", "'jaxbn[export]'"),
+    ("a.stablehlo", "flatbuffers"): ("StableHLO", "'jaxbn[export]'"),
+    ("a.tflite", "litert_converter"): ("TFLite", "'jaxbn[tflite]'"),
+    ("a", "tensorflow"): ("a SavedModel", "'jaxbn[saved-model]'"),
+}
+
+
+@pytest.mark.parametrize(("dest", "package"), LACKING, ids=lambda v: v)
+def test_what_a_format_needs_is_told_before_any_work(dest, package, net, monkeypatch, capsys):
+    """Nothing is folded, and the user's code does not run."""
+    monkeypatch.setitem(sys.modules, package, None)
+    name, install = LACKING[dest, package]
+    assert run(capsys, "export", "net.msgpack", dest, "--model=no_such:model") == (
+        2,
+        "",
+        f"export: {dest} as {name}: needs the package {package}, which is not installed; write "
+        f"pip install {install}.\n",
+    )
+
+
 def test_a_saved_model_through_the_gates(net, variables, capsys):
     pytest.importorskip("tensorflow")
     x = net.batches()[0]
-    done = export.saved_model(lambda x: net.Net().apply(variables, x), x, "net")
-    export.manifest(done, checkpoint="net.msgpack")
+    status, out, err = run(capsys, "export", "net.msgpack", "net", MODEL)
+    assert (status, err, out.splitlines()[-1][:11]) == (0, "", "wrote net: ")
+    assert export.read_manifest("net")["folded"] != []
+    assert [path.name for path in pathlib.Path().iterdir() if path.name.startswith(".")] == []
     np.savez("x.npz", x[:3])
     words = ["verify", "net", "--against", "net.msgpack", MODEL, "--inputs", "x.npz"]
     status, out, err = run(capsys, *words)
@@ -393,6 +422,106 @@ def test_a_tflite_file_through_the_gates(more, net, capsys):
     )
     assert "no manifest" not in out
     assert run(capsys, *words, "--bound", "1e-9")[0] == 1
+
+
+# Models of several inputs
+
+SEVERAL = """
+from functools import partial
+from typing import NamedTuple
+import flax.linen as nn
+import jax
+import numpy as np
+
+class Rows(NamedTuple):
+    a: object
+    b: object
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, a, b):
+        a = nn.BatchNorm(use_running_average=True, name="bn")(nn.Dense(3, name="fc")(a))
+        return a * nn.Dense(3, name="scale")(b)
+
+def rows(n=8):
+    random = np.random.default_rng(n)
+    return random.normal(3, 2, (n, 4)).astype("f"), random.normal(size=(n, 2)).astype("f")
+
+V = Net().init(jax.random.key(0), *rows())
+
+def network(make, take):
+    return lambda v, x, **how: Net().apply(v, *take(x), **how), V, [make(*rows()), make(*rows())]
+
+arrays = partial(network, lambda a, b: (a, b), lambda x: x)
+a_list = partial(network, lambda a, b: [a, b], lambda x: x)
+a_dict = partial(network, lambda a, b: {"a": a, "b": b}, lambda x: (x["a"], x["b"]))
+fields = partial(network, Rows, lambda x: (x.a, x.b))
+nested = partial(network, lambda a, b: {"c": (a, {"b": b})}, lambda x: (x["c"][0], x["c"][1]["b"]))
+deeper = partial(network, lambda a, b: ({"a": a}, (b,)), lambda x: (x[0]["a"], x[1][0]))
+"""
+
+
+@pytest.fixture
+def several(tmp_path, monkeypatch):
+    """`several`, models of one network whose two inputs come in one batch."""
+    (tmp_path / "several.py").write_text(SEVERAL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "several", raising=False)
+    import several
+
+    write.save("net.msgpack", several.V)
+    return several
+
+
+BATCHES = ["arrays", "a_list", "a_dict", "fields", "nested", "deeper"]
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_batch_of_several_inputs_is_good_for_every_command(batch, several, capsys):
+    model = f"--model=several:{batch}"
+    for words in (
+        "recalibrate net.msgpack new.msgpack",
+        "fold new.msgpack",
+        "serving new.msgpack",
+        "compare new.msgpack new.msgpack",
+        "export new.msgpack f.stablehlo",
+        "verify f.stablehlo --against new.msgpack",
+        "compare f.stablehlo f.stablehlo",
+    ):
+        status, _, err = run(capsys, *words.split(), model)
+        assert (words, status, err) == (words, 0, "")
+    assert run(capsys, "lint", model)[0] == 1  # a bias that the mean takes away
+
+
+def test_several_inputs_in_onnx_and_int8(several, capsys):
+    """A tuple and a dict of dicts: arrays by their places, and by the keys that lead to them."""
+    for batch in ("a_list", "nested"):
+        model = f"--model=several:{batch}"
+        for more in ([], ["--int8"]):
+            assert run(capsys, "export", "net.msgpack", "f.onnx", model, *more)[0] == 0
+            words = ["verify", "f.onnx", "--against", "net.msgpack", model]
+            status, _, err = run(capsys, *words, "--bound", "0.2" if more else "1e-4")
+            assert (status, err) == (0, "")
+        assert run(capsys, *words, "--bound", "1e-9")[0] == 1
+
+
+def test_arrays_of_savez_without_names_are_a_tuple(several, capsys):
+    np.savez("x.npz", *several.rows(5))
+    words = ["serving", "net.msgpack", "--inputs", "x.npz"]
+    for batch in ("arrays", "a_list", "a_dict"):
+        status, out, err = run(capsys, *words, f"--model=several:{batch}")
+        assert (status, out, err) == (
+            (0, "net.msgpack: passed\n", "")
+            if batch != "a_dict"
+            else (
+                2,
+                "",
+                "serving: the model fails on the inputs: TypeError: tuple indices must be integers "
+                "or slices, not str; expected inputs as the model takes them, one array, a tuple "
+                "or a dict by name\n",
+            )
+        )
 
 
 # serving
@@ -502,7 +631,8 @@ def test_inputs_that_the_model_does_not_take_are_told(words, artifact, net, caps
         2,
         "",
         f"{words[0]}: the model fails on the inputs: AttributeError: 'dict' object has no "
-        "attribute 'ndim'; expected inputs as the model takes them, one array or a dict by name\n",
+        "attribute 'ndim'; expected inputs as the model takes them, one array, a tuple or a dict "
+        "by name\n",
     )
 
 

@@ -170,8 +170,8 @@ STABLEHLO_LACKS = {
     ),
     "one size": (
         lambda x: x if x.shape[0] > 3 else x[:3],
-        "fn cannot be traced with sizes batch, 8, 8, 3: Symbolic dimension comparison 'batch' > "
-        "'3' is inconclusive; expected operations that work at any batch size.",
+        "fn cannot be traced with sizes B, 8, 8, 3: Symbolic dimension comparison 'B' > '3' is "
+        "inconclusive; expected operations that work at any batch size.",
     ),
     "no result": (lambda x: None, "fn returns no array, expected one array or several."),
 }
@@ -184,6 +184,26 @@ def test_what_stablehlo_lacks_is_refused(name, tmp_path):
         export.stablehlo(fn, X, tmp_path / "file")
     assert str(error.value) == f"stablehlo: {message}"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("x", [X, {0: X}], ids=["results", "x"])
+def test_what_a_stablehlo_file_cannot_hold_is_refused(x, tmp_path):
+    with pytest.raises(ValueError) as error:
+        export.stablehlo(lambda x: {0: x}, x, tmp_path / "file")
+    assert str(error.value) == (
+        "stablehlo: a file cannot hold x or the results of fn as they are: Serialization is "
+        "supported only for dictionaries with string keys. Found key 0 of type <class 'int'>; "
+        "expected arrays in tuples, lists, and dicts by name; of a NamedTuple write x._asdict()."
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_list_of_arrays_is_to_be_a_tuple(tmp_path):
+    with pytest.raises(TypeError) as error:
+        export.stablehlo(never, [X, X], tmp_path / "file")
+    assert str(error.value) == (
+        "stablehlo: x is a list, expected an example batch, batch first; write tuple(x)."
+    )
 
 
 def test_a_file_that_differs_is_not_written(folded, tmp_path, monkeypatch):

@@ -90,6 +90,13 @@ def test_several_inputs_are_calibrated_by_name(tmp_path):
     x = {"a": X[:, 0, 0], "b": X[:, 1, 1]}
     fn = {"sum": lambda x: (x["a"] + x["b"]) @ w}["sum"]
     export.onnx(fn, x, tmp_path / "f", inputs=("a", "b"))
+    for batch in (x["a"], (*x.values(), X), {"a": X}):
+        with pytest.raises(ValueError) as error:
+            export.int8(tmp_path / "f", [x, batch], tmp_path / "q")
+        assert str(error.value) == (
+            "int8: batch 1 has other arrays than the file, expected a, b; write a tuple in this "
+            "order, or a dict by name."
+        )
     for batch in (x, (x["a"], x["b"])):
         done = export.int8(tmp_path / "f", [batch], tmp_path / "q")
         assert 1e-4 < done.relative < 0.05

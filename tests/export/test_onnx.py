@@ -268,6 +268,57 @@ def test_large_weights_lie_beside_the_file(tmp_path, monkeypatch):
     np.testing.assert_allclose(export.session(done.path)(X), residual()(X), rtol=1e-4, atol=1e-5)
 
 
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+@pytest.mark.parametrize("write", [export.onnx, export.stablehlo, export.int8])
+def test_an_older_export_goes_as_a_whole(write, manifest, tmp_path, monkeypatch):
+    """With the weights that the older file referred to, and with its manifest."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    w = RANDOM.normal(size=(8 * 8 * 4, 3)).astype(np.float32)
+    fn = {"fn": lambda x: x.reshape(-1, 8 * 8 * 4) @ w}["fn"]
+    given = (fn, X) if write is not export.int8 else (export.onnx(fn, X, tmp_path / "f").path, [X])
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxbn.export._onnx.LIMIT", 100)
+        older = export.onnx(fn, X, folder / "net.onnx")
+    if manifest:
+        export.manifest(older)
+        whole = ["net.onnx", "net.onnx.data", "net.onnx.manifest.json"]
+        assert names_in(folder) == whole
+        with pytest.raises(ValueError, match="not finite"):
+            export.onnx(jnp.log, -jnp.ones_like(X), older.path)
+        assert (names_in(folder), export.read_manifest(older.path)["weights"]["bytes"]) == (
+            whole,
+            w.nbytes,
+        )
+    done = write(*given, older.path)
+    assert names_in(folder) == ["net.onnx"]
+    export.manifest(done)
+    told = export.read_manifest(done.path)
+    assert (told["weights"], told["artifact"]["bytes"]) == (None, done.bytes)
+
+
+def test_what_stands_beside_a_file_and_is_not_of_it_stays_and_does_not_count(tmp_path):
+    path = tmp_path / "net.onnx"
+    others = {"net.onnx.data": b"a user's", "net.onnx.manifest.json": b'{"format": 2}'}
+    for name, content in others.items():
+        (tmp_path / name).write_bytes(content)
+    w = RANDOM.normal(size=(4, 3)).astype(np.float32)
+    for _ in range(2):
+        done = export.onnx(lambda x: x @ w, X, path)
+        assert {name: (tmp_path / name).read_bytes() for name in others} == others
+    export.int8(path, [X], tmp_path / "int8")
+    export.manifest(done)
+    copy = export.triton(tmp_path / "models", path)
+    assert copy.read_bytes() == path.read_bytes()
+    assert export.read_manifest(path)["weights"] is None
+    assert "int8.data" not in names_in(tmp_path)
+    assert (tmp_path / "net.onnx.data").read_bytes() == others["net.onnx.data"]
+
+
 def test_a_function_of_other_rows_is_compared_with_itself(tmp_path):
     """The results on some rows are no rows of the results on all."""
     done = export.onnx(lambda x: x[::-1], X, tmp_path / "f")

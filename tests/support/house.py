@@ -9,7 +9,7 @@ ROOT = pathlib.Path(jaxbn.__file__).parent
 # A room imports rooms of lines above its own. Rooms of one line never import one another.
 ROOMS = (
     ("_text",),
-    ("_files", "_extras", "_elsewhere"),
+    ("_files", "_extras", "_elsewhere", "_misuse"),
     ("_op",),
     ("_inspection", "_folding"),
     ("linen", "nnx"),
