@@ -96,3 +96,5 @@ if __name__ == "__main__":
         main(**vars(args))
     except OSError as error:
         p.error(f"--out {args.out}: {error.strerror}")
+    except KeyboardInterrupt:
+        p.exit(130, "Stopped.\n")

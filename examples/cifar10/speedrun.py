@@ -284,6 +284,11 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> dict:
     p = parser()
     args = p.parse_args(argv)
+    with one_line(p):
+        return measured(args)
+
+
+def measured(args) -> dict:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     try:
         data = load(args.data, args.data_dir, console.print)
@@ -295,8 +300,8 @@ def main(argv: list[str] | None = None) -> dict:
             raise ValueError(f"--out {args.out}: a folder, expected the file to write")
         train_x = jnp.asarray(data.train_x[np.arange(len(data.train_y))])  # on the device, once
         train_y, test_x = jnp.asarray(data.train_y), data.test_x[np.arange(len(data.test_y))]
-    except (DataError, ValueError, OSError) as error:
-        p.error(told(error))
+    except ValueError as error:
+        raise DataError(told(error)) from None
     recipe = Recipe(data, args)
     eval_batch = min(2000, len(data.test_y))
     begin, draw, train, logits, seconds = compiled(
@@ -357,8 +362,7 @@ def main(argv: list[str] | None = None) -> dict:
         **{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
     }
     if args.out:
-        with one_line(p):
-            write(args.out, json.dumps(result, indent=1) + "\n")
+        write(args.out, json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -98,7 +98,7 @@ BAD = [
         "argument --wait: nan is out of range, must be from 0 to 86400",
     ),
     ("convert/zoo.py --tiny --torchvision", "--tiny has no networks of torchvision's"),
-    ("convert/torch_roundtrip.py {}/no x", "{0}/no: No such file or directory: {0}/no"),
+    ("convert/torch_roundtrip.py {}/no x", "No such file or directory: {0}/no"),
     (
         "convert/torch_roundtrip.py {}/wide/config.json x",
         "{}/wide/config.json: Error while deserializing header: header too large",
@@ -200,11 +200,44 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys, command, during):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_in_any_script_is_one_line(monkeypatch, capsys, script):
+    """Ctrl-C comes in the first function of an example that is called for the script's work."""
+    own, parse = EXAMPLES / "cifar10" / "command.py", argparse.ArgumentParser.parse_args
+
+    def interrupt(frame, event, _):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and EXAMPLES in path.parents and path != own:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    def parse_and_go_on(*args):
+        parsed = parse(*args)
+        sys.setprofile(interrupt)
+        return parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_go_on)
+    try:
+        code = status(monkeypatch, script, *ARGUMENTS.get(script.split("/")[-1], []))
+    except KeyboardInterrupt:  # which would end the tests
+        code = None
+    finally:
+        sys.setprofile(None)
+    assert code == 130
+    assert capsys.readouterr().err == "Stopped.\n"
+
+
+ARGUMENTS = {
+    "ship.py": ["RUN"],
+    "predict.py": ["RUN", "IMAGE"],
+    "watched.py": ["FOLDER"],
+    "torch_roundtrip.py": ["SOURCE", "TARGET"],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_an_unknown_option_is_one_line(monkeypatch, capsys, script):
-    arguments = {"ship": ["RUN"], "predict": ["RUN", "IMAGE"], "watched": ["FOLDER"]}
-    arguments |= {"torch_roundtrip": ["SOURCE", "TARGET"]}
     name = script.split("/")[-1]
-    options = arguments.get(name.removesuffix(".py"), [])
+    options = ARGUMENTS.get(name, [])
     assert status(monkeypatch, script, *options, "--no-such-option") == 2
     expected = f"{name}: error: unrecognized arguments: --no-such-option\n"
     assert capsys.readouterr().err == expected
