@@ -1097,6 +1097,13 @@ BUGS = (
         "cli/test_cli.py::test_a_full_disk_is_no_finding",
     ),
     Bug(
+        "a file replaces a device",
+        "jaxbn/_files.py",
+        "    if path.exists() and not path.is_file():",
+        "    if False:",
+        "export/test_export.py::test_a_place_that_cannot_be_written_to_is_refused_first[onnx]",
+    ),
+    Bug(
         "Ctrl-C ends the command line in silence",
         "jaxbn/__main__.py",
         '        print("Stopped.", file=sys.stderr)\n',

@@ -202,7 +202,11 @@ def main(argv: list[str] | None = None) -> dict:
     parser = options.parser()
     args = parser.parse_args(argv)
     with one_line(parser):  # a download goes on next time from where it stopped
-        data, folder, watch, console = begin(parser, args)
+        return run(parser, args, argv, *begin(parser, args))
+
+
+def run(parser, args, argv, data: Data, folder: Path, watch: writers.Log, console: Console) -> dict:
+    """The run, from its first line of text to its curves."""
     first = jax.process_index() == 0
     device = f"{args.devices} x {jax.devices()[0].device_kind}"
     if jax.process_count() > 1:

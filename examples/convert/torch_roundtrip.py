@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command import DataError, Parser, one_line
+from command import DataError, Parser, check_place, one_line
 from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -31,8 +31,17 @@ def sizes(state):
     return {"blocks": counts, "width": width, "classes": classes}
 
 
+def loaded(path):
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: {' '.join(str(error).split())}") from None
+
+
 def main(source, target):
-    options = sizes(load_file(source))
+    check_place("TARGET", Path(target))
+    held = loaded(source)
+    options = sizes(held)
     x = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)  # [B, H, W, C]
 
     linen = ResNet(**options)
@@ -56,7 +65,7 @@ def main(source, target):
         raise DataError(f"{target}: {' '.join(str(error).split())}") from None
     finally:
         part.unlink(missing_ok=True)
-    same = all((state[key] == value).all() for key, value in load_file(source).items())
+    same = all((state[key] == value).all() for key, value in held.items())
     print(f"{target}: {len(state)} arrays, {'the same bits' if same else 'NOT the same'}")
 
 
@@ -76,5 +85,5 @@ if __name__ == "__main__":
     with one_line(parser):
         try:
             main(**vars(args))
-        except (SafetensorError, ValueError) as error:
+        except ValueError as error:
             raise DataError(f"{args.source}: {' '.join(str(error).split())}") from None

@@ -3,8 +3,7 @@
 from importlib import import_module
 
 import jax
-from command import one_line
-from failure import several, spread, with_seeds
+from failure import one_line, several, spread, with_seeds
 
 FAILURES = (
     "batch_of_one",

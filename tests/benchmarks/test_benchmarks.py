@@ -391,9 +391,12 @@ def test_the_command_names_the_module_that_runs(module, said, monkeypatch):
 def test_ctrl_c_is_one_line(tmp_path):
     """The signal comes while a module reads a file; a shell's `&` would have it ignored."""
     os.mkfifo(path := tmp_path / "results.json")
-    argv = [sys.executable, "-m", "benchmarks.reporting.plots", str(path)]
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(argv, stdout=-1, stderr=-1, text=True, preexec_fn=heard)
+    heard = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('benchmarks.reporting.plots', run_name='__main__')"
+    )
+    argv = [sys.executable, "-c", heard, str(path)]
+    process = subprocess.Popen(argv, stdout=-1, stderr=-1, text=True)
     with process, open(path, "w"):  # which waits for the module to read
         process.send_signal(signal.SIGINT)
         said = process.communicate()
