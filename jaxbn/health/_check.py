@@ -20,7 +20,7 @@ from jaxbn.health._layer import of_layer
 
 def check(
     tree: Any,
-    moments: Mapping[str, Moments] | None = None,
+    moments: Mapping[str, Any] | None = None,
     *,
     momentum: float | None = None,
     epsilon: float = 1e-5,
@@ -40,7 +40,7 @@ def check(
       moments: path → moments [C] of the x that reaches the layer, from
         `jaxbn.calls.hooked_apply(model.apply)(variables, x)` or `hooked_nnx`, for some layers or
         all. Run the model in train mode: in eval mode a layer with wrong statistics changes what
-        reaches the layers after it.
+        reaches the layers after it. What `jaxbn.watch.linen`, `nnx` and `records` give will do too.
       momentum: of the training, for statistics with a count; None if it is unknown, or for the
         cumulative average.
       epsilon: of the layers.
@@ -53,6 +53,7 @@ def check(
       A list of `Finding`; empty if nothing is wrong.
 
     Raises:
+      TypeError: moments hold anything else.
       ValueError: the tree holds no batch norm layer, or the moments are of another model.
 
     >>> import jax.numpy as jnp, jaxbn
@@ -62,8 +63,15 @@ def check(
     ('bn', 'negative_variance', 'error', -2.0, (1,))
     """
     found = _layers_of("check", tree)
-    moments = {} if moments is None else moments
+    # A record of a watched step has the moments as its `batch`.
+    moments = {path: getattr(of, "batch", of) for path, of in (moments or {}).items()}
     for path, of_x in moments.items():
+        if not isinstance(of_x, Moments):
+            raise TypeError(
+                f"check: moments of {path!r} are of type {type(of_x).__name__}, expected "
+                f"jaxbn.Moments; write health.check(variables, seen) with "
+                f"seen = calls.hooked_apply(model.apply)(variables, x)[1]."
+            )
         if path not in found:
             raise ValueError(
                 f"check: moments are of a layer {path!r}, but the layers are {list(found)}; pass "
