@@ -93,9 +93,7 @@ BAD = [
     ),
     (
         "drift/served.py --port 65536",
-        "Prometheus: cannot listen at 127.0.0.1:65536 (OverflowError: bind(): port must be "
-        "0-65535.), expected an address of this machine and a port that is free; write port=0 for "
-        "any free one.",
+        "argument --port: 65536 is out of range, must be from 0 to 65535",
     ),
     ("drift/served.py --windows x", "argument --windows: invalid int value: 'x'"),
     (
@@ -105,7 +103,7 @@ BAD = [
     ("convert/zoo.py --tiny --torchvision", "--tiny has no networks of torchvision's"),
     ("convert/torch_roundtrip.py {}/no x", "{0}/no: No such file or directory: {0}/no"),
     (
-        "convert/torch_roundtrip.py {}/plain/config.json {}/pipe",
+        "convert/torch_roundtrip.py {0}/plain/config.json {0}/pipe",
         "TARGET {0}/pipe: expected a file in a folder that this process may write in",
     ),
     (
