@@ -93,7 +93,7 @@ def main(arguments) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["tables"]:
-        sys.exit(tables.main(sys.argv[2:]))
+        report.end(tables.main, sys.argv[2:])
     if sys.argv[1:2] == ["gpu"]:
-        sys.exit(importlib.import_module("benchmarks.measures.gpu").main(sys.argv[2:]))
-    sys.exit(main(sys.argv[1:]))
+        report.end(importlib.import_module("benchmarks.measures.gpu").main, sys.argv[2:])
+    report.end(main, sys.argv[1:])

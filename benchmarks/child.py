@@ -5,11 +5,15 @@
 
 import importlib
 import json
+import signal
 import sys
 
-import jax
+# Ctrl-C reaches the parent process too, which says that it has stopped.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from benchmarks.reporting import report
+import jax  # noqa: E402
+
+from benchmarks.reporting import report  # noqa: E402
 
 SIZED = ("op", "memory", "step", "latency", "imports", "options")
 

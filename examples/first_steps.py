@@ -90,9 +90,12 @@ if __name__ == "__main__":
     args = p.parse_args()
     if args.epochs < 1:
         p.error(f"--epochs {args.epochs}: expected 1 or more")
-    if args.out.is_dir() or not args.out.parent.is_dir():
+    other = args.out.exists() and not args.out.is_file()  # a folder, or a device
+    if other or not args.out.parent.is_dir():
         p.error(f"--out {args.out}: expected a file in a folder that exists")
     try:
         main(**vars(args))
     except OSError as error:
         p.error(f"--out {args.out}: {error.strerror}")
+    except KeyboardInterrupt:
+        p.exit(130, "Stopped.\n")

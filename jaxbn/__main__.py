@@ -3,8 +3,6 @@
 import os
 import sys
 
-from jaxbn._cli.commands import main
-
 
 def run() -> None:
     """Runs the command of this process and exits with the status of the command."""
@@ -14,6 +12,8 @@ def run() -> None:
         # Print an escape for a character that the terminal lacks.
         getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
+        from jaxbn._cli.commands import main  # takes a second, in which Ctrl-C may come
+
         status = main()
         sys.stdout.flush()
     except OSError as error:
@@ -22,6 +22,7 @@ def run() -> None:
             print(f"the output cannot be written: {error.strerror}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
         status = 130
     sys.exit(status)
 

@@ -22,6 +22,7 @@ def check_place(call: str, path: str | os.PathLike[str]) -> None:
       TypeError: path is no path.
       FileNotFoundError: the folder of the file does not exist.
       IsADirectoryError: a folder has the name of the file.
+      FileExistsError: a device or a pipe has it, which a file would replace.
 
     >>> from jaxbn import _files
     >>> _files.check_place("onnx", "/")
@@ -37,6 +38,8 @@ def check_place(call: str, path: str | os.PathLike[str]) -> None:
         )
     if path.is_dir():
         raise IsADirectoryError(f"{call}: {printable(path)} is a folder; name a file")
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{call}: {printable(path)} is a device or a pipe; name a file")
 
 
 def check_new_folder(call: str, path: str | os.PathLike[str]) -> None:

@@ -7,6 +7,7 @@ A jitted step returns a `Record` for each layer, O(C) numbers, as an auxiliary r
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import add
 from typing import Any, NamedTuple
 
 import jax
@@ -46,7 +47,7 @@ class Record(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """How large the kernel before a layer is, and its gradient.
+    """How large the kernel before a layer is, or all of several kernels, and the gradient.
 
     >>> from jaxbn import watch
     >>> watch.Kernel._fields
@@ -226,7 +227,7 @@ def nnx(
         )
 
 
-def kernels(model: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
+def kernels(model: Any, *args: Any, **kwargs: Any) -> dict[str, str | tuple[str, ...]]:
     """The kernel before each batch norm layer: path of the layer → path of the kernel.
 
     Use it once before the training loop, and give the result to `records`, for `kernel_grad_norm`
@@ -240,7 +241,9 @@ def kernels(model: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
     Returns:
       Path → path, for the layers whose x is the result of one convolution or dense layer, with or
       without a bias. A layer after an activation or a sum is left out. Of a layer in `nn.scan` or
-      `nn.vmap` the kernel is the stack of all kernels, and so are the norms.
+      `nn.vmap` the kernel is the stack of all kernels, and so are the norms. A layer that is called
+      several times, after different kernels, has a tuple of their paths, in the order of the calls;
+      the norms are then those of all these kernels together.
 
     Raises:
       TypeError: model is neither of the two, or the arguments of the call are missing.
@@ -260,7 +263,7 @@ def kernels(model: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
         graphdef, tree = nnx.split(model)
 
         def inputs(tree: Any) -> dict[str, Any]:
-            with hooks.hooked_nnx(copy := nnx.merge(graphdef, tree), _input, _first) as seen:
+            with hooks.hooked_nnx(copy := nnx.merge(graphdef, tree), _input, add) as seen:
                 copy(*args, **kwargs)
             return dict(seen)
     else:
@@ -270,7 +273,7 @@ def kernels(model: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
                 "watch.kernels: called with apply alone, expected the arguments of a call of the "
                 "model; write watch.kernels(model.apply, variables, x)."
             )
-        (tree, *batch), hooked = args, hooks.hooked_apply(model, _input, _first)
+        (tree, *batch), hooked = args, hooks.hooked_apply(model, _input, add)
 
         def inputs(tree: Any) -> dict[str, Any]:
             return hooked(tree, *batch, **kwargs)[1]
@@ -279,16 +282,15 @@ def kernels(model: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
     paths = dict(zip(program.inputs, _leaves(tree), strict=True))
     made = {i: op for op in program.ops for i in op.outputs}
     inputs_of = jax.tree.unflatten(program.tree, program.outputs)
-    found = {layer: _kernel_of(x, made, paths) for layer, x in inputs_of.items()}
-    return {layer: kernel for layer, kernel in found.items() if kernel is not None}
+    before = {
+        layer: tuple(dict.fromkeys(filter(None, (_kernel_of(x, made, paths) for x in of_calls))))
+        for layer, of_calls in inputs_of.items()
+    }
+    return {layer: of if len(of) > 1 else of[0] for layer, of in before.items() if of}
 
 
-def _input(call: hooks.Call, run: Callable[[bool], jax.Array]) -> tuple[jax.Array, jax.Array]:
-    return run(call.train), call.x
-
-
-def _first(a: Any, b: Any) -> Any:
-    return a
+def _input(call: hooks.Call, run: Callable[[bool], jax.Array]) -> tuple[jax.Array, Any]:
+    return run(call.train), (call.x,)
 
 
 def _kernel_of(x: int, made: Mapping[int, Any], paths: Mapping[int, str]) -> str | None:
@@ -329,7 +331,7 @@ def records(
     variables: Any,
     grads: Any = None,
     *,
-    kernels: Mapping[str, str] | None = None,
+    kernels: Mapping[str, str | tuple[str, ...]] | None = None,
 ) -> dict[str, Record]:
     """The `Record` of every layer that saw a batch: path → `Record`.
 
@@ -390,21 +392,27 @@ def records(
     }
 
 
-def _kernel_norms(kernels: Mapping[str, str], variables: Any, grads: Any) -> dict[str, Kernel]:
-    """Path of a layer → the norms of the kernel before the layer, and of its gradient."""
+def _kernel_norms(
+    kernels: Mapping[str, str | tuple[str, ...]], variables: Any, grads: Any
+) -> dict[str, Kernel]:
+    """Path of a layer → the norms of the kernels before the layer, and of their gradients."""
+    before = {layer: (of,) if isinstance(of, str) else of for layer, of in kernels.items()}
     weights = variables.get("params", {}) if isinstance(variables, Mapping) else variables
     weights, slopes = _leaves(weights), _leaves(grads)
-    if missing := sorted(set(kernels.values()) - (weights.keys() & slopes.keys())):
+    if missing := sorted(
+        {k for of in before.values() for k in of} - (weights.keys() & slopes.keys())
+    ):
         raise ValueError(
             f"watch.records: variables or grads have no {missing}, expected the parameters of the "
             f"model that watch.kernels was called for, and their gradients; write "
             f"watch.records(seen, variables, grads, kernels=kernels)."
         )
 
-    def norm(v: jax.Array) -> jax.Array:
-        return jnp.sqrt((jnp.abs(v.astype(wide(v.dtype))) ** 2).sum())
+    def norm(arrays: Mapping[str, jax.Array], of: tuple[str, ...]) -> jax.Array:
+        squares = (jnp.abs(arrays[k].astype(wide(arrays[k].dtype))) ** 2 for k in of)
+        return jnp.sqrt(sum(square.sum() for square in squares))
 
-    return {layer: Kernel(norm(weights[k]), norm(slopes[k])) for layer, k in kernels.items()}
+    return {layer: Kernel(norm(weights, of), norm(slopes, of)) for layer, of in before.items()}
 
 
 Channels = dict[str, np.ndarray]

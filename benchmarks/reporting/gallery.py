@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.reporting import plots
+from benchmarks.reporting import plots, report
 
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "pictures" / "gallery"
@@ -563,4 +563,4 @@ PICTURES: dict[str, Callable] = {
 
 
 if __name__ == "__main__":
-    sys.exit(plots.command("gallery", PICTURES, FOLDER, sys.argv[1:]))
+    report.end(plots.command, "gallery", PICTURES, FOLDER, sys.argv[1:])

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxbn
-from benchmarks.reporting import plots, results
+from benchmarks.reporting import plots, report, results
 from benchmarks.subjects import peers
 from tests.support.house import FILES, LINE, ROOMS, imports, parts
 
@@ -302,4 +302,4 @@ PICTURES: dict[str, Callable] = {
 
 
 if __name__ == "__main__":
-    sys.exit(plots.command("pictures", PICTURES, FOLDER, sys.argv[1:]))
+    report.end(plots.command, "pictures", PICTURES, FOLDER, sys.argv[1:])

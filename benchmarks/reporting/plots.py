@@ -200,4 +200,4 @@ def main(arguments) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    report.end(main, sys.argv[1:])

@@ -8,8 +8,8 @@ import os
 import pathlib
 import platform
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 PACKAGES = ("jax", "jaxlib", "flax", "dm-haiku", "equinox", "keras", "torch")
 WIDTH = 200  # fixed, so that a pipe or a narrow terminal does not break columns
@@ -94,6 +94,16 @@ def environment(command: str | None = None, load: float | None = None) -> dict[s
         "command": command or " ".join(["python -m", running(), *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def end(main: Callable[..., int | None], *arguments: Any) -> NoReturn:
+    """Ends this process with the status that main returns; at Ctrl-C in one line and 130."""
+    try:
+        status = main(*arguments)
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        status = 130
+    sys.exit(status)
 
 
 def running() -> str:

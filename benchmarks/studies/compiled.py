@@ -193,4 +193,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    report.end(main, sys.argv[1:])

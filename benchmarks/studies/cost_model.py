@@ -11,7 +11,8 @@ import argparse
 import math
 from typing import NamedTuple
 
-from benchmarks.reporting.report import Table, show
+from benchmarks.reporting import report
+from benchmarks.reporting.report import Table
 from jaxbn._op.pooling import GATHERED
 
 BLOCKS = {64: 3, 128: 4, 256: 6, 512: 3}  # width of a stage → its blocks
@@ -94,7 +95,7 @@ def table(bandwidth: float = 50.0, latency: float = 5.0) -> Table:
     )
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.studies.cost_model", description=__doc__
     )
@@ -104,4 +105,8 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if arguments.bandwidth <= 0 or arguments.latency < 0:
         parser.error("expected a bandwidth above 0 and a latency of at least 0")
-    show(table(arguments.bandwidth, arguments.latency))
+    report.show(table(arguments.bandwidth, arguments.latency))
+
+
+if __name__ == "__main__":
+    report.end(main)

@@ -126,7 +126,11 @@ def run(size="usual") -> list[report.Table]:
     ]
 
 
-if __name__ == "__main__":
+def main():
     for table in run("tiny" if "--tiny" in sys.argv else "usual"):
         report.show(table)
     report.show_environment()
+
+
+if __name__ == "__main__":
+    report.end(main)

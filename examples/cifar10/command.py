@@ -2,8 +2,10 @@
 # takes long shows how far it is.
 
 import argparse
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
@@ -23,6 +25,17 @@ def told(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{shown(error.filename)}: {error.strerror}" if error.filename else error.strerror
     return str(error)
+
+
+def check_place(option: str, path: Path | None) -> None:
+    """Refuses, before any work, a path where no file can be written."""
+    if path is None:
+        return
+    folder, other = path.absolute().parent, path.exists() and not path.is_file()
+    if other or not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise DataError(
+            f"{option} {shown(path)}: expected a file in a folder that this process may write in"
+        )
 
 
 class Parser(argparse.ArgumentParser):

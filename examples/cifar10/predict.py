@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from augment import normalize
 from checkpoint import last_state
-from command import DataError, Parser, between, one_line, shown, told
+from command import Parser, between, check_place, one_line, shown, told
 from images import decode
 from options import run_about, run_options
 from rich.console import Console
@@ -79,8 +79,7 @@ def save(figure, path: Path) -> None:
 
 def answer(args) -> None:
     """Prints a table, and draws the picture if there is to be one."""
-    if args.picture and (args.picture.is_dir() or not args.picture.absolute().parent.is_dir()):
-        raise DataError(f"--picture {args.picture}: expected a file in a folder that exists")
+    check_place("--picture", args.picture)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     with console.status("decoding and predicting"):
         images, probabilities, classes = predictions(args.run, args.images)

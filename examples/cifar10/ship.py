@@ -198,18 +198,23 @@ def table(rows: list[dict], args, tested: int) -> Table:
 def main(argv: list[str] | None = None) -> int:
     p = parser()
     args = p.parse_args(argv)
+    with one_line(p):
+        return shipped(args)
+
+
+def shipped(args) -> int:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     try:
         data, *network = read_run(args.run, args.data_dir)
-        out = args.out or args.run / "export"
-        out.mkdir(exist_ok=True)
-    except (DataError, ValueError, OSError) as error:
-        p.error(told(error))
+    except ValueError as error:
+        raise DataError(told(error)) from None
+    out = args.out or args.run / "export"
+    out.mkdir(exist_ok=True)
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of types it then infers
     rows: list[dict] = []
     failure, made = "", stages(data, *network, args, out, console.print)
     while not failure:
-        with one_line(p), console.status("recalibrating, folding, exporting"):
+        with console.status("recalibrating, folding, exporting"):
             stage = next(made, None)
         if stage is None:
             break

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from augment import normalize
-from command import DataError, Parser, between, one_line, told
+from command import DataError, Parser, between, check_place, one_line, told
 from data import load
 from optimizer import smooth_cross_entropy
 from report import progress, table, write
@@ -284,19 +284,21 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> dict:
     p = parser()
     args = p.parse_args(argv)
+    with one_line(p):
+        return measured(args)
+
+
+def measured(args) -> dict:
+    check_place("--out", args.out)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     try:
         data = load(args.data, args.data_dir, console.print)
         if args.batch > len(data.train_y):
             raise ValueError(f"--batch {args.batch}: there are {len(data.train_y)} training images")
-        if args.out and not args.out.resolve().parent.is_dir():
-            raise ValueError(f"--out {args.out}: there is no folder {args.out.resolve().parent}")
-        if args.out and args.out.is_dir():
-            raise ValueError(f"--out {args.out}: a folder, expected the file to write")
         train_x = jnp.asarray(data.train_x[np.arange(len(data.train_y))])  # on the device, once
         train_y, test_x = jnp.asarray(data.train_y), data.test_x[np.arange(len(data.test_y))]
-    except (DataError, ValueError, OSError) as error:
-        p.error(told(error))
+    except ValueError as error:
+        raise DataError(told(error)) from None
     recipe = Recipe(data, args)
     eval_batch = min(2000, len(data.test_y))
     begin, draw, train, logits, seconds = compiled(
@@ -357,8 +359,7 @@ def main(argv: list[str] | None = None) -> dict:
         **{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
     }
     if args.out:
-        with one_line(p):
-            write(args.out, json.dumps(result, indent=1) + "\n")
+        write(args.out, json.dumps(result, indent=1) + "\n")
     return result
 
 

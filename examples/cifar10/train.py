@@ -28,8 +28,8 @@ import options
 import report
 import stop
 from checkpoint import CheckpointError, Checkpoints, SaveError
-from command import DataError, told
-from data import About, Data, load
+from command import DataError, one_line, told
+from data import NAMES, About, Data, load
 from loop import Loop, make_mesh, put_data
 from optimizer import schedule, sgd, smooth_cross_entropy
 from rich.console import Console
@@ -166,9 +166,8 @@ def reached(args, rows: list[dict]) -> bool:
     return args.target is not None and rows and 100 * rows[-1]["test_accuracy"] >= args.target
 
 
-def main(argv: list[str] | None = None) -> dict:
-    parser = options.parser()
-    args = parser.parse_args(argv)
+def begin(parser, args) -> tuple:
+    """The data, the folder of the run, its writers and its console, agreed in all processes."""
     try:
         hosts.connect(args)
     except ValueError as error:
@@ -185,8 +184,6 @@ def main(argv: list[str] | None = None) -> dict:
         folder = options.find_run(args) if first else args.runs / args.name
     except (DataError, ValueError, OSError) as error:
         problem = told(error)
-    except KeyboardInterrupt:  # no run has begun; a download goes on from there next time
-        parser.exit(130, "Stopped.\n")
     terms = json.dumps([args.name, args.resume, options.config(args)])
     if problem := hosts.agree(problem, terms):
         parser.error(problem)
@@ -198,7 +195,19 @@ def main(argv: list[str] | None = None) -> dict:
         problem = told(error)
     if problem := hosts.agree(problem, terms):
         parser.error(problem)
+    return data, folder, watch, console
 
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = options.parser()
+    args = parser.parse_args(argv)
+    with one_line(parser):  # a download goes on next time from where it stopped
+        return run(parser, args, argv, *begin(parser, args))
+
+
+def run(parser, args, argv, data: Data, folder: Path, watch: writers.Log, console: Console) -> dict:
+    """The run, from its first line of text to its curves."""
+    first = jax.process_index() == 0
     device = f"{args.devices} x {jax.devices()[0].device_kind}"
     if jax.process_count() > 1:
         device += f" in {jax.process_count()} processes"
@@ -269,10 +278,11 @@ def finish(args, data: Data, folder: Path, console: Console, result: dict, what:
     python = sys.orig_argv[0]  # `make demo` runs .venv's, which alone has the packages
     here = os.path.dirname(os.path.abspath(__file__))
     here = here.removeprefix(os.path.join(os.getcwd(), ""))
-    console.print(
-        f"Try next: {python} {here}/predict.py {folder} IMAGE, or train on images of "
-        f"your own: {python} {here}/train.py --data FOLDER"
-    )
+    if args.data in NAMES:
+        more = f"train on images of your own: {python} {here}/train.py --data FOLDER"
+    else:
+        more = f"fold and export: {python} {here}/ship.py {folder}"
+    console.print(f"Try next: {python} {here}/predict.py {folder} IMAGE, or {more}")
 
 
 if __name__ == "__main__":

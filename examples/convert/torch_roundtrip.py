@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command import Parser
+from command import DataError, Parser, check_place, one_line
 from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -31,8 +31,17 @@ def sizes(state):
     return {"blocks": counts, "width": width, "classes": classes}
 
 
+def loaded(path):
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: {' '.join(str(error).split())}") from None
+
+
 def main(source, target):
-    options = sizes(load_file(source))
+    check_place("TARGET", Path(target))
+    held = loaded(source)
+    options = sizes(held)
     x = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)  # [B, H, W, C]
 
     linen = ResNet(**options)
@@ -48,8 +57,15 @@ def main(source, target):
 
     # Without `source` the counts of updates would be 0: Flax keeps none with a momentum.
     state, _ = convert.to_torch(model, source)
-    save_file(state, target)
-    same = all((state[key] == value).all() for key, value in load_file(source).items())
+    part = Path(f"{target}.part")
+    try:
+        save_file(state, part)
+        part.replace(target)  # the old file or the new one, never a part
+    except SafetensorError as error:
+        raise DataError(f"{target}: {' '.join(str(error).split())}") from None
+    finally:
+        part.unlink(missing_ok=True)
+    same = all((state[key] == value).all() for key, value in held.items())
     print(f"{target}: {len(state)} arrays, {'the same bits' if same else 'NOT the same'}")
 
 
@@ -66,9 +82,8 @@ if __name__ == "__main__":
     parser.add_argument("source", help="a ResNet's file, with torchvision's names")
     parser.add_argument("target", help="the file to write")
     args = parser.parse_args()
-    try:
-        main(**vars(args))
-    except (OSError, SafetensorError, ValueError) as error:
-        parser.exit(
-            2, f"torch_roundtrip.py: error: {args.source}: {' '.join(str(error).split())}\n"
-        )
+    with one_line(parser):
+        try:
+            main(**vars(args))
+        except ValueError as error:
+            raise DataError(f"{args.source}: {' '.join(str(error).split())}") from None

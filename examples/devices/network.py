@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command import Parser, between
+from command import Parser, between, one_line
 from rich import print
 from rich.table import Table
 
@@ -82,6 +82,11 @@ def main(name, roads):
     )
     p.add_argument("--cpus", type=between(int, 1), default=8, help="devices to make of a CPU (8)")
     cpus = p.parse_args().cpus
+    with one_line(p):
+        table_of(roads, cpus)
+
+
+def table_of(roads, cpus):
     jax.config.update("jax_num_cpu_devices", cpus)  # GPUs stay as many as there are
     rows = compare(roads)
     where = f"{jax.device_count()} x {jax.devices()[0].device_kind}"

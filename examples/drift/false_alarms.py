@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command import Parser, between, progress
+from command import Parser, between, one_line, progress
 from rich.console import Console
 from rich.table import Table
 
@@ -52,6 +52,12 @@ def main(argv=None):
     add("--windows", type=between(int, 10), default=1000, help="decisions of each kind (1000)")
     add("--images", type=between(int, 2), nargs="+", default=default, help="a window")
     args = parser.parse_args(argv)
+    with one_line(parser):
+        return measured(args)
+
+
+def measured(args):
+    """Shares of alarms, by kind of values and images a window."""
     asked = (0.1, 0.01, 0.001)
     rates = {}
     for name, draw in DRAWS.items():

@@ -119,7 +119,9 @@ if __name__ == "__main__":
     )
     windows = between(int, 1)
     parser.add_argument("--windows", type=windows, default=10, metavar="N", help="decisions (10)")
-    parser.add_argument("--port", type=int, help="serve the verdicts to Prometheus at this port")
+    parser.add_argument(
+        "--port", type=between(int, 0, 65535), help="serve the verdicts to Prometheus at this port"
+    )
     wait = between(float, 0, 86_400)
     parser.add_argument("--wait", type=wait, default=0.0, metavar="SECONDS", help="a window (0)")
     args = parser.parse_args()

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
 
 import numpy as np
-from command import Parser, between
+from command import Parser, between, one_line
 
 import jaxbn
 from jaxbn import health
@@ -56,6 +56,12 @@ def main(argv=None):
         "--channels", type=positive, nargs="+", default=[1, 8, 64], help="of a layer (1 8 64)"
     )
     args = parser.parse_args(argv)
+    with one_line(parser):
+        return measured(args)
+
+
+def measured(args):
+    """Alarms, by rows, distribution and channels."""
     columns = [f"{c} channels" if c > 1 else "1 channel" for c in args.channels]
     print(f"| rows | distribution | {' | '.join(columns)} |")
     print("|---" * (2 + len(columns)) + "|")

@@ -3,7 +3,7 @@
 from importlib import import_module
 
 import jax
-from failure import several, spread, with_seeds
+from failure import one_line, several, spread, with_seeds
 
 FAILURES = (
     "batch_of_one",
@@ -37,7 +37,9 @@ def row(results):
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)  # for the ranks of ranks_differ
-    seeds = with_seeds(__doc__).parse_args().seeds
-    print(HEAD)
-    for name in FAILURES:
-        print(row(several(import_module(name).main, seeds)), flush=True)
+    parser = with_seeds(__doc__)
+    seeds = parser.parse_args().seeds
+    with one_line(parser):
+        print(HEAD)
+        for name in FAILURES:
+            print(row(several(import_module(name).main, seeds)), flush=True)

@@ -39,5 +39,4 @@ def warned():
 
 
 if __name__ == "__main__":
-    show(main)
-    print(*warned(), sep="\n")
+    show(main, lambda: "\n".join(warned()))

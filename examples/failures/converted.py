@@ -68,5 +68,5 @@ def folded(seed=0):
 
 
 if __name__ == "__main__":
-    show(main)
-    print("folded: test accuracy {:.2f}, off by {:.1e} of the largest value".format(*folded()))
+    text = "folded: test accuracy {:.2f}, off by {:.1e} of the largest value"
+    show(main, lambda: text.format(*folded()))

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
-from command import Parser, between, progress
+from command import Parser, between, one_line, progress
 from sklearn.datasets import load_digits
 
 import jaxbn
@@ -48,8 +48,17 @@ def with_seeds(description):
     return parser
 
 
-def show(main):
-    results = several(main, with_seeds("A failure, its finding and its cure.").parse_args().seeds)
+def show(main, *more):
+    """The command line of a script: its result, and the text that each of `more` returns."""
+    parser = with_seeds("A failure, its finding and its cure.")
+    seeds = parser.parse_args().seeds
+    with one_line(parser):
+        report(several(main, seeds))
+        for text in more:
+            print(text())
+
+
+def report(results):
     first = results[0]
     before, after = ([getattr(r, name) for r in results] for name in ("before", "after"))
     print(f"{first.failure}: test accuracy {spread(before)}")

@@ -35,5 +35,4 @@ def refused():
 
 
 if __name__ == "__main__":
-    show(main)
-    print(refused())
+    show(main, refused)

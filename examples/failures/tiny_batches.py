@@ -54,10 +54,13 @@ def main(seed=0):
     )
 
 
-if __name__ == "__main__":
-    show(main)
+def oscillations():
     x, y = (jnp.asarray(v[:100]) for v in digits()[1])
-    for name, run in zip(("batch norm", "group norm"), runs(0), strict=True):
-        print(
-            f"{name}: sd of an image's loss over the images beside it {oscillation(*run, x, y):.2f}"
-        )
+    return "\n".join(
+        f"{name}: sd of an image's loss over the images beside it {oscillation(*run, x, y):.2f}"
+        for name, run in zip(("batch norm", "group norm"), runs(0), strict=True)
+    )
+
+
+if __name__ == "__main__":
+    show(main, oscillations)

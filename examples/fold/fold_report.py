@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
 
 import jax
 import resnets
-from command import Parser, between, progress
+from command import Parser, between, one_line, progress
 
 import jaxbn
 
@@ -50,4 +50,6 @@ if __name__ == "__main__":
     )
     parser.add_argument("--images", type=between(int, 1), default=4, help="to fold by (4)")
     parser.add_argument("--pixels", type=between(int, 4), default=16, help="of their sides (16)")
-    main(**vars(parser.parse_args()))
+    args = parser.parse_args()
+    with one_line(parser):
+        main(**vars(args))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from augment import normalize
-from command import DataError, Parser, between, one_line
+from command import Parser, between, check_place, one_line
 from data import load
 
 import jaxbn
@@ -254,8 +254,7 @@ def run(main, picture, about, minutes, tiny):
     args = parser.parse_args()
     path = args.picture
     with one_line(parser):
-        if path and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise DataError(f"--picture {path}: expected a file in a folder that exists")
+        check_place("--picture", path)
         tables = main(images(args.data_dir), args.seeds, **(tiny if args.tiny else {}))
         print(*tables, sep="\n\n")
         if path:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxbn._extras import need
-from jaxbn._files import replacing
+from jaxbn._files import check_place, replacing
 from jaxbn._inspection.layers import Layer
 from jaxbn._text import printable
 from jaxbn.health._findings import ERROR, Finding
@@ -51,10 +51,7 @@ def plot(
         raise ValueError(
             f"plot: {printable(path)} ends in {printable(path.suffix) or 'nothing'}, expected .png"
         )
-    if not (folder := path.absolute().parent).is_dir():
-        raise FileNotFoundError(
-            f"plot: no folder {printable(folder)} to write {printable(path.name)} in"
-        )
+    check_place("plot", path)
     figure_of = need("plot", "matplotlib.figure").Figure
     findings = list(findings)
     names = list(layers)

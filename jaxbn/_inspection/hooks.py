@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxbn._inspection import nnx_classes
-from jaxbn._inspection.layers import is_nnx, join, nnx_layers
+from jaxbn._inspection.layers import is_nnx, join, nnx_layers, unboxed
+from jaxbn._inspection.stacking import a_place_for_each, packed, unpacked
 from jaxbn._inspection.stand_ins import is_replaced
 from jaxbn._op.moments import moments
 from jaxbn._op.pooling import merge
@@ -144,7 +145,13 @@ def hooked_apply(
 
     Returns:
       A function with apply's arguments that returns `(what apply returns, path → record)`. Under
-      `nn.scan` a layer's records are stacked as its variables are.
+      `nn.scan` and `nn.vmap`, on whichever axis they stack the variables, an array of a record is
+      [layers, …]. `Moments` are stacked as the layer's statistics are, so that their mean has the
+      shape of the running mean and their count broadcasts to it.
+
+    Raises:
+      ValueError: a transform shares or carries batch_stats, so that the records of its turns have
+        no place; or whatever the model raises.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> from jaxbn import calls
@@ -182,13 +189,19 @@ def hooked_apply(
             # The record is stored in batch_stats, because nn.scan, nn.vmap and nn.remat carry that
             # collection already. They would drop a collection of our own.
             if layer.has_variable("batch_stats", name):
-                record = combine(layer.get_variable("batch_stats", name), record)
-            layer.put_variable("batch_stats", name, record)
+                record = combine(unpacked(layer.get_variable("batch_stats", name)), record)
+            mean = unboxed(layer.get_variable("batch_stats", "mean"))
+            rank = 1 if mean is None else mean.ndim  # None: a norm of one sample stands in
+            layer.put_variable("batch_stats", name, packed(record, rank))
         return y
 
     @functools.wraps(apply)
     def hooked(variables: Any, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
-        with _own_name() as name, nn.intercept_methods(functools.partial(intercept, name)):
+        with (
+            _own_name() as name,
+            nn.intercept_methods(functools.partial(intercept, name)),
+            a_place_for_each(),
+        ):
             out, updates = apply(
                 variables, *args, mutable=union_filters(mutable, ["batch_stats"]), **kwargs
             )
@@ -232,7 +245,7 @@ def hooked_nnx(
     >>> seen[""].mean.tolist()
     [0.5, 0.5]
     """
-    with _own_name() as name:
+    with _own_name() as name, a_place_for_each():
         yield from _hooked_layers(model, hook, combine, name)
 
 
@@ -255,7 +268,7 @@ def _hooked_layers(
         for path, layer in found:
             nnx_classes.restore(layer)
             if hasattr(layer, name):
-                seen[path] = getattr(layer, name).get_value()
+                seen[path] = unpacked(getattr(layer, name).get_value())
                 delattr(layer, name)
         for layer in named:
             delattr(layer, PATH)
@@ -291,8 +304,9 @@ def _hooked_call(
         y, record = hook(call, run)
         if record is not None:
             if hasattr(self, name):
-                record = combine(getattr(self, name).get_value(), record)
-            setattr(self, name, nnx.Intermediate(record))
+                record = combine(unpacked(getattr(self, name).get_value()), record)
+            # A `BatchStat`, so that nnx.scan and nnx.vmap put it on the axis of the statistics.
+            setattr(self, name, nnx.BatchStat(packed(record, self.mean.get_value().ndim)))
         return y
 
     return __call__
@@ -316,7 +330,7 @@ def _without_records(stats: Any, name: str, path: str = "") -> tuple[Any, dict[s
     kept, seen = {}, {}
     for key, node in stats.items():
         if key == name:
-            seen[path] = node
+            seen[path] = unpacked(node)
             continue
         kept[key], inner = _without_records(node, name, join(path, key))
         seen |= inner

@@ -9,16 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._inspection import layers
-from jaxbn._inspection.hooks import Call, batch_moments, hooked_apply, hooked_nnx
+from jaxbn._inspection.hooks import Call, Hook, batch_moments, hooked_apply, hooked_nnx
 from jaxbn._op.axes import wide
-from jaxbn._op.pooling import merge
 from jaxbn._op.state import Moments, State
 
 
 class Observed(NamedTuple):
     """What one layer saw of a batch."""
 
-    moments: Moments  # leaves [layers, …] if the layer was scanned
+    moments: Moments  # stacked as the layer's statistics are, if the layer was scanned
     unbiased: jax.Array  # [] bool: whether the layer multiplies its running var by n / (n - 1)
 
 
@@ -77,21 +76,22 @@ _kept = functools.lru_cache(maxsize=8)
 
 @_kept
 def _observe_linen(apply: Callable[..., Any], paths: tuple[str, ...]) -> Observe:
-    hooked = hooked_apply(apply, _hook(paths), _combine)
-    return jax.jit(lambda variables, batch: hooked(variables, batch)[1])
+    hook, unbiased = _hook(paths)
+    hooked = hooked_apply(apply, hook)
+    return jax.jit(lambda variables, batch: _observed(hooked(variables, batch)[1], unbiased))
 
 
 @_kept
 def _observe_nnx(apply: Callable[..., Any], paths: tuple[str, ...], graphdef: Any) -> Observe:
     from flax import nnx
 
-    hook = _hook(paths)
+    hook, unbiased = _hook(paths)
 
     def observe(state: Any, batch: Any) -> dict[str, Observed]:
         model = nnx.merge(graphdef, state)  # a copy, whose updates are dropped
-        with hooked_nnx(model, hook, _combine) as seen:
+        with hooked_nnx(model, hook) as seen:
             apply(model, batch)
-        return seen
+        return _observed(seen, unbiased)
 
     return jax.jit(observe)
 
@@ -122,7 +122,10 @@ def _observe_functional(call: str, apply: Callable[..., Any], paths: tuple[str, 
     return jax.jit(observe)
 
 
-def _hook(paths: tuple[str, ...]) -> Callable[..., tuple[jax.Array, Any]]:
+def _hook(paths: tuple[str, ...]) -> tuple[Hook, dict[str, bool]]:
+    """The hook, and path → whether the layer is `unbiased`, known once the model was traced."""
+    unbiased: dict[str, bool] = {}
+
     def hook(call: Call, run: Callable[..., jax.Array]) -> tuple[jax.Array, Any]:
         if call.path not in paths:
             return run(call.train), None
@@ -131,14 +134,14 @@ def _hook(paths: tuple[str, ...]) -> Callable[..., tuple[jax.Array, Any]]:
         plain = {"renorm": (1.0, 0.0)} if drawn else {}
         if not call.update_stats:  # the layer learns nothing from this call, and so do we
             return run(True, **plain), None
-        y, moments = batch_moments(call, lambda _: run(True, **plain))
-        return y, Observed(moments, jnp.asarray(getattr(call.layer, "unbiased", False)))
+        unbiased[call.path] = getattr(call.layer, "unbiased", False)
+        return batch_moments(call, lambda _: run(True, **plain))
 
-    return hook
+    return hook, unbiased
 
 
-def _combine(a: Observed, b: Observed) -> Observed:
-    return Observed(merge(a.moments, b.moments), b.unbiased)
+def _observed(seen: dict[str, Moments], unbiased: dict[str, bool]) -> dict[str, Observed]:
+    return {path: Observed(of_x, jnp.asarray(unbiased[path])) for path, of_x in seen.items()}
 
 
 def _is_state(v: Any) -> bool:

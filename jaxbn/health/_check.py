@@ -21,7 +21,7 @@ from jaxbn.health._layer import of_layer
 
 def check(
     tree: Any,
-    moments: Mapping[str, Moments] | None = None,
+    moments: Mapping[str, Any] | None = None,
     *,
     momentum: float | None = None,
     epsilon: float = 1e-5,
@@ -41,7 +41,7 @@ def check(
       moments: path → moments [C] of the x that reaches the layer, from
         `jaxbn.calls.hooked_apply(model.apply)(variables, x)` or `hooked_nnx`, for some layers or
         all. Run the model in train mode: in eval mode a layer with wrong statistics changes what
-        reaches the layers after it.
+        reaches the layers after it. What `jaxbn.watch.linen`, `nnx` and `records` give will do too.
       momentum: of the training, for statistics with a count; None if it is unknown, or for the
         cumulative average.
       epsilon: of the layers.
@@ -65,6 +65,8 @@ def check(
     """
     found = _layers_of("check", tree)
     moments = {} if moments is None else moments
+    if isinstance(moments, Mapping):  # a record of a watched step has the moments as its `batch`
+        moments = {path: getattr(of, "batch", of) for path, of in moments.items()}
     source = "calls.hooked_apply(model.apply)(variables, x)[1]"
     check_by_path("check", moments, (Moments,), "check(variables, moments)", source)
     for path, of_x in moments.items():

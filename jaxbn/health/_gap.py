@@ -11,11 +11,11 @@ import numpy as np
 
 from jaxbn._inspection import hooks, layers
 from jaxbn._misuse import misuse
-from jaxbn._op.axes import resolve
+from jaxbn._op.axes import resolve, wide
 from jaxbn._op.devices import sharded_as
 from jaxbn._op.state import Moments
 from jaxbn._text import aligned, printable
-from jaxbn.health._distances import divergence, rows_of, seen_in, values_of
+from jaxbn.health._distances import divergence, rows_of, values_of
 from jaxbn.health._findings import (
     ERROR,
     RECALIBRATE,
@@ -31,6 +31,9 @@ from jaxbn.health._layer import of_layer
 
 class LayerGap(NamedTuple):
     """One layer's output in train mode against its output in eval mode.
+
+    Of a layer that is called several times, the figures and the cause are those of the call with
+    the largest own gap; `gap` is the largest of all calls.
 
     >>> from jaxbn import health
     >>> health.LayerGap("bn", gap=0.4, own=0.1, limit=0.3, cause=None).gap  # from layers before it
@@ -81,6 +84,7 @@ class _TrainCall(NamedTuple):
     y: jax.Array
     y_eval: jax.Array  # of the same x in eval mode
     valid: jax.Array  # broadcasts to y: True for the cells that the mask takes
+    power: jax.Array  # []: the variance of y in train mode within a channel, mean over channels
     moments: Moments
     other: Moments  # with a mask: of all cells; without: of the cells that are not trailing padding
 
@@ -124,11 +128,14 @@ def gap(model: Any, *args: Any, limits: Limits = Limits(), **kwargs: Any) -> Gap
         setting = setting_of(layer, Setting(rows=x.shape[0] if x.ndim > 1 else None))
         used[call.path] = setting._replace(dtype=x.dtype), getattr(layer, "unbiased", False)
         other = _no_padding(x, layer.axis) if call.mask is None else None
-        both = (hooks.pooled(call, mask) for mask in (call.mask, other))
-        valid = jnp.ones((1,) * x.ndim, bool) if call.mask is None else call.mask
+        of_x, of_others = (hooks.pooled(call, mask) for mask in (call.mask, other))
+        # As many axes as x has, so that the calls of a scanned layer stack alike.
+        shape = () if call.mask is None else call.mask.shape
+        valid = jnp.ones((), bool) if call.mask is None else call.mask
+        valid = valid.reshape((1,) * (x.ndim - len(shape)) + shape)
         y_eval = run(False)  # before train mode, which updates the statistics
         y = run(True)
-        return y, (_TrainCall(y, y_eval, valid, *both),)
+        return y, (_TrainCall(y, y_eval, valid, _power(layer, of_x), of_x, of_others),)
 
     def evaluate(_: hooks.Call, run: Callable[[bool], jax.Array]) -> tuple[jax.Array, Any]:
         y = run(False)
@@ -140,27 +147,25 @@ def gap(model: Any, *args: Any, limits: Limits = Limits(), **kwargs: Any) -> Gap
             "gap: the model called no batch norm layer; expected a model with Flax's BatchNorm, "
             "jaxbn.linen.BatchNorm or jaxbn.nnx.BatchNorm."
         )
-    reports, causes, others = [], [], []
+    reports, causes, others, outputs = [], [], [], {}
     for path, (setting, unbiased) in used.items():
-        layer, first = held[path], seen[path][0]
-        sd = _output_sd(layer, first.moments, setting)
-        pairs = zip(seen[path], evaluated[path], strict=True)
-        whole = max(_relative(_rms_difference(one.y, y, one.valid), sd) for one, y in pairs)
-        own = max(
-            _relative(_rms_difference(one.y, one.y_eval, one.valid), sd) for one in seen[path]
-        )
-        limit = math.sqrt(limits.gap**2 + limits.gap_noise / rows_of(first.moments, setting))
+        layer, pairs = held[path], list(zip(seen[path], evaluated[path], strict=True))
+        whole = max(_relative(one, y) for one, y in pairs)
+        # What is said of a layer that is called several times is about the call with most gap.
+        own, worst = max((_relative(one, one.y_eval), i) for i, (one, _) in enumerate(pairs))
+        call, y_eval = pairs[worst]
+        limit = math.sqrt(limits.gap**2 + limits.gap_noise / rows_of(call.moments, setting))
         found = [
-            *_padding(path, layer, first, setting, limits),
-            *(_unbiased(path, first.moments, limits) if unbiased else ()),
-            *of_layer(path, layer, first.moments, setting, limits),
+            *_padding(path, layer, call, setting, limits),
+            *(_unbiased(path, call.moments, limits) if unbiased else ()),
+            *of_layer(path, layer, call.moments, setting, limits),
         ]
         cause = None if own <= limit else _cause(path, found, own, limit)
         reports.append(LayerGap(path, whole, own, limit, cause))
+        outputs[path] = call.y, y_eval
         causes += [cause] if cause else []
         others += [finding for finding in found if finding is not cause]
     opens = next((report for report in reports if report.cause), None)
-    outputs = {path: (seen[path][0].y, evaluated[path][0]) for path in used}
     return Gap(tuple(reports), opens, (*causes, *worst_first(others)), outputs)
 
 
@@ -214,21 +219,31 @@ def _no_padding(x: jax.Array, axis: Any) -> jax.Array:
     return (x != last).any(axes.features, keepdims=True)
 
 
-def _output_sd(layer: layers.Layer, of_x: Moments, setting: Setting) -> float:
-    """The sd of y in train mode within a channel, RMS over channels: scale² var / (var + eps)."""
-    var = np.asarray(of_x.var, np.float64)
-    scale = 1.0 if layer.params.scale is None else np.abs(np.asarray(layer.params.scale))
-    of_y = np.broadcast_to(scale**2 * var / (var + setting.epsilon), var.shape)
-    return float(np.sqrt(of_y.mean(where=seen_in(of_x))))
+def _power(layer: Any, of_x: Moments) -> jax.Array:
+    """The mean over channels of scale² var / (var + epsilon)."""
+    var = of_x.var
+    power = jnp.broadcast_to(var / (var + layer.epsilon), var.shape)
+    if (scale := _scale(layer)) is not None:
+        square = jnp.abs(scale.astype(wide(scale.dtype))) ** 2
+        power *= square if square.shape == var.shape else square.mean(0)  # of all classes
+    seen = jnp.broadcast_to(of_x.count > 0, var.shape)
+    return power.mean(where=seen)
 
 
-def _rms_difference(a: jax.Array, b: jax.Array, valid: jax.Array) -> float:
-    """RMS of a - b over the valid cells."""
-    d = np.where(valid, np.abs(np.asarray(a - b)), 0).astype(np.float64)
-    return float(np.sqrt((d**2).sum() / np.broadcast_to(valid, d.shape).sum()))
+def _scale(layer: Any) -> jax.Array | None:
+    """The scale of a layer of either API that is being called; None if it has none."""
+    if layers.is_nnx(layer):
+        return layers.unboxed(layer.scale)
+    if not layer.has_variable("params", "scale"):
+        return None
+    return layers.unboxed(layer.get_variable("params", "scale"))
 
 
-def _relative(apart: float, sd: float) -> float:
+def _relative(call: _TrainCall, y: jax.Array) -> float:
+    """RMS of y in train mode - y over the valid cells, in sd of y in train mode."""
+    d = np.where(call.valid, np.abs(np.asarray(call.y - y)), 0).astype(np.float64)
+    apart = float(np.sqrt((d**2).sum() / np.broadcast_to(call.valid, d.shape).sum()))
+    sd = float(np.sqrt(np.mean(call.power)))
     return 0.0 if apart == 0 else apart / sd if sd else math.inf
 
 

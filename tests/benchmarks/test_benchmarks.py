@@ -5,7 +5,10 @@ import importlib.machinery
 import json
 import math
 import os
+import pathlib
 import re
+import signal
+import subprocess
 import sys
 
 import jax
@@ -383,6 +386,28 @@ def test_the_command_names_the_module_that_runs(module, said, monkeypatch):
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     monkeypatch.setattr(sys, "argv", ["path/of/it.py", "--tiny"])
     assert report.environment()["command"] == f"{said} --tiny"
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    """The signal comes while a module reads a file; a shell's `&` would have it ignored."""
+    os.mkfifo(path := tmp_path / "results.json")
+    heard = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('benchmarks.reporting.plots', run_name='__main__')"
+    )
+    argv = [sys.executable, "-c", heard, str(path)]
+    process = subprocess.Popen(argv, stdout=-1, stderr=-1, text=True)
+    with process, open(path, "w"):  # which waits for the module to read
+        process.send_signal(signal.SIGINT)
+        said = process.communicate()
+    assert (process.returncode, *said) == (130, "", "Stopped.\n")
+
+
+def test_every_module_that_runs_ends_so():
+    root = pathlib.Path(timing.__file__).parent
+    run = [p for p in root.rglob("*.py") if '\nif __name__ == "__main__":' in p.read_text()]
+    ends = {p.name for p in run if p.read_text().split('"__main__":')[-1].count("report.end(")}
+    assert {p.name for p in run} - ends == {"child.py"}  # whose parent says so
 
 
 def test_cells_have_three_digits():

@@ -629,7 +629,7 @@ def test_as_a_program(folder):
 
 
 def test_a_full_disk_is_no_finding(monkeypatch, capsys):
-    monkeypatch.setattr(__main__, "main", lambda: print("x") or 0)
+    monkeypatch.setattr(commands, "main", lambda: print("x") or 0)
     monkeypatch.setattr(sys, "argv", ["jaxbn"])
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
@@ -637,6 +637,16 @@ def test_a_full_disk_is_no_finding(monkeypatch, capsys):
             __main__.run()
     said = "the output cannot be written: No space left on device\n"
     assert (end.value.code, capsys.readouterr().err) == (2, said)
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "main", interrupted)
+    with pytest.raises(SystemExit) as end:
+        __main__.run()
+    assert (end.value.code, *capsys.readouterr()) == (130, "", "Stopped.\n")
 
 
 def test_no_command_is_a_call_for_help(capsys):

@@ -94,6 +94,9 @@ def test_images_of_ones_own_are_trained_by_one_command_until_the_target_and_pred
     assert f"Target of 90 % reached in epoch {done}" in out
     (said,) = [line.replace("│", "").split() for line in out if "│ target " in line]
     assert said == ["target", "90.00", "%", "reached"]
+    # The images are one's own already.
+    assert out[-1].endswith("cifar10/ship.py runs/mine")
+    assert "own" not in out[-1]
 
     # Of another size and kind than the images in the folder.
     for name, color in COLORS.items():

@@ -1,6 +1,7 @@
 """Files that others serve: they compute what the function computes, or are not written."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -137,6 +138,12 @@ def test_a_place_that_cannot_be_written_to_is_refused_first(call, tmp_path):
         with pytest.raises(IsADirectoryError) as error:
             call(*args, tmp_path)
         assert str(error.value) == f"{call.__name__}: {tmp_path} is a folder; name a file"
+        os.mkfifo(pipe := tmp_path / "pipe")
+        with pytest.raises(FileExistsError) as error:
+            call(*args, pipe)
+        said = f"{call.__name__}: {pipe} is a device or a pipe; name a file"
+        assert str(error.value) == said
+        assert pipe.is_fifo()
 
 
 @pytest.mark.parametrize("call", WRITERS)

@@ -208,6 +208,29 @@ def test_a_scanned_layer_is_one_layer():
     assert gap.outputs["BatchNorm_0"][0].shape == (3, 256, 6)
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_layer_that_is_called_twice_is_judged_by_the_worse_call(order):
+    """Its statistics are those of one input; the other input is 3 sd away."""
+
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, xs):
+            norm = nn.BatchNorm(use_running_average=True, name="norm")
+            return [norm(x) for x in xs]
+
+    x = RNG.normal(0, 2, (256, 6)).astype(np.float32)
+    xs = [x, x + 6]
+    variables = {
+        "params": {"norm": {"scale": np.ones(6), "bias": np.zeros(6)}},
+        "batch_stats": {"norm": {"mean": x.mean(0), "var": x.var(0)}},
+    }
+    gap = health.gap(Twice().apply, variables, [xs[i] for i in order])
+    assert (gap.first.layer, gap.first.cause.kind) == ("norm", "stale")
+    np.testing.assert_allclose([gap.first.own, gap.first.gap], 3, rtol=0.05)
+    of_train, of_eval = gap.outputs["norm"]
+    np.testing.assert_allclose((of_eval - of_train).mean(), 3, rtol=0.05)
+
+
 @pytest.mark.parametrize("norm", [nnx.BatchNorm, jaxbn.nnx.BatchNorm])
 def test_an_nnx_model_stays_as_it_is_in_any_mode(norm):
     images = RNG.normal(1, 2, (64, 4, 4, 3)).astype(np.float32)

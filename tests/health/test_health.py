@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from jaxbn import calls, health
+from jaxbn import calls, health, watch
 from tests.support.networks import NnxNet
 
 C = 8
@@ -415,6 +415,20 @@ def test_a_model_without_batch_norm_is_refused():
             f'variables, an nnx model, or a tree with a State (or a mapping with "mean" and '
             f'"var") for each layer; write {call.__name__}(variables).'
         )
+
+
+def test_what_a_watched_step_gives_will_do_for_moments():
+    variables = healthy()
+    seen = moments_of(variables, n=15)
+    observed = {path: watch.Observed(of_x) for path, of_x in seen.items()}
+    for moments in (observed, watch.records(seen, variables), watch.records(observed, variables)):
+        assert health.check(variables, moments) == health.check(variables, seen) != []
+    with pytest.raises(TypeError) as error:
+        health.check(variables, {"bn": variables["batch_stats"]["bn"]})
+    assert str(error.value) == (
+        "check: called with dict of ['dict'], expected a dict, path → Moments of each layer, as "
+        "calls.hooked_apply(model.apply)(variables, x)[1] gives; write check(variables, moments)."
+    )
 
 
 def test_moments_of_another_model_are_refused():

@@ -248,6 +248,45 @@ def test_kernels_of_layers_in_scan_and_vmap_are_stacks(lift):
     np.testing.assert_allclose(record.kernel, (norm, norm), rtol=1e-6)
 
 
+class Shared(linen.Module):
+    """One norm after two dense layers, after the first of them again, and after their sum."""
+
+    @linen.compact
+    def __call__(self, x):
+        norm = linen.BatchNorm(use_running_average=False, name="norm")
+        a, b = linen.Dense(4, name="a"), linen.Dense(4, name="b")
+        return norm(a(x)) + norm(b(x)) + norm(a(2 * x)) + norm(a(x) + b(x))
+
+
+class NnxShared(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.a, self.b = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+    def __call__(self, x):
+        a, b, norm = self.a, self.b, self.norm
+        return norm(a(x)) + norm(b(x)) + norm(a(2 * x)) + norm(a(x) + b(x))
+
+
+@pytest.mark.parametrize("api", STEPS)
+def test_a_norm_that_is_called_several_times_has_all_kernels_before_it(api):
+    x = X[:, :4]
+    if api == "linen":
+        variables = Shared().init(jax.random.key(0), x)
+        kernels = watch.kernels(Shared().apply, variables, x, mutable=["batch_stats"])
+        weights = variables["params"]
+    else:
+        variables = NnxShared()
+        kernels, weights = watch.kernels(variables, x), nnx.state(variables, nnx.Param)
+    assert kernels == {"norm": ("a/kernel", "b/kernel")}
+    both = np.concatenate([np.asarray(weights[name]["kernel"], float).ravel() for name in "ab"])
+    grads = jax.tree.map(lambda v: 3 * v, weights)
+    record = watch.records({"norm": jaxbn.moments(x)}, variables, grads, kernels=kernels)["norm"]
+    norm = np.linalg.norm(both)
+    np.testing.assert_allclose(record.kernel, (norm, 3 * norm), rtol=1e-6)
+
+
 @pytest.mark.parametrize("api", STEPS)
 def test_a_record_has_the_norms_of_the_kernel_before(api):
     if api == "linen":
