@@ -1,5 +1,5 @@
 # `make demo` and `make test` work in a fresh clone: each makes .venv and installs what it needs.
-# Another interpreter: make PYTHON=python3.12 test   (Python 3.11 or newer)
+# Another interpreter: make clean, then make PYTHON=python3.12 test   (Python 3.11 or newer)
 
 PYTHON ?= python3
 # The newest of everything in place of the pins: make CONSTRAINTS=/dev/null test
