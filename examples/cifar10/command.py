@@ -32,7 +32,9 @@ def check_place(option: str, path: Path | None) -> None:
     if path is None:
         return
     folder, other = path.absolute().parent, path.exists() and not path.is_file()
-    if other or not (folder.is_dir() and os.access(folder, os.W_OK)):
+    if not folder.is_dir():
+        raise DataError(f"{option} {shown(path)}: there is no folder {shown(folder)}")
+    if other or not os.access(folder, os.W_OK):
         raise DataError(
             f"{option} {shown(path)}: expected a file in a folder that this process may write in"
         )

@@ -35,7 +35,7 @@ BAD = [
     ),
     (
         "cifar10/speedrun.py --data digits --out {}/no/f",
-        "--out {}/no/f: expected a file in a folder that this process may write in",
+        "--out {0}/no/f: there is no folder {0}/no",
     ),
     ("cifar10/predict.py {} x.png", "{} is no run of train.py: it has no config.json"),
     (
@@ -78,7 +78,7 @@ BAD = [
     ),
     (
         "studies/momentum.py --picture {}/no/f",
-        "--picture {}/no/f: expected a file in a folder that this process may write in",
+        "--picture {0}/no/f: there is no folder {0}/no",
     ),
     ("drift/alarms.py --data-dir {}/no", NO_DATA),
     ("drift/alarms.py --run {} --width 2", "{} has no complete checkpoint"),
