@@ -1274,13 +1274,6 @@ BUGS = (
         "cli/test_gates.py::test_inputs_that_the_model_does_not_take_are_told[verify]",
     ),
     Bug(
-        "the manifest beside a folder named with a slash is not read",
-        "jaxbn/_cli/commands.py",
-        "    path = str(Path(path))  # a folder's may end in a slash\n",
-        "",
-        "cli/test_gates.py::test_a_saved_model_needs_tensorflow",
-    ),
-    Bug(
         "a new version of a served model has other inputs",
         "jaxbn/export/_triton.py",
         "if line not in there]",

@@ -514,7 +514,6 @@ def _artifact(path: str) -> tuple[Any, Any]:
     from jaxbn import export
     from jaxbn.export._beside import manifest_beside
 
-    path = str(Path(path))  # a folder's may end in a slash
     manifest = export.read_manifest(path) if manifest_beside(Path(path)).exists() else None
     suffix = Path(path).suffix
     load: Any = getattr(export, FORMATS.get(suffix, FORMATS[""]).load)
