@@ -29,6 +29,11 @@ class Axes(NamedTuple):
         return math.prod(x.shape[a] for a in self.reduced)
 
 
+def has_known_sizes(x: jax.Array) -> bool:
+    """Whether no size of x is a name, as in a function that is exported for any batch size."""
+    return all(isinstance(size, int) for size in x.shape)
+
+
 def promote(*dtypes: Any) -> Any:
     """The dtype that holds them all, also where JAX is told to refuse implicit promotion."""
     with jax.numpy_dtype_promotion("standard"):

@@ -12,7 +12,7 @@ from jax import lax
 from jaxbn._op import arguments
 from jaxbn._op import axes as axes_
 from jaxbn._op import devices as devices_
-from jaxbn._op.axes import Axes, wide
+from jaxbn._op.axes import Axes, has_known_sizes, wide
 from jaxbn._op.devices import Pool
 from jaxbn._op.pooling import across, not_negative
 from jaxbn._op.primitives import Operation
@@ -199,8 +199,7 @@ def _mean_and_var(  # type: ignore[no-untyped-def]
     device, x, n, mask, near, *, axes: Axes
 ) -> tuple[jax.Array, jax.Array]:
     way = _by_pivot
-    known = all(isinstance(size, int) for size in x.shape)
-    if device == "gpu" and mask is None and known and x.size:
+    if device == "gpu" and mask is None and has_known_sizes(x) and x.size:
         way = _by_grid
     if device == "tpu":
         way = functools.partial(_about_near, near) if x.dtype == jnp.bfloat16 else _at_once
@@ -290,7 +289,7 @@ def _at_once(
     mean, var = _about(device, zero, axes, x, mask, n)
     near = jnp.all(real_product(mean, mean) <= NEAR * var)
     by_pivot = functools.partial(_by_pivot, device, axes)
-    if all(isinstance(size, int) for size in x.shape) and x.nbytes <= FAST:
+    if has_known_sizes(x) and x.nbytes <= FAST:
         x = apart(x)
     return lax.cond(near, lambda *_: (mean, var), by_pivot, x, mask, n)
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn._op.axes import Axes
+from jaxbn._op.axes import Axes, has_known_sizes
 
 # At most 8: with 16, a loop reads from more places at once than a processor can prefetch.
 PARTS = 8
@@ -70,7 +70,7 @@ def divisible(v: jax.Array, axes: Axes, times: int = 1) -> bool:
     """Whether v can be cut into parts, and is large enough."""
     # An array of unknown size, or whose type is sharded, cannot be cut.
     typed = any(name is not None for name in jax.typeof(v).sharding.spec)
-    known = all(isinstance(size, int) for size in v.shape)
+    known = has_known_sizes(v)
     if typed or not known or v.size < times * SMALL or not axes.reduced or jnp.iscomplexobj(v):
         return False
     return parts(v.shape[_longest(v.shape, axes)]) > 1
