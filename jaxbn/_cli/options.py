@@ -3,19 +3,32 @@
 import argparse
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jaxbn
 from jaxbn._text import printable
 
-MODEL = """\
---model MODULE:FUNCTION names a function of your own, in a module that Python can import from
-here. Called without arguments it returns what jaxbn.recalibrate takes: (apply, model, batches).
-apply(model, batch) runs the model in eval mode; model is linen's variables or an nnx module (shapes
-will do), which get the checkpoint's arrays by name; batches is an iterable of batches, of which
-`fold` and `export` take the first as the example. A batch is an array, or a tuple or a dict of
-arrays if the model has several inputs. This code runs; a checkpoint is data and never does.
+WIDTH = 80  # of a terminal; argparse fills what is not a description
+THEIRS = """\
+--model MODULE:FUNCTION names a function of your own, in a module that Python
+can import from here. Called without arguments it returns what
+jaxbn.recalibrate takes: (apply, model, batches).
+"""
+MODEL = f"""\
+{THEIRS}apply(model, batch) runs the model in eval mode. model is linen's variables or
+an nnx module (shapes will do), which get the checkpoint's arrays by name.
+batches is an iterable of batches, of which `fold` and `export` take the first
+as the example. A batch is an array, or a tuple or a dict of arrays if the model
+has several inputs. This code runs; a checkpoint is data and never does.
+"""
+TRACED = f"""\
+{THEIRS}apply(model, batch) runs the model in either mode; for the mode of training it
+is functools.partial(net.apply, train=True, mutable=["batch_stats"], rngs=...).
+Dropout is judged in that mode alone. model is linen's variables or an nnx
+module (shapes will do). The first of batches is traced. The function itself
+runs, and apply is traced.
 """
 EXAMPLES = """\
 examples:
@@ -23,14 +36,21 @@ examples:
   python -m jaxbn convert torch.safetensors net.msgpack --like flax.msgpack
   python -m jaxbn recalibrate net.msgpack ready.msgpack --model serve:model
   python -m jaxbn fold ready.msgpack --model serve:model
+  python -m jaxbn lint --model train:model --train
   python -m jaxbn export ready.msgpack net.onnx --model serve:model --int8
+  python -m jaxbn compare ready.msgpack net.msgpack --divergence 0.01
+  python -m jaxbn verify net.onnx --against ready.msgpack --model serve:model
   python -m jaxbn serving ready.msgpack --model serve:model
 
 COMMAND --help tells more.
 """
+WRITTEN = """\
+exit status: 0 written, 2 not written
+"""
 CHECKPOINTS = (
     "an orbax folder, a .safetensors file or a folder of them with an index, or a Flax msgpack file"
 )
+TOLERANCE = "largest error over the largest value (the default is by dtype)"
 GATES = """\
 exit status: 0 within all bounds, 1 findings, 2 could not be run
 """
@@ -60,12 +80,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"jaxbn {jaxbn.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def command(name: str, help: str, description: str, epilog: str = "") -> Any:
+    def command(name: str, help: str, description: str, epilog: str) -> Any:
+        line = next(line for line in EXAMPLES.splitlines() if f" jaxbn {name} " in line)
         sub = commands.add_parser(
             name,
             help=help,
-            description=description,
-            epilog=epilog,
+            description=textwrap.fill(description, WIDTH),
+            epilog=f"example:\n{line}\n\n{epilog}",
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -75,7 +96,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sub = command(
         "doctor",
         "is this checkpoint in trouble?",
-        "A row for each batch norm layer, worst first, then what is wrong and what helps.",
+        "Prints a row for each batch norm layer, worst first, then what is wrong and what helps.",
         "exit status: 0 healthy, 1 findings, 2 could not be read",
     )
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINTS)
@@ -99,25 +120,24 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sub = command(
         "convert",
         "another format, or another library's names",
-        "Writes a checkpoint in another format: as it is, or by the names and layouts of another\n"
-        "model, and says which array went where.",
-        f"from PyTorch to Flax, by a checkpoint of the Flax model:\n"
-        f"  python -m jaxbn convert torch.safetensors net.msgpack --like flax.msgpack\n\n{MODEL}",
+        "Writes a checkpoint in another format: as it is, or by the names and layouts of "
+        "another model, and says which array went where.",
+        f"{MODEL}\n{WRITTEN}",
     )
     _add_source(sub, "source")
     sub.add_argument("dest", metavar="DEST", help=DESTINATION)
     target = sub.add_mutually_exclusive_group()
     target.add_argument("--torch", action="store_true", help="PyTorch's names and layouts")
-    target.add_argument("--like", metavar="CHECKPOINT", help="names and layouts of this one")
+    target.add_argument("--like", metavar="FILE", help="names and layouts of this checkpoint")
     target.add_argument("--model", metavar="MODULE:FUNCTION", help="those of this model")
     _add_matching(sub)
 
     sub = command(
         "recalibrate",
         "running statistics from data, the weights as they are",
-        "Computes the running statistics again over all batches (precise batch norm) and writes\n"
-        "parameters and statistics.",
-        MODEL,
+        "Computes the running statistics again over all batches (precise batch norm) and "
+        "writes parameters and statistics.",
+        f"{MODEL}\n{WRITTEN}",
     )
     _add_source(sub, "source")
     sub.add_argument("dest", metavar="DEST", help=DESTINATION)
@@ -130,22 +150,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "fold",
         "which norms go into the kernels beside them",
         "Prints what export folds, what it does not and why, and the error of each.",
-        f"{MODEL}\n"
-        f"exit status: 0 folded, 1 nothing folded or the error too large, 2 could not be read",
+        f"{MODEL}\nexit status: 0 folded, 1 nothing folded or error too large, 2 could not be read",
     )
     _add_source(sub, "source")
     _add_model(sub)
-    sub.add_argument("--tolerance", type=_positive, metavar="T", help="largest relative error")
+    sub.add_argument("--tolerance", type=_positive, metavar="T", help=TOLERANCE)
 
     sub = command(
         "lint",
         "is this network put together well?",
-        "Traces your model and says what is wrong with how it uses its batch norms. The model does "
-        "not\nrun, and there is no checkpoint.",
-        f"{MODEL}\n"
-        "Here apply may run the model in train mode: functools.partial(net.apply, train=True,\n"
-        'mutable=["batch_stats"], rngs=...). Dropout is judged in that mode alone.\n\n'
-        "exit status: 0 healthy, 1 findings, 2 could not be traced",
+        "Traces your model and says what is wrong with how it uses its batch norms. There "
+        "is no checkpoint.",
+        f"{TRACED}\nexit status: 0 healthy, 1 findings, 2 could not be traced",
     )
     sub.add_argument("--model", metavar="MODULE:FUNCTION", required=True, help="your model: below")
     mode = sub.add_mutually_exclusive_group()
@@ -167,9 +183,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sub = command(
         "export",
         "a file to serve: ONNX, StableHLO, TFLite, SavedModel; int8",
-        "Folds the norms and writes a file for any batch size, which is run and compared first.\n"
-        "TFLite has one batch size, that of the first batch. A SavedModel is a folder.",
-        MODEL,
+        "Folds the norms and writes a file for any batch size, which is run and compared "
+        "first. TFLite has one batch size, that of the first batch. A SavedModel is a folder.",
+        f"{MODEL}\n{WRITTEN}",
     )
     _add_source(sub, "source")
     sub.add_argument(
@@ -180,13 +196,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _add_model(sub)
     sub.add_argument("--int8", action="store_true", help="ONNX, TFLite: calibrated on the batches")
     sub.add_argument("--no-fold", dest="fold", action="store_false", help="leave the norms")
-    sub.add_argument("--tolerance", type=_positive, metavar="T", help="largest relative error")
+    sub.add_argument("--tolerance", type=_positive, metavar="T", help=TOLERANCE)
 
     sub = command(
         "compare",
         "are two checkpoints, or two exported files, the same?",
-        "Compares statistics and weights layer by layer, and with a model or with two exported\n"
-        "files the results on the inputs.",
+        "Compares statistics and weights layer by layer, and with a model or with two "
+        "exported files the results on the inputs.",
         f"{MODEL}\n{GATES}",
     )
     sub.add_argument(
@@ -217,8 +233,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sub = command(
         "verify",
         "does an exported file compute what its checkpoint does?",
-        "Compares the file's results with the model's, also on one row alone, and the file with\n"
-        "the manifest beside it.",
+        "Compares the file's results with the model's, also on one row alone, and the file "
+        "with the manifest beside it.",
         f"{MODEL}\n{GATES}",
     )
     sub.add_argument(
@@ -242,7 +258,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sub.add_argument("source", metavar="CHECKPOINT", help=CHECKPOINTS)
     _add_part(sub)
     _add_gate(sub)
-    sub.add_argument("--tolerance", type=_positive, metavar="T", help="largest relative error")
+    sub.add_argument("--tolerance", type=_positive, metavar="T", help=TOLERANCE)
     words = sys.argv[1:] if argv is None else argv
     return parser.parse_args(words or ["--help"])
 
