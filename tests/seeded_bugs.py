@@ -1267,6 +1267,13 @@ BUGS = (
         "examples/test_examples.py::test_ctrl_c_in_any_script_is_one_line[failures/padding.py]",
     ),
     Bug(
+        "a tiny run goes into the results of the pages",
+        "benchmarks/reporting/results.py",
+        "given or (None if tiny else FOLDER)",
+        "given or FOLDER",
+        "benchmarks/test_benchmarks.py::test_a_tiny_run_leaves_the_results_of_the_pages[--tiny-False]",
+    ),
+    Bug(
         "Ctrl-C in a benchmark is a traceback",
         "benchmarks/reporting/report.py",
         "    except KeyboardInterrupt:",
