@@ -8,7 +8,6 @@ import argparse
 import importlib
 import json
 import os
-import pathlib
 import subprocess
 import sys
 import tempfile
@@ -57,7 +56,7 @@ def main(arguments) -> int:
     parser.add_argument(
         "--options", action="store_true", help="of parity: every option, in place of the cases"
     )
-    parser.add_argument("--results", type=pathlib.Path, default=results.FOLDER, metavar="FOLDER")
+    results.add_option(parser)
     options = parser.parse_args(arguments)
     names = list(DEVICES) if options.names in ([], ["all"]) else options.names
     if options.options:
@@ -80,12 +79,8 @@ def main(arguments) -> int:
         tables_of = [report.from_json(values) for values in record["tables"]]
         for table in tables_of:
             report.show(table)
-        path = results.write(options.results, name, record)
         charts = [chart for table in tables_of for chart in table.charts]
-        if charts:
-            plots.draw(charts, path.with_name(f"{path.stem}_{name}.png"))
-        report.show_environment(record["environment"])
-        print(f"written   {path}\n", flush=True)
+        plots.keep(results.folder(options.results, options.size == "tiny"), name, record, charts)
     for name in failed:
         print(f"benchmark {name!r} failed; what it said stands above", file=sys.stderr)
     return 1 if failed else 0

@@ -1,4 +1,4 @@
-"""One network on handwritten digits: its first step, training, evaluation, a saved state.
+"""One network on handwritten digits: first step, training, test, a saved state.
 
 python examples/first_steps.py
 python examples/first_steps.py --epochs 20

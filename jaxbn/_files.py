@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jaxbn._text import printable
+from jaxbn._text import a_kind, printable
 
 
 def check_place(call: str, path: str | os.PathLike[str]) -> None:
@@ -69,7 +69,7 @@ def check_new_folder(call: str, path: str | os.PathLike[str]) -> None:
 def _check_type(call: str, path: Any) -> None:
     if not isinstance(path, str | os.PathLike):
         raise TypeError(
-            f"{call}: path is a {type(path).__name__}, expected the name of a file or of a folder; "
+            f"{call}: path is {a_kind(path)}, expected the name of a file or of a folder; "
             f'write "NAME".'
         )
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
+from jaxbn._text import a_kind
+
 P = ParamSpec("P")
 R = TypeVar("R")
 FUNCTION = "an inference function with its weights closed over"
@@ -98,8 +100,8 @@ def check_function(call: str, fn: Any, write: str, expected: str = FUNCTION) -> 
 write health.serving(fn, x).
     """
     if not callable(fn) or is_unbound(fn):
-        what = "linen module without its variables" if callable(fn) else type(fn).__name__
-        raise TypeError(f"{call}: fn is a {what}, expected {expected}; write {write}.")
+        what = "a linen module without its variables" if callable(fn) else a_kind(fn)
+        raise TypeError(f"{call}: fn is {what}, expected {expected}; write {write}.")
 
 
 def are_batches(batches: Any) -> bool:
@@ -135,7 +137,7 @@ a list; write int8(source, [x], path).
     """
     if not are_batches(batches):
         array = hasattr(batches, "shape")
-        what = f"an array of shape {batches.shape}" if array else f"a {type(batches).__name__}"
+        what = f"an array of shape {batches.shape}" if array else a_kind(batches)
         raise TypeError(
             f"{call}: batches is {what}, expected an iterable of batches, such as a list; write "
             f"{write}."

@@ -17,6 +17,17 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
+def a_kind(value: object) -> str:
+    """The name of the value's type with its article, for errors that say what came.
+
+    >>> from jaxbn import _text
+    >>> _text.a_kind({}), _text.a_kind(3)
+    ('a dict', 'an int')
+    """
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
 def distinct(names: Iterable[str]) -> list[str]:
     """The names, with a number behind every name that came before.
 

@@ -928,6 +928,20 @@ BUGS = (
         "convert/test_files.py::test_a_damaged_folder_is_refused[outside]",
     ),
     Bug(
+        "a lone layer that does not fit is a question of order",
+        "jaxbn/convert/_matching.py",
+        "if not (left and right) or len(left) == len(right) == 1:",
+        "if False:",
+        "convert/test_convert.py::test_layers_with_no_choice_are_told_as_unknown_missing_and_misshapen",
+    ),
+    Bug(
+        "any state is asked for Equinox's statistics",
+        "jaxbn/convert/_sources.py",
+        "            if not isinstance(state, eqx.nn.State):",
+        "            if False:",
+        "convert/test_convert_peers.py::test_what_is_no_model_of_the_library_is_refused[equinox-state]",
+    ),
+    Bug(
         "the projection of Flax's ImageNet example comes first",
         "jaxbn/convert/_matching.py",
         'int(part["number"] or 10**6)',
@@ -1253,11 +1267,25 @@ BUGS = (
         "examples/test_examples.py::test_ctrl_c_in_any_script_is_one_line[failures/padding.py]",
     ),
     Bug(
+        "a tiny run goes into the results of the pages",
+        "benchmarks/reporting/results.py",
+        "given or (None if tiny else FOLDER)",
+        "given or FOLDER",
+        "benchmarks/test_benchmarks.py::test_a_tiny_run_leaves_the_results_of_the_pages[--tiny-False]",
+    ),
+    Bug(
         "Ctrl-C in a benchmark is a traceback",
         "benchmarks/reporting/report.py",
         "    except KeyboardInterrupt:",
         "    except EOFError:",
         "benchmarks/test_benchmarks.py::test_ctrl_c_is_one_line",
+    ),
+    Bug(
+        "a missing package is told as a damaged file",
+        "jaxbn/export/_stablehlo.py",
+        '    need("load_stablehlo", "flatbuffers")\n',
+        "",
+        "cli/test_cli.py::test_a_missing_package_ends_in_the_line_that_installs_it[flatbuffers]",
     ),
     Bug(
         "the name of an exported file is printed raw",
@@ -2060,6 +2088,20 @@ BUGS = (
         "        sys.path.append(os.getcwd())",
         "        pass",
         "cli/test_cli.py::test_the_users_module_is_found_beside_where_the_command_was_started",
+    ),
+    Bug(
+        "a line of the help is wider than a terminal",
+        "jaxbn/_cli/options.py",
+        "textwrap.fill(description, WIDTH)",
+        "description",
+        "cli/test_cli.py::test_help_names_every_option[recalibrate]",
+    ),
+    Bug(
+        "an error points into this package, and not at the user's code",
+        "jaxbn/_cli/users_model.py",
+        "ours, frames = (__file__, importlib.__file__),",
+        "ours, frames = (),",
+        "cli/test_cli.py::test_errors_of_the_commands_that_write",
     ),
     Bug(
         "several lines of an error",

@@ -11,6 +11,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -97,6 +98,19 @@ def draw(charts: Sequence[Chart], path: pathlib.Path) -> None:
 
 def _labels(chart: Chart) -> list[str]:
     return list(dict.fromkeys(label for of in chart.points.values() for label in of))
+
+
+def keep(
+    folder: pathlib.Path | None, name: str, record: dict[str, Any], charts: Sequence[Chart]
+) -> None:
+    """Writes a benchmark's record and draws its charts; prints the device and the file."""
+    report.show_environment(record["environment"])
+    if folder:
+        path = results.write(folder, name, record)
+        if charts:
+            draw(charts, path.with_name(f"{path.stem}_{name}.png"))
+        print(f"written   {path}")
+    print(flush=True)
 
 
 def _rows(chart: Chart) -> list[str]:

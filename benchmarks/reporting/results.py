@@ -1,5 +1,6 @@
 """The files of results: one for a device and a day, each benchmark of it with its environment."""
 
+import argparse
 import json
 import pathlib
 import re
@@ -8,6 +9,21 @@ from typing import Any
 from benchmarks.reporting import report
 
 FOLDER = pathlib.Path(__file__).parents[1] / "results"
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """`--results`, of the commands that write tables."""
+    parser.add_argument(
+        "--results",
+        type=pathlib.Path,
+        metavar="FOLDER",
+        help="where tables are written (benchmarks/results; with --tiny nowhere)",
+    )
+
+
+def folder(given: pathlib.Path | None, tiny: bool) -> pathlib.Path | None:
+    """Where results go. A tiny run only shows that it runs, so the pages take nothing of it."""
+    return given or (None if tiny else FOLDER)
 
 
 def stem(environment: dict[str, str]) -> str:

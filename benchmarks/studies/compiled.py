@@ -13,7 +13,6 @@ import argparse
 import functools
 import importlib.metadata
 import math
-import pathlib
 import sys
 from typing import Any, NamedTuple
 
@@ -171,7 +170,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("targets", nargs="+", choices=targets.NAMES, metavar="TARGET")
     parser.add_argument("--only", choices=BENCHMARKS, action="append", help="by default both")
     parser.add_argument("--tiny", action="store_true", help="only to see that it runs")
-    parser.add_argument("--results", type=pathlib.Path, default=results.FOLDER, metavar="FOLDER")
+    results.add_option(parser)
     options = parser.parse_args(arguments)
     command = " ".join(["python -m benchmarks.studies.compiled", *arguments])
     for target in options.targets:
@@ -184,11 +183,8 @@ def main(arguments: list[str]) -> int:
             report.show(table)
             of = environment(target, command)
             record = {"environment": of, "tables": [report.as_json(table)]}
-            path = results.write(options.results, name, record)
-            if table.charts:
-                plots.draw(table.charts, path.with_name(f"{path.stem}_{name}.png"))
-            report.show_environment(of)
-            print(f"written   {path}\n", flush=True)
+            folder = results.folder(options.results, options.tiny)
+            plots.keep(folder, name, record, table.charts)
     return 0
 
 

@@ -3,6 +3,7 @@
 
 import argparse
 import os
+import textwrap
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,7 @@ class Parser(argparse.ArgumentParser):
         if examples:
             options["epilog"] = "\n  ".join(["examples:", *examples])
             options["formatter_class"] = argparse.RawDescriptionHelpFormatter
+            options["description"] = textwrap.fill(options["description"], 80)
         super().__init__(*args, **options)
 
     def error(self, message):  # one line, without the usage above it

@@ -29,7 +29,7 @@ def parser() -> Parser:
         examples=[
             "python examples/cifar10/train.py --data cifar100 --epochs 12 --name mine",
             "python examples/cifar10/train.py --data DIR --target 90",
-            "python examples/cifar10/train.py --data synthetic --stem imagenet --model resnet50",
+            "python examples/cifar10/train.py --data DIR --stem imagenet --model resnet50",
         ],
     )
     positive = between(int, 1)
@@ -41,7 +41,9 @@ def parser() -> Parser:
         help="cifar10, cifar100, digits, synthetic, a folder with a folder of PNG or JPEG images "
         "for each class, or an .npz file of arrays x and y (auto: cifar10 where it can be had)",
     )
-    add("--data-dir", type=Path, help="where the files of CIFAR's binary version lie")
+    add(
+        "--data-dir", type=Path, metavar="DIR", help="where the files of CIFAR's binary version are"
+    )
     add(
         "--image-size",
         type=between(int, 8, 1024),
@@ -94,7 +96,14 @@ def parser() -> Parser:
     add("--resume", action="store_true", help="go on with the run --name")
     add("--keep", type=positive, default=2, help="checkpoints that are kept (2)")
     add = p.add_argument_group("watching the norm layers").add_argument
-    add("--watch", nargs="+", choices=writers.NAMES, default=[], help="where their figures go")
+    add(
+        "--watch",
+        nargs="+",
+        choices=writers.NAMES,
+        default=[],
+        metavar="WHERE",
+        help=f"where their figures go: {', '.join(writers.NAMES)}, or several",
+    )
     add("--watch-every", type=positive, default=50, help="steps from figures to figures (50)")
     add("--watch-port", type=between(int, 0, 65535), default=9464, help="of prometheus (9464)")
     return p

@@ -257,8 +257,7 @@ def parser() -> Parser:
         examples=[
             "python examples/cifar10/speedrun.py --data-dir DIR --out runs.json",
             "python examples/cifar10/speedrun.py --data cifar10 --seeds 3 --dtype bfloat16",
-            "python examples/cifar10/speedrun.py --data digits --seeds 1 --epochs 6 --batch 128 "
-            "--width 0.25",
+            "python examples/cifar10/speedrun.py --data digits --seeds 1 --width 0.25",
         ],
     )
     fast = jax.default_backend() != "cpu"

@@ -74,8 +74,8 @@ if __name__ == "__main__":
         prog="torch_roundtrip.py",
         description="A ResNet file with torchvision's names, to Flax linen, to Flax nnx, and back.",
         examples=[
-            "python examples/convert/torch_roundtrip.py resnet18.safetensors again.safetensors",
-            "python examples/convert/torch_roundtrip.py resnet34.safetensors again.safetensors",
+            "python examples/convert/torch_roundtrip.py resnet18.safetensors a.safetensors",
+            "python examples/convert/torch_roundtrip.py resnet34.safetensors a.safetensors",
             "python examples/convert/torch_roundtrip.py mine.safetensors again.safetensors",
         ],
     )

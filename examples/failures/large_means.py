@@ -39,7 +39,7 @@ def main(seed=0):
     in_bfloat16 = partial(nn.BatchNorm, force_float32_reductions=False)
     before, findings = run(in_bfloat16, jnp.bfloat16, seed)
     after, left = run(partial(jaxbn.linen.BatchNorm), jnp.float32, seed)
-    call = "health.check(jaxbn.recalibrate(...), dtype=bfloat16)"
+    call = "health.check(..., dtype=bfloat16)"
     cure = "jaxbn.linen.BatchNorm on x in float32"
     return Result("large means in bfloat16", before, findings, call, cure, after, left)
 

@@ -21,7 +21,7 @@ def main(seed=0):
     before, findings = run(partial(nn.BatchNorm, momentum=0.1), seed)
     arguments = convert.norm_arguments(momentum=0.1)  # momentum 0.9, epsilon 1e-5, unbiased
     after, left = run(partial(jaxbn.linen.BatchNorm, **arguments), seed)
-    call, cure = "health.check(variables, moments)", "convert.norm_arguments(momentum=0.1)"
+    call, cure = "health.check(variables, moments)", "norm_arguments(momentum=0.1)"
     return Result("momentum as PyTorch means it", before, findings, call, cure, after, left)
 
 

@@ -244,7 +244,7 @@ def run(main, picture, about, minutes, tiny):
         examples=[
             f"{call} --tiny",
             f"{call} --data-dir DIR",
-            f"{call} --data-dir DIR --seeds 5 --picture study.png",
+            f"{call} --seeds 5 --picture study.png",
         ],
     )
     parser.add_argument("--data-dir", type=Path, help="CIFAR-10's binary files (else: digits)")

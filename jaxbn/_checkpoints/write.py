@@ -12,7 +12,7 @@ import numpy as np
 from jaxbn._checkpoints.nesting import leaves, nested
 from jaxbn._extras import need
 from jaxbn._files import check_place, replacing
-from jaxbn._text import first_line, printable
+from jaxbn._text import a_kind, first_line, printable
 
 
 def save(path: str | os.PathLike[str], tree: Mapping[str, Any]) -> None:
@@ -111,7 +111,7 @@ def _numbers(keys: tuple[str, ...], node: Any) -> np.ndarray:
     v = np.array(node, order="C")
     if v.dtype.kind in "OSUM":
         raise ValueError(
-            f"save: {printable('/'.join(keys))} is a {type(node).__name__}, expected an array of "
+            f"save: {printable('/'.join(keys))} is {a_kind(node)}, expected an array of "
             f"numbers; save the part of the tree that holds them."
         )
     # Readers take no bytes but 0 and 1 for booleans; the memory of an array may hold others.

@@ -7,17 +7,26 @@ from typing import Any, NoReturn
 
 from jaxbn._text import printable
 
-MODEL = """\
---model MODULE:FUNCTION names a function of your own, in a module that Python can import from
-here. Called without arguments it returns what jaxbn.recalibrate takes: (apply, model, batches).
-apply(model, batch) runs the model in eval mode; model is linen's variables or an nnx module (shapes
-will do), which get the checkpoint's arrays by name; batches is an iterable of batches, of which
-`fold` and `export` take the first as the example. A batch is an array, or a tuple or a dict of
-arrays if the model has several inputs. This code runs; a checkpoint is data and never does.
+WIDTH = 80  # of a terminal; argparse fills what is not a description
+THEIRS = """\
+--model MODULE:FUNCTION names a function of your own, in a module that Python
+can import from here. Called without arguments it returns what
+jaxbn.recalibrate takes: (apply, model, batches).
+"""
+MODEL = f"""\
+{THEIRS}apply(model, batch) runs the model in eval mode. model is linen's variables or
+an nnx module (shapes will do), which get the checkpoint's arrays by name.
+batches is an iterable of batches, of which `fold` and `export` take the first
+as the example. A batch is an array, or a tuple or a dict of arrays if the model
+has several inputs. This code runs; a checkpoint is data and never does.
+"""
+WRITTEN = """\
+exit status: 0 written, 2 not written
 """
 CHECKPOINTS = (
     "an orbax folder, a .safetensors file or a folder of them with an index, or a Flax msgpack file"
 )
+TOLERANCE = "largest error over the largest value (the default is by dtype)"
 GATES = """\
 exit status: 0 within all bounds, 1 findings, 2 could not be run
 """

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jaxbn import convert
 from jaxbn._checkpoints.contents import Contents
 from jaxbn._misuse import are_batches
-from jaxbn._text import first_line, printable
+from jaxbn._text import a_kind, first_line, printable
 from jaxbn.convert._report import Report
 
 
@@ -42,19 +42,18 @@ def network(name: str) -> Network:
     try:
         made = getattr(importlib.import_module(module), function)()
     except (Exception, SystemExit) as error:  # a script may call `sys.exit()` when it is imported
-        frame = traceback.extract_tb(error.__traceback__)[-1]
         raise ValueError(
-            f"network: {name} fails: {called(error)} ({printable(frame.filename)}, line "
-            f"{frame.lineno}); expected a function of an importable module, called as {function}()."
+            f"network: {name} fails: {called(error)}{_place(error)}; expected a function of an "
+            f"importable module, called as {function}()."
         ) from error
     if not isinstance(made, tuple) or len(made) != 3 or not callable(made[0]):
         raise ValueError(
-            f"network: {name} returns a {type(made).__name__}, expected a tuple (apply, model, "
+            f"network: {name} returns {a_kind(made)}, expected a tuple (apply, model, "
             f"batches) with apply(model, batch), as jaxbn.recalibrate takes them."
         )
     if not are_batches(made[2]):
         raise ValueError(
-            f"network: {name} returns batches that are a {type(made[2]).__name__}, expected a list "
+            f"network: {name} returns batches that are {a_kind(made[2])}, expected a list "
             f"or another iterable of batches; write [x]."
         )
     return Network(*made)
@@ -94,6 +93,13 @@ def load(
         return convert.from_torch(source.state_dict(), like, eps=epsilon, **options)
     call = convert.nnx_to_linen if isinstance(like, Mapping) else convert.linen_to_nnx
     return call(source.variables(), like, **options)
+
+
+def _place(error: BaseException) -> str:
+    """Where the user's code failed; nothing where that code was not reached."""
+    ours, frames = (__file__, importlib.__file__), traceback.extract_tb(error.__traceback__)
+    theirs = [v for v in frames if not v.filename.startswith((*ours, "<frozen importlib"))]
+    return f" ({printable(theirs[-1].filename)}, line {theirs[-1].lineno})" if theirs else ""
 
 
 def called(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from jaxbn._folding.rewrite import Rewrite, SiteOutcome
 from jaxbn._folding.training_mode import batch_statistics
 from jaxbn._misuse import check_function
 from jaxbn._op.axes import promote
-from jaxbn._text import aligned
+from jaxbn._text import a_kind, aligned
 
 
 class FoldSite(NamedTuple):
@@ -330,7 +330,7 @@ def _check_arguments(fn: Any, args: Sequence[Any], tolerance: float | None) -> N
     for path, leaf in jax.tree_util.tree_leaves_with_path(args):
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
             raise TypeError(
-                f"fold: example_args{jax.tree_util.keystr(path)} is a {type(leaf).__name__}, "
+                f"fold: example_args{jax.tree_util.keystr(path)} is {a_kind(leaf)}, "
                 f"expected an array; close over what is none: "
                 f"jaxbn.fold(lambda x: fn(x, option), x)."
             )

@@ -12,7 +12,7 @@ from jaxbn._inspection import layers, nnx_classes, stand_ins
 from jaxbn._inspection.layers import Layer
 from jaxbn._op.batch_norm import finish
 from jaxbn._swapping.swapped import Swapped, SwappedLayer, check_tables, names
-from jaxbn._text import listed
+from jaxbn._text import a_kind, listed
 
 TABLES = ("domains", "classes")  # what Flax's batch norm does not have
 
@@ -178,7 +178,7 @@ def _check_own_call(path: str, layer: Any) -> None:
     known = type(layer).__call__ in (Flax.__call__, Ours.__call__)
     if not known and not nnx_classes.has_class_of(layer, _flax_call):
         raise ValueError(
-            f"swap: layer {path!r} is a {type(layer).__name__} with a call of its own, which would "
+            f"swap: layer {path!r} is {a_kind(layer)} with a call of its own, which would "
             f"be lost; call jaxbn.unfreeze(model) first if the layer is frozen, or leave the layer "
             f"out by where=."
         )

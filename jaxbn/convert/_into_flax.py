@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxbn._inspection.layers import is_nnx, nnx_layers
-from jaxbn._text import short
+from jaxbn._text import a_kind, short
 from jaxbn.convert import _sources
 from jaxbn.convert._arrays import Rename, Request, Slot, Tensor
 from jaxbn.convert._matching import match_arrays, refuse, report_of
@@ -107,7 +107,7 @@ def from_keras(
     tensors, norms = _sources.keras(model)
     if not tensors:
         raise ValueError(
-            f"from_keras: a {type(model).__name__} without weights came; expected a Keras model "
+            f"from_keras: {a_kind(model)} without weights came; expected a Keras model "
             f"that is built; call it once, or give it a keras.Input."
         )
     return _into_flax(Request("from_keras", like, rename, keep, transposed), tensors, norms.get)
@@ -141,6 +141,7 @@ def from_haiku(
       transposed: as in `from_torch`.
 
     Raises:
+      TypeError: params or state is no dict of dicts, or `like` is nothing of Flax's.
       ValueError: as in `from_torch`.
 
     >>> import numpy as np
@@ -151,7 +152,19 @@ def from_haiku(
     >>> report.moves[0].source, report.moves[0].target
     ('linear/w', 'params/Dense_0/kernel')
     """
+    for name, tree in (("params", params), ("state", state)):
+        if not isinstance(tree, Mapping) or not all(isinstance(v, Mapping) for v in tree.values()):
+            what = "a dict of others than dicts" if isinstance(tree, Mapping) else a_kind(tree)
+            raise TypeError(
+                f"from_haiku: {name} is {what}, expected a dict for each module, as "
+                f"hk.transform_with_state gives; write params, state = net.init(rng, x)."
+            )
     tensors, updates = _sources.haiku(params, state)
+    if not tensors:
+        raise ValueError(
+            "from_haiku: params and state hold nothing, expected those of hk.transform_with_state; "
+            "write params, state = net.init(rng, x)."
+        )
     arguments = {"momentum": decay_rate, "epsilon": eps, "unbiased": False}
     notes = [f"{layer}: debiased averages of {count} updates" for layer, count in updates.items()]
     request = Request("from_haiku", like, rename, keep, transposed)
@@ -183,12 +196,18 @@ def from_equinox(
       flattened: as in `from_torch`; Equinox flattens (C, H, W), as PyTorch does.
 
     Raises:
+      TypeError: a batch norm's statistics are not in state, or `like` is nothing of Flax's.
       ValueError: as in `from_torch`.
 
     >>> from jaxbn import convert
     >>> new, report = convert.from_equinox(model, state, like)  # doctest: +SKIP
     """
     tensors, norms = _sources.equinox(model, state)
+    if not tensors:
+        raise ValueError(
+            f"from_equinox: {a_kind(model)} without arrays came; expected an Equinox model; write "
+            f"model, state = eqx.nn.make_with_state(Net)(key)."
+        )
     request = Request("from_equinox", like, rename, keep, transposed, flattened or {})
     return _into_flax(request, tensors, norms.get)
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -174,10 +175,13 @@ def _by_order(
         statistics = any(slot.role.leaf in STATISTICS for slot in slots)
         here.setdefault(kind((len(s.shape) for s in slots), statistics), []).append(name)
 
-    def fits(source: str, target: str) -> bool:
+    def misfits(source: str, target: str) -> list[str]:
         trial = Match({}, [], [], [], {}, "", [], [])
-        _place(sources[source], targets[target], trial)
-        return not trial.problems
+        _place(sources.get(source, []), targets.get(target, []), trial)
+        return trial.problems
+
+    def fits(source: str, target: str) -> bool:
+        return not misfits(source, target)
 
     layers: dict[str, str] = {}
     for group in sorted(set(here) | set(there)):
@@ -202,7 +206,11 @@ def _by_order(
                 if len(names) > 1 and group[0] > 1
             )
             continue
-        found.problems.append("which of these is which, neither names nor order and shapes settle:")
+        if not (left and right) or len(left) == len(right) == 1:  # there is nothing to choose
+            for source, target in zip_longest(left, right, fillvalue=NOWHERE):
+                found.problems.extend(misfits(source, target))
+            continue
+        found.problems.append("names, order and shapes do not tell which of these is which:")
         shapes = {s: [t.array.shape for t in sources[s]] for s in left}
         found.problems.extend(f"  source {name}: {_shapes(shapes[name])}" for name in left)
         shapes = {t: [s.shape for s in targets[t]] for t in right}

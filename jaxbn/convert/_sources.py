@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxbn._inspection.layers import join
+from jaxbn._text import a_kind
 from jaxbn.convert import _layouts
 from jaxbn.convert._arrays import Tensor
 
@@ -53,7 +54,7 @@ def _keras_layers(model: Any) -> Iterator[tuple[str, Any, list[Any]]]:
     def walk(layer: Any, path: str) -> Iterator[tuple[str, Any, list[Any]]]:
         for inner in getattr(layer, "_layers", ()):
             yield from walk(inner, join(path, inner.name))
-        own = [v for v in layer.weights if id(v) not in seen]
+        own = [v for v in getattr(layer, "weights", ()) if id(v) not in seen]
         seen.update(map(id, own))
         if own:
             yield path, layer, own
@@ -104,6 +105,12 @@ def equinox(model: Any, state: Any) -> tuple[list[Tensor], Norms]:
             own = {f"{path}.{name}".lstrip("."): getattr(node, name) for name in ("weight", "bias")}
         if isinstance(node, eqx.nn.BatchNorm):
             norms[path] = {"momentum": node.momentum, "epsilon": node.eps, "unbiased": False}
+            if not isinstance(state, eqx.nn.State):
+                raise TypeError(
+                    f"from_equinox: state is {a_kind(state)}, expected the eqx.nn.State that holds "
+                    f"the statistics of {path!r}; write model, state = "
+                    f"eqx.nn.make_with_state(Net)(key)."
+                )
             for name, value in _equinox_statistics(node, state).items():
                 own[f"{path}.{name}".lstrip(".")] = value
         for name, value in own.items():

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxbn import _files
 from jaxbn._extras import need
-from jaxbn._text import first_line, short
+from jaxbn._text import a_kind, first_line, short
 
 TORCH = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
 SAFETENSORS = ".safetensors"
@@ -79,7 +79,7 @@ def _arrays(call: str, tensors: Any, source: str = "the source") -> dict[str, np
     """
     if not isinstance(tensors, Mapping):
         raise TypeError(
-            f"{call}: {source} is a {type(tensors).__name__}, expected a mapping of names to "
+            f"{call}: {source} is {a_kind(tensors)}, expected a mapping of names to "
             f"arrays, or a path; write model.state_dict()."
         )
     others = [name for name, value in tensors.items() if not hasattr(value, "shape")]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn._text import a_kind
 from jaxbn.convert._arrays import Role, Slot, Tensor
 
 
@@ -64,7 +65,7 @@ def flatten(
     if not isinstance(tree, Mapping) or not {"params", "batch_stats"} & set(tree):
         keys = f" of {sorted(map(str, tree))}" if isinstance(tree, Mapping) else ""
         raise TypeError(
-            f"{call}: a {type(tree).__name__}{keys} came for Flax's variables; expected linen's, "
+            f"{call}: {a_kind(tree)}{keys} came for Flax's variables; expected linen's, "
             f"with 'params' and 'batch_stats', or an nnx module or its state; write "
             f"model.init(key, x), or jax.eval_shape(model.init, key, x)."
         )

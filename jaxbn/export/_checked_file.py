@@ -13,6 +13,7 @@ from jaxbn._extras import need
 from jaxbn._files import check_place, replacing
 from jaxbn._folding.training_mode import batch_statistics
 from jaxbn._misuse import check_function
+from jaxbn._text import a_kind
 from jaxbn.export._beside import remove_older_manifest, weights_of
 
 PACKAGES = {  # that a call needs
@@ -76,7 +77,7 @@ def inference_inputs(
         raise TypeError(f"{call}: x holds no array, expected an example batch, batch first.")
     for x in leaves:
         if not isinstance(x, jax.Array | np.ndarray) or not x.ndim:
-            what = f"a {type(x).__name__}" if not hasattr(x, "shape") else "a scalar"
+            what = a_kind(x) if not hasattr(x, "shape") else "a scalar"
             several = isinstance(x, list) and any(getattr(v, "ndim", 0) for v in x)
             raise TypeError(
                 f"{call}: x is {what}, expected an example batch, batch first; write "

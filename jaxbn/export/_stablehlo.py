@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxbn._extras import need
 from jaxbn._folding.program import trace
 from jaxbn._misuse import takes
 from jaxbn._text import first_line, printable
@@ -123,6 +124,7 @@ def load_stablehlo(path: str | os.PathLike[str]) -> Callable[..., jax.Array]:
     Raises:
       FileNotFoundError: the file does not exist.
       ValueError: the file is no StableHLO of `jax.export`.
+      ModuleNotFoundError: flatbuffers is missing.
 
     >>> import tempfile, jax.numpy as jnp
     >>> from jaxbn import export
@@ -133,6 +135,7 @@ def load_stablehlo(path: str | os.PathLike[str]) -> Callable[..., jax.Array]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"load_stablehlo: no StableHLO file at {printable(path)}")
+    need("load_stablehlo", "flatbuffers")
     content = Path(path).read_bytes()
     try:
         return jax.export.deserialize(bytearray(content)).call

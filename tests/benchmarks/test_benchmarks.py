@@ -472,6 +472,20 @@ def test_the_command_writes_what_came_and_names_what_failed(tmp_path, monkeypatc
     assert sorted(os.listdir(tmp_path)) == names
 
 
+@pytest.mark.parametrize(("size", "written"), [("--tiny", False), ("--full", True)])
+def test_a_tiny_run_leaves_the_results_of_the_pages(size, written, tmp_path, monkeypatch, capsys):
+    def measure(name, size, command, load, path):
+        with open(path, "w") as file:
+            json.dump(record(), file)
+        return True
+
+    monkeypatch.setattr(__main__, "measure", measure)
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
+    assert __main__.main(["accuracy", size]) == 0
+    assert (tmp_path / "results").exists() == written
+    assert ("\nwritten " in capsys.readouterr().out) == written
+
+
 def test_a_picture_has_every_library_and_shape(tmp_path, monkeypatch):
     charts = [chart for table in op_tables() for chart in table.charts]
     assert [chart.title for chart in charts[:2]] == [

@@ -599,13 +599,17 @@ def test_wrong_options_are_one_line(words, capsys):
 
 
 @pytest.mark.parametrize("command", ["", *commands.COMMANDS])
-def test_help_names_every_option(command, capsys):
+def test_help_names_every_option(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as end:
         commands.main([*command.split(), "--help"])
     out = capsys.readouterr().out
     assert end.value.code == 0
-    assert max(map(len, out.splitlines())) <= 100
+    assert max(map(len, out.splitlines())) <= 80
+    assert f"\n  python -m jaxbn {command}" in out
     assert ("module:function" in out.lower()) == (command not in ("", "doctor"))
+    written = ("convert", "recalibrate", "export")
+    assert ("exit status: 0 written, 2 not written" in out) == (command in written)
     status = {"doctor": "read", "lint": "traced"}.get(command)
     assert ("exit status: 0 healthy, 1 findings" in out) == (status is not None)
     assert f"2 could not be {status or 'read'}" in out or status is None
@@ -661,10 +665,10 @@ def test_no_command_is_a_call_for_help(capsys):
 
 
 def test_the_examples_of_the_help_are_command_lines():
-    """One a command, in the order of the commands."""
+    """One a command."""
     words = [line.split()[3:] for line in commands.EXAMPLES.splitlines() if " -m jaxbn " in line]
     parsed = [commands.parse(line).command for line in words]
-    assert parsed == ["doctor", "convert", "recalibrate", "fold", "export", "serving"]
+    assert sorted(parsed) == sorted(commands.COMMANDS)
 
 
 # Package → what needs it, and the rest of the line.
@@ -698,7 +702,8 @@ MISSING = {
     "prometheus_client": [(lambda: jaxbn.writers.Prometheus(0), "Prometheus", "'jaxbn[watch]'")],
     "tensorboardX": [(lambda: jaxbn.writers.TensorBoard("b"), "TensorBoard", "'jaxbn[watch]'")],
     "flatbuffers": [
-        (lambda: export.stablehlo(jnp.sin, np.ones((1, 2)), "b"), "stablehlo", "'jaxbn[export]'")
+        (lambda: export.stablehlo(jnp.sin, np.ones((1, 2)), "b"), "stablehlo", "'jaxbn[export]'"),
+        (lambda: export.load_stablehlo("a.msgpack"), "load_stablehlo", "'jaxbn[export]'"),
     ],
     "jax2onnx": [(lambda: export.onnx(jnp.sin, np.ones((1, 2)), "b"), "onnx", "'jaxbn[export]'")],
     "onnx": [(lambda: export.onnx(jnp.sin, np.ones((1, 2)), "b"), "onnx", "'jaxbn[export]'")],
@@ -1072,6 +1077,7 @@ def test_errors_of_the_commands_that_write(net, capsys, tmp_path):
     (tmp_path / "other.py").write_text(
         "def broken():\n    return 1 / 0\n\ndef three():\n    return 3\n"
     )
+    (tmp_path / "cut.py").write_text("def ?\n")
     expected = {
         ("fold", "net.msgpack", "--model", "other"): (
             "fold: 'other' names no function, expected module:function"
@@ -1080,8 +1086,20 @@ def test_errors_of_the_commands_that_write(net, capsys, tmp_path):
             f"fold: other:broken fails: ZeroDivisionError: division by zero ({tmp_path}/other.py, "
             "line 2); expected a function of an importable module, called as broken()."
         ),
+        ("fold", "net.msgpack", "--model", "other:brokn"): (
+            "fold: other:brokn fails: AttributeError: module 'other' has no attribute 'brokn'; "
+            "expected a function of an importable module, called as brokn()."
+        ),
+        ("fold", "net.msgpack", "--model", "othr:broken"): (
+            "fold: othr:broken fails: ModuleNotFoundError: No module named 'othr'; expected a "
+            "function of an importable module, called as broken()."
+        ),
+        ("fold", "net.msgpack", "--model", "cut:broken"): (
+            "fold: cut:broken fails: SyntaxError: invalid syntax (cut.py, line 1); expected a "
+            "function of an importable module, called as broken()."
+        ),
         ("fold", "net.msgpack", "--model", "other:three"): (
-            "fold: other:three returns a int, expected a tuple (apply, model, batches) with "
+            "fold: other:three returns an int, expected a tuple (apply, model, batches) with "
             "apply(model, batch), as jaxbn.recalibrate takes them."
         ),
         ("fold", "net.msgpack", "--part", "ema", "--model", "net:network"): (

@@ -467,7 +467,7 @@ def test_an_order_that_does_not_hold_is_refused():
     like = shapes(ShortcutFirst(), jnp.ones((1, 4, 4, 8)))
     expected = refused(
         "from_torch",
-        "which of these is which, neither names nor order and shapes settle:",
+        "names, order and shapes do not tell which of these is which:",
         "  source layer1.0.conv1: 8x8x1x1",
         "  source layer1.0.conv2: 8x8x3x3",
         "  source layer1.0.conv3: 32x8x1x1",
@@ -482,6 +482,26 @@ def test_an_order_that_does_not_hold_is_refused():
     assert str(error.value) == expected
 
 
+def test_layers_with_no_choice_are_told_as_unknown_missing_and_misshapen():
+    """Names differ, and so do the shapes of the only convolution; each side has more of a kind."""
+    state = {"a.weight": normal(8, 3, 3, 3), "b.weight": normal(2, 3)}
+    state |= {f"n.{name}": normal(4) for name in ("running_mean", "running_var")}
+    like = {
+        "params": {"Conv_0": {"kernel": np.zeros((3, 3, 3, 4))}, "PReLU_0": {"x": np.zeros(())}}
+    }
+    with pytest.raises(ValueError) as error:
+        convert.from_torch(state, like)
+    assert str(error.value) == refused(
+        "from_torch",
+        "missing, in the target alone: params/PReLU_0/x ()",
+        "unknown, in the source alone: n.running_mean (4,)",
+        "unknown, in the source alone: n.running_var (4,)",
+        "unknown, in the source alone: b.weight (2, 3)",
+        "misshapen: a.weight (8, 3, 3, 3) becomes (3, 3, 3, 8), but params/Conv_0/kernel is "
+        "(3, 3, 3, 4)",
+    )
+
+
 def test_other_names_are_matched_where_shapes_occur_once():
     source = {"a.weight": normal(2, 3), "b.weight": normal(4, 2), "n.weight": normal(7)}
     like = {"params": {"one": {"kernel": np.zeros((2, 4))}, "two": {"kernel": np.zeros((3, 2))}}}
@@ -492,7 +512,7 @@ def test_other_names_are_matched_where_shapes_occur_once():
     np.testing.assert_array_equal(new["params"]["one"]["kernel"], source["b.weight"].T)
     source["b.weight"] = normal(2, 3)
     like["params"]["one"]["kernel"] = np.zeros((3, 2))
-    with pytest.raises(ValueError, match=r"nothing was converted\.\n  which of these is which"):
+    with pytest.raises(ValueError, match=r"nothing was converted\.\n  names, order and shapes"):
         convert.from_torch(source, like)
 
 

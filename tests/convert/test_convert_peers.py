@@ -182,6 +182,12 @@ def test_keras_is_refused(keras):
         "from_keras: a Dense without weights came; expected a Keras model that is built; call it "
         "once, or give it a keras.Input."
     )
+    with pytest.raises(ValueError) as error:
+        convert.from_keras("net.keras", {"params": {}})
+    assert str(error.value) == (
+        "from_keras: a str without weights came; expected a Keras model that is built; call it "
+        "once, or give it a keras.Input."
+    )
     model = keras.Sequential([keras.Input((2, 2, 3)), keras.layers.Conv2DTranspose(3, 1, name="a")])
     like = {"params": {"a": {"kernel": np.zeros((1, 1, 3, 3)), "bias": np.zeros(3)}}}
     with pytest.raises(ValueError) as error:
@@ -342,3 +348,49 @@ def test_equinox_transposed_convolutions_and_flattened_maps(transpose_kernel):
     y = new.layers[0](last(x[None]))
     oracle.assert_close(new.layers[1](y.reshape(1, -1)), want[None], 4 * CLOSE)
     assert jnp.all(jnp.isfinite(y))
+
+
+# Bad input
+
+LAYER = {"w": np.ones((3, 2))}
+WRITE = "write params, state = net.init(rng, x)."
+NO_SOURCE = {  # what is no model of the library → the whole message
+    "haiku-params": (
+        lambda like: convert.from_haiku(object(), {}, like, decay_rate=0.9),
+        "from_haiku: params is an object, expected a dict for each module, as "
+        f"hk.transform_with_state gives; {WRITE}",
+    ),
+    "haiku-state": (
+        lambda like: convert.from_haiku({"linear": LAYER}, {"counter": 1}, like, decay_rate=0.9),
+        "from_haiku: state is a dict of others than dicts, expected a dict for each module, as "
+        f"hk.transform_with_state gives; {WRITE}",
+    ),
+    "haiku-empty": (
+        lambda like: convert.from_haiku({}, {}, like, decay_rate=0.9),
+        "from_haiku: params and state hold nothing, expected those of hk.transform_with_state; "
+        f"{WRITE}",
+    ),
+    "equinox-model": (
+        lambda like: convert.from_equinox(object(), None, like),
+        "from_equinox: an object without arrays came; expected an Equinox model; write model, "
+        "state = eqx.nn.make_with_state(Net)(key).",
+    ),
+    "equinox-state": (
+        lambda like: convert.from_equinox([equinox_norm()], {}, like),
+        "from_equinox: state is a dict, expected the eqx.nn.State that holds the statistics of "
+        "'0'; write model, state = eqx.nn.make_with_state(Net)(key).",
+    ),
+}
+
+
+def equinox_norm():
+    return pytest.importorskip("equinox").nn.BatchNorm(3, "batch", mode="ema")
+
+
+@pytest.mark.parametrize("name", NO_SOURCE)
+def test_what_is_no_model_of_the_library_is_refused(name):
+    pytest.importorskip(name.partition("-")[0])
+    call, message = NO_SOURCE[name]
+    with pytest.raises((TypeError, ValueError)) as error:
+        call({"params": {"fc": {"kernel": np.zeros((3, 2))}}})
+    assert str(error.value) == message

@@ -168,8 +168,11 @@ def test_a_wrong_command_is_one_line(monkeypatch, tmp_path, capsys, command, exp
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_ends_with_three_calls_that_the_script_understands(monkeypatch, capsys, script):
+    monkeypatch.setenv("COLUMNS", "80")
     assert status(monkeypatch, script, "--help") == 0
-    calls = [line.strip() for line in capsys.readouterr().out.splitlines()[-3:]]
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    calls = [line.strip() for line in lines[-3:]]
     assert len({*calls}) == 3
     understood, parse = [], argparse.ArgumentParser.parse_args
 

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import re
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ from jaxbn._cli.commands import (
     serving,
     verify,
 )
-from jaxbn._cli.options import Parser
+from jaxbn._cli.options import WIDTH, Parser
 from jaxbn._text import printable
 
 EXAMPLES = """\
@@ -35,7 +36,10 @@ examples:
   python -m jaxbn convert torch.safetensors net.msgpack --like flax.msgpack
   python -m jaxbn recalibrate net.msgpack ready.msgpack --model serve:model
   python -m jaxbn fold ready.msgpack --model serve:model
+  python -m jaxbn lint --model train:model --train
   python -m jaxbn export ready.msgpack net.onnx --model serve:model --int8
+  python -m jaxbn compare ready.msgpack net.msgpack --divergence 0.01
+  python -m jaxbn verify net.onnx --against ready.msgpack --model serve:model
   python -m jaxbn serving ready.msgpack --model serve:model
 
 COMMAND --help tells more.
@@ -113,11 +117,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     for name, command in COMMANDS.items():
+        line = next(line for line in EXAMPLES.splitlines() if f" jaxbn {name} " in line)
         sub = commands.add_parser(
             name,
             help=command.HELP,
-            description=command.DESCRIPTION,
-            epilog=command.EPILOG,
+            description=textwrap.fill(command.DESCRIPTION, WIDTH),
+            epilog=f"example:\n{line}\n\n{command.EPILOG}",
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

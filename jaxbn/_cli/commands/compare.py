@@ -10,7 +10,7 @@ from jaxbn._text import printable
 
 HELP = "are two checkpoints, or two exported files, the same?"
 DESCRIPTION = (
-    "Compares statistics and weights layer by layer, and with a model or with two exported\n"
+    "Compares statistics and weights layer by layer, and with a model or with two exported "
     "files the results on the inputs."
 )
 EPILOG = f"{options.MODEL}\n{options.GATES}"

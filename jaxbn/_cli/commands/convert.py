@@ -10,14 +10,10 @@ from jaxbn._text import printable
 
 HELP = "another format, or another library's names"
 DESCRIPTION = (
-    "Writes a checkpoint in another format: as it is, or by the names and layouts of another\n"
+    "Writes a checkpoint in another format: as it is, or by the names and layouts of another "
     "model, and says which array went where."
 )
-EPILOG = (
-    "from PyTorch to Flax, by a checkpoint of the Flax model:\n"
-    "  python -m jaxbn convert torch.safetensors net.msgpack --like flax.msgpack\n\n"
-    f"{options.MODEL}"
-)
+EPILOG = f"{options.MODEL}\n{options.WRITTEN}"
 
 
 def add(sub: Any) -> None:
@@ -26,7 +22,7 @@ def add(sub: Any) -> None:
     sub.add_argument("dest", metavar="DEST", help=options.DESTINATION)
     target = sub.add_mutually_exclusive_group()
     target.add_argument("--torch", action="store_true", help="PyTorch's names and layouts")
-    target.add_argument("--like", metavar="CHECKPOINT", help="names and layouts of this one")
+    target.add_argument("--like", metavar="FILE", help="names and layouts of this checkpoint")
     target.add_argument("--model", metavar="MODULE:FUNCTION", help="those of this model")
     options.add_matching(sub)
 

@@ -8,7 +8,9 @@ from jaxbn._cli.arrays import check_arrays
 from jaxbn._text import distinct, printable
 
 HELP = "is this checkpoint in trouble?"
-DESCRIPTION = "A row for each batch norm layer, worst first, then what is wrong and what helps."
+DESCRIPTION = (
+    "Prints a row for each batch norm layer, worst first, then what is wrong and what helps."
+)
 EPILOG = "exit status: 0 healthy, 1 findings, 2 could not be read"
 
 

@@ -10,10 +10,10 @@ from jaxbn._text import printable
 
 HELP = "a file to serve: ONNX, StableHLO, TFLite, SavedModel; int8"
 DESCRIPTION = (
-    "Folds the norms and writes a file for any batch size, which is run and compared first.\n"
+    "Folds the norms and writes a file for any batch size, which is run and compared first. "
     "TFLite has one batch size, that of the first batch. A SavedModel is a folder."
 )
-EPILOG = options.MODEL
+EPILOG = f"{options.MODEL}\n{options.WRITTEN}"
 
 
 def add(sub: Any) -> None:
@@ -27,9 +27,7 @@ def add(sub: Any) -> None:
     options.add_model(sub)
     sub.add_argument("--int8", action="store_true", help="ONNX, TFLite: calibrated on the batches")
     sub.add_argument("--no-fold", dest="fold", action="store_false", help="leave the norms")
-    sub.add_argument(
-        "--tolerance", type=options.positive, metavar="T", help="largest relative error"
-    )
+    sub.add_argument("--tolerance", type=options.positive, metavar="T", help=options.TOLERANCE)
 
 
 def run(args: Namespace) -> int:

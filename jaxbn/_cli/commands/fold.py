@@ -7,19 +7,17 @@ from jaxbn._cli import models, options
 
 HELP = "which norms go into the kernels beside them"
 DESCRIPTION = "Prints what export folds, what it does not and why, and the error of each."
-EPILOG = (
-    f"{options.MODEL}\n"
-    f"exit status: 0 folded, 1 nothing folded or the error too large, 2 could not be read"
-)
+EPILOG = f"""\
+{options.MODEL}
+exit status: 0 folded, 1 nothing folded or error too large, 2 could not be read
+"""
 
 
 def add(sub: Any) -> None:
     """Adds the command's options."""
     options.add_source(sub, "source")
     options.add_model(sub)
-    sub.add_argument(
-        "--tolerance", type=options.positive, metavar="T", help="largest relative error"
-    )
+    sub.add_argument("--tolerance", type=options.positive, metavar="T", help=options.TOLERANCE)
 
 
 def run(args: Namespace) -> int:

@@ -8,15 +8,18 @@ from jaxbn._cli import models, options
 
 HELP = "is this network put together well?"
 DESCRIPTION = (
-    "Traces your model and says what is wrong with how it uses its batch norms. The model does "
-    "not\nrun, and there is no checkpoint."
+    "Traces your model and says what is wrong with how it uses its batch norms. There is no "
+    "checkpoint."
 )
-EPILOG = (
-    f"{options.MODEL}\n"
-    "Here apply may run the model in train mode: functools.partial(net.apply, train=True,\n"
-    'mutable=["batch_stats"], rngs=...). Dropout is judged in that mode alone.\n\n'
-    "exit status: 0 healthy, 1 findings, 2 could not be traced"
-)
+EPILOG = f"""\
+{options.THEIRS}apply(model, batch) runs the model in either mode; for the mode of training it
+is functools.partial(net.apply, train=True, mutable=["batch_stats"], rngs=...).
+Dropout is judged in that mode alone. model is linen's variables or an nnx
+module (shapes will do). The first of batches is traced. The function itself
+runs, and apply is traced.
+
+exit status: 0 healthy, 1 findings, 2 could not be traced
+"""
 
 
 def add(sub: Any) -> None:

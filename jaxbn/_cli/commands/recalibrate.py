@@ -9,10 +9,10 @@ from jaxbn._text import printable
 
 HELP = "running statistics from data, the weights as they are"
 DESCRIPTION = (
-    "Computes the running statistics again over all batches (precise batch norm) and writes\n"
+    "Computes the running statistics again over all batches (precise batch norm) and writes "
     "parameters and statistics."
 )
-EPILOG = options.MODEL
+EPILOG = f"{options.MODEL}\n{options.WRITTEN}"
 
 
 def add(sub: Any) -> None:

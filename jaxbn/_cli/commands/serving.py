@@ -19,9 +19,7 @@ def add(sub: Any) -> None:
     sub.add_argument("source", metavar="CHECKPOINT", help=options.CHECKPOINTS)
     options.add_part(sub)
     options.add_gate(sub)
-    sub.add_argument(
-        "--tolerance", type=options.positive, metavar="T", help="largest relative error"
-    )
+    sub.add_argument("--tolerance", type=options.positive, metavar="T", help=options.TOLERANCE)
 
 
 def run(args: Namespace) -> int:

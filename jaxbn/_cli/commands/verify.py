@@ -8,7 +8,7 @@ from jaxbn._text import printable
 
 HELP = "does an exported file compute what its checkpoint does?"
 DESCRIPTION = (
-    "Compares the file's results with the model's, also on one row alone, and the file with\n"
+    "Compares the file's results with the model's, also on one row alone, and the file with "
     "the manifest beside it."
 )
 EPILOG = f"{options.MODEL}\n{options.GATES}"
