@@ -2091,9 +2091,9 @@ BUGS = (
     ),
     Bug(
         "a line of the help is wider than a terminal",
-        "jaxbn/_cli/options.py",
-        "textwrap.fill(description, WIDTH)",
-        "description",
+        "jaxbn/_cli/commands/__init__.py",
+        "textwrap.fill(command.DESCRIPTION, WIDTH)",
+        "command.DESCRIPTION",
         "cli/test_cli.py::test_help_names_every_option[recalibrate]",
     ),
     Bug(
