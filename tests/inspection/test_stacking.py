@@ -129,6 +129,45 @@ def test_every_axis_gives_the_figures_of_axis_0(api, lift, stats, params):
     )
 
 
+class Cumulative(linen.Module):
+    @linen.compact
+    def __call__(self, x, train):
+        norm = jaxbn.linen.BatchNorm(use_running_average=not train, momentum=None, name="bn")
+        return norm(x), None
+
+
+@pytest.mark.parametrize("lift", ["scan", "vmap"])
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_counts_are_stacked_on_axis_0_and_on_the_last(api, lift):
+    # As the docstrings of momentum and docs/watch.md say. No other axis fits a number.
+    def trained(stats):
+        if api == "linen":
+            model = lifted(lift, stats, block=Cumulative)
+            variables = model.init(jax.random.key(0), X, True)
+            (_, updates), seen = watch.linen(model.apply)(variables, X, True, mutable="batch_stats")
+            variables |= updates
+        else:
+            axes = nnx.StateAxes({nnx.BatchStat: stats, ...: 0})
+            norm = functools.partial(jaxbn.nnx.BatchNorm, C, momentum=None)
+            variables = nnx.vmap(lambda r: norm(rngs=r), out_axes=axes, axis_size=L, in_axes=None)(
+                nnx.Rngs(0)
+            )
+            with watch.nnx(variables) as seen:
+                if lift == "vmap":
+                    nnx.vmap(lambda b, x: b(x), in_axes=(axes, None))(variables, X)
+                else:
+                    nnx.scan(lambda x, b: b(x), in_axes=(nnx.Carry, axes), out_axes=nnx.Carry)(
+                        X, variables
+                    )
+        ((path, record),) = watch.records(seen, variables).items()
+        return [*record.state, *record.batch[1:]]
+
+    first, last = trained(0), trained(-1)
+    assert first[2].tolist() == last[2].tolist() == [1] * L
+    for a, b in zip(first, last, strict=True):
+        np.testing.assert_allclose(a, of_axis(b, -1), rtol=1e-6)
+
+
 class Domains(linen.Module):
     @linen.compact
     def __call__(self, x, train):
