@@ -963,6 +963,20 @@ BUGS = (
         "health/test_health.py::test_replicas_that_agree_and_features_that_are_split_are_none",
     ),
     Bug(
+        "rows of a layer with domains are stacked as if the layer had none",
+        "jaxbn/health/_rows.py",
+        '    if getattr(call.layer, "domains", None):\n',
+        "    if False:\n",
+        "inspection/test_stacking.py::test_the_line_that_drift_advises_for_domains_runs[1-3]",
+    ),
+    Bug(
+        "domains are on axis 0 wherever layers are stacked",
+        "jaxbn/health/_rows.py",
+        '", ".join([":"] * axis + [index])',
+        "index",
+        "inspection/test_stacking.py::test_the_line_that_drift_advises_for_domains_runs[0-2]",
+    ),
+    Bug(
         "a mask has the axes of x",
         "jaxbn/health/_rows.py",
         "    mask, weights = check_cells(name, call.mask, call.weights, x)\n",

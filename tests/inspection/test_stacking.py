@@ -159,7 +159,7 @@ def test_counts_are_stacked_on_axis_0_and_on_the_last(api, lift):
                     nnx.scan(lambda x, b: b(x), in_axes=(nnx.Carry, axes), out_axes=nnx.Carry)(
                         X, variables
                     )
-        ((path, record),) = watch.records(seen, variables).items()
+        (record,) = watch.records(seen, variables).values()
         return [*record.state, *record.batch[1:]]
 
     first, last = trained(0), trained(-1)
@@ -173,6 +173,29 @@ class Domains(linen.Module):
     def __call__(self, x, train):
         norm = jaxbn.linen.BatchNorm(use_running_average=not train, momentum=0.0, domains=2)
         return norm(x, domain=jnp.arange(len(x)) % 2), None
+
+
+@pytest.mark.parametrize("turns", [2, 3])  # 2: as many as domains, so that two axes are alike
+@pytest.mark.parametrize("stats", [None, 0, 1, 2, -1])  # None: no transform
+def test_the_line_that_drift_advises_for_domains_runs(stats, turns):
+    x = np.random.default_rng(0).normal(1, 2, (turns, *X.shape)).astype(np.float32)
+    lift = functools.partial(linen.vmap, in_axes=(0, None), axis_size=turns)
+    if stats is None:
+        x, lift = x[0], lambda block, **_: block
+    model = lift(
+        Domains, variable_axes={"params": 0, "batch_stats": stats}, split_rngs={"params": True}
+    )()
+    variables = model.init(jax.random.key(0), x, True)
+    _, learned = model.apply(variables, x, True, mutable="batch_stats")
+    names = {
+        **learned,
+        "batches": [health.incoming(model.apply)({**variables, **learned}, x, False)[1]],
+    }
+    error = message(ValueError, health.drift, *names.values())
+    drift = eval(error.partition("write ")[2].rstrip("."), {**globals(), **names})
+    of_first = x[..., ::2, :].astype(np.float64)  # the rows of domain 0, whose statistics are kept
+    off = (x.mean(-2) - of_first.mean(-2)) / np.sqrt(of_first.var(-2) + 1e-5)
+    np.testing.assert_allclose(drift.layers[0].shift, np.sqrt((off**2).mean()), rtol=1e-5)
 
 
 class Nested(linen.Module):
