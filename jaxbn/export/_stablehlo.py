@@ -21,7 +21,7 @@ from jaxbn.export._checked_file import (
     written,
 )
 from jaxbn.export._refusal import exported_alone, refusal
-from jaxbn.export._signature import flat_args, names_of, shapes_of
+from jaxbn.export._signature import call_with, flat_args, names_of, shapes_of
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -122,7 +122,8 @@ def load_stablehlo(path: str | os.PathLike[str]) -> Callable[..., jax.Array]:
 
     Raises:
       FileNotFoundError: the file does not exist.
-      ValueError: the file is no StableHLO of `jax.export`.
+      ValueError: the file is no StableHLO of `jax.export`; when called, the arguments do not fit the
+        file.
 
     >>> import tempfile, jax.numpy as jnp
     >>> from jaxbn import export
@@ -135,10 +136,24 @@ def load_stablehlo(path: str | os.PathLike[str]) -> Callable[..., jax.Array]:
         raise FileNotFoundError(f"load_stablehlo: no StableHLO file at {printable(path)}")
     content = Path(path).read_bytes()
     try:
-        return jax.export.deserialize(bytearray(content)).call
+        program = jax.export.deserialize(bytearray(content))
     except Exception as error:
         raise ValueError(
             f"load_stablehlo: {printable(path)} is no StableHLO of jax.export that jax "
             f"{jax.__version__} can read; expected a file of jaxbn.export.stablehlo, written by "
             f"this jax or an older one."
         ) from error
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            if jax.tree.structure((args, kwargs)) != program.in_tree:
+                raise ValueError("the arguments have another structure")
+            return program.call(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            expected = jax.tree.unflatten(program.in_tree, program.in_avals)
+            raise ValueError(
+                f"load_stablehlo: {printable(path)} cannot run on {call_with(args, kwargs)}: "
+                f"{first_line(error)}; expected {call_with(*expected)}."
+            ) from error
+
+    return call
