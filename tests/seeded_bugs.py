@@ -1246,6 +1246,13 @@ BUGS = (
         "cli/test_cli.py::test_a_full_disk_is_no_finding",
     ),
     Bug(
+        "what is no path is refused in Python's words where a file is read",
+        "jaxbn/_files.py",
+        "    check_is_path(call, path)\n    if not Path(path).is_file():",
+        "    if not Path(path).is_file():",
+        "test_first_day.py::test_what_is_no_model[session of a result]",
+    ),
+    Bug(
         "a file replaces a device",
         "jaxbn/_files.py",
         "    if path.exists() and not path.is_file():",
@@ -1293,6 +1300,13 @@ BUGS = (
         "    reference = _results(apply, model, x)\n",
         "    reference = apply(model, x)\n",
         "cli/test_gates.py::test_inputs_that_the_model_does_not_take_are_told[verify]",
+    ),
+    Bug(
+        "arguments of triton that are changed over are looked for as files",
+        "jaxbn/export/_triton.py",
+        "    if Path(folder).is_file():",
+        "    if False:",
+        "export/test_triton.py::test_a_file_in_the_place_of_the_folder_is_refused",
     ),
     Bug(
         "a new version of a served model has other inputs",

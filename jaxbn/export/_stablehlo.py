@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxbn._files import check_file
 from jaxbn._folding.program import trace
 from jaxbn._misuse import takes
 from jaxbn._text import first_line, printable
@@ -122,8 +123,8 @@ def load_stablehlo(path: str | os.PathLike[str]) -> Callable[..., jax.Array]:
 
     Raises:
       FileNotFoundError: the file does not exist.
-      ValueError: the file is no StableHLO of `jax.export`; when called, the arguments do not fit the
-        file.
+      ValueError: the file is no StableHLO of `jax.export`; when called, the arguments do not fit
+        the file.
 
     >>> import tempfile, jax.numpy as jnp
     >>> from jaxbn import export
@@ -132,8 +133,7 @@ def load_stablehlo(path: str | os.PathLike[str]) -> Callable[..., jax.Array]:
     ...     export.load_stablehlo(done.path)(jnp.zeros((3, 2))).shape
     (3, 2)
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"load_stablehlo: no StableHLO file at {printable(path)}")
+    check_file("load_stablehlo", path, "StableHLO")
     content = Path(path).read_bytes()
     try:
         program = jax.export.deserialize(bytearray(content))
