@@ -123,7 +123,12 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         file = Path(folder, path.name)
-        yield file
+        try:
+            yield file
+        except OSError as error:
+            if error.errno and not error.filename:  # a full disk names no file
+                error.filename = os.fspath(path)
+            raise
         for part in sorted(file.parent.iterdir(), key=lambda part: part == file):
             os.replace(part, path.parent / part.name)
 

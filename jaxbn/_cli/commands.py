@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxbn._cli import options
+from jaxbn._cli.output import OutputError
 from jaxbn._text import distinct, printable
 
 
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _quiet():
             return COMMANDS[args.command](args)
-    except BrokenPipeError:
+    except OutputError:
         raise
     except (Exception, SystemExit) as error:
         if args.traceback:

@@ -146,7 +146,8 @@ def load_stablehlo(path: str | os.PathLike[str]) -> Callable[..., jax.Array]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            if jax.tree.structure((args, kwargs)) != program.in_tree:
+            structure: Any = jax.tree.structure((args, kwargs))
+            if structure != program.in_tree:
                 raise ValueError("the arguments have another structure")
             return program.call(*args, **kwargs)
         except (TypeError, ValueError) as error:
