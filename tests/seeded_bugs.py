@@ -799,6 +799,13 @@ BUGS = (
         "test_first_day.py::test_what_is_no_model[watch.linen of variables]",
     ),
     Bug(
+        "a hook looks into what is no nnx model and sees nothing",
+        "jaxbn/_inspection/hooks.py",
+        "    if not (found or is_nnx(model)):",
+        "    if False:",
+        "test_first_day.py::test_what_is_no_model[hooked_nnx of linen's model]",
+    ),
+    Bug(
         "few_values advises what does not change y",
         "jaxbn/health/_layer.py",
         "or jaxbn.swap: to=",
@@ -1918,6 +1925,20 @@ BUGS = (
         "terms = [i for i in op.inputs if leaf(i) is None]",
         "terms = [i for i in op.inputs if _kernel_of(i, made, paths)]",
         "watch/test_watch.py::test_kernels_are_those_whose_result_a_layer_gets",
+    ),
+    Bug(
+        "calls of a norm are mixed as if all had as many values",
+        "jaxbn/_inspection/sketch.py",
+        "count.mean() for count",
+        "jnp.ones(()) for count",
+        "inspection/test_sketch.py::test_calls_of_one_layer_are_mixed_by_their_values[linen]",
+    ),
+    Bug(
+        "a norm has the values of its first call alone",
+        "jaxbn/watch.py",
+        "[quantiles, b.quantiles], [",
+        "[quantiles, quantiles], [",
+        "inspection/test_sketch.py::test_calls_of_one_layer_are_mixed_by_their_values[nnx]",
     ),
     Bug(
         "a norm has the kernel of its first call alone",
