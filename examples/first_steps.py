@@ -6,6 +6,7 @@ python examples/first_steps.py --out mine.npz
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import jax
@@ -69,6 +70,9 @@ def main(epochs=10, out=Path("first_steps.npz")):
         with open(part, "wb") as file:
             np.savez(file, *leaves)
         part.replace(out)  # the old file or the new one, never a part
+    except OSError as error:
+        error.filename = f"--out {out}"  # a full disk names no file
+        raise
     finally:
         part.unlink(missing_ok=True)
     with np.load(out) as file:  # arrays and nothing else: objects would be refused
@@ -96,6 +100,8 @@ if __name__ == "__main__":
     try:
         main(**vars(args))
     except OSError as error:
-        p.error(f"--out {args.out}: {error.strerror}")
+        if not error.filename:  # what `print` raises
+            sys.stdout = None  # Python would write the rest at its end, and fail again
+        p.error(f"{error.filename or 'stdout'}: {error.strerror}")
     except KeyboardInterrupt:
         p.exit(130, "Stopped.\n")

@@ -30,7 +30,7 @@ def check_place(call: str, path: str | os.PathLike[str]) -> None:
         ...
     IsADirectoryError: onnx: / is a folder; name a file
     """
-    _check_type(call, path)
+    check_is_path(call, path)
     path = Path(path)
     if not (folder := path.absolute().parent).is_dir():
         raise FileNotFoundError(
@@ -60,18 +60,50 @@ def check_new_folder(call: str, path: str | os.PathLike[str]) -> None:
         ...
     FileExistsError: saved_model: / is there already; name a new folder.
     """
-    _check_type(call, path)
+    check_is_path(call, path)
     if os.path.lexists(path):
         raise FileExistsError(f"{call}: {printable(path)} is there already; name a new folder.")
     check_place(call, path)
 
 
-def _check_type(call: str, path: Any) -> None:
+def check_is_path(call: str, path: Any, argument: str = "path") -> None:
+    """Raises unless the argument of a public call is the name of a file or of a folder.
+
+    >>> from jaxbn import _files
+    >>> _files.check_is_path("session", 3)
+    Traceback (most recent call last):
+        ...
+    TypeError: session: path is an int, expected the name of a file or of a folder; write "NAME".
+    """
     if not isinstance(path, str | os.PathLike):
+        write = "done.path" if hasattr(path, "path") else '"NAME"'  # what an export returned
         raise TypeError(
-            f"{call}: path is {a_kind(path)}, expected the name of a file or of a folder; "
-            f'write "NAME".'
+            f"{call}: {argument} is {a_kind(path)}, expected the name of a file or of a folder; "
+            f"write {write}."
         )
+
+
+def check_file(call: str, path: Any, kind: str) -> None:
+    """Raises unless there is a file to read at `path`.
+
+    Args:
+      call: the public call, for errors.
+      path: where the file should be.
+      kind: of the file, for errors.
+
+    Raises:
+      TypeError: path is no path.
+      FileNotFoundError: there is no file.
+
+    >>> from jaxbn import _files
+    >>> _files.check_file("session", "nothing.onnx", "ONNX")
+    Traceback (most recent call last):
+        ...
+    FileNotFoundError: session: no ONNX file at nothing.onnx
+    """
+    check_is_path(call, path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{call}: no {kind} file at {printable(path)}")
 
 
 @contextmanager
@@ -91,7 +123,12 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         file = Path(folder, path.name)
-        yield file
+        try:
+            yield file
+        except OSError as error:
+            if error.errno and not error.filename:  # a full disk names no file
+                error.filename = os.fspath(path)
+            raise
         for part in sorted(file.parent.iterdir(), key=lambda part: part == file):
             os.replace(part, path.parent / part.name)
 

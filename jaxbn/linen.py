@@ -31,7 +31,8 @@ class BatchNorm(nn.BatchNorm):
       use_running_average: normalize by batch_stats and leave them; set here or in the call.
       axis: feature axis.
       momentum: fraction of the old statistics kept. New here: None for the cumulative average;
-        then `batch_stats/count` is stored.
+        then `batch_stats/count` is stored, a number for each layer. A number has no axis 1: stack
+        such layers by `variable_axes={"batch_stats": 0}`, or -1, in nn.scan and nn.vmap.
       epsilon: added to var.
       dtype: of y; by default what x, scale and bias promote to.
       param_dtype: of scale and bias.

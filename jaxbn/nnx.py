@@ -34,7 +34,8 @@ class BatchNorm(nnx.BatchNorm):
         `model.eval()` set it.
       axis: feature axis.
       momentum: fraction of the old statistics kept. New here: None for the cumulative average;
-        then a `BatchStat` count is stored.
+        then a `BatchStat` count is stored, a number. A number has no axis 1: stack such layers by
+        `nnx.StateAxes({nnx.BatchStat: 0, ...: 0})`, or -1, in nnx.scan and nnx.vmap.
       epsilon: added to var.
       dtype: of y; by default what x, scale and bias promote to.
       param_dtype: of scale and bias.

@@ -17,7 +17,7 @@ from jax.tree_util import GetAttrKey
 
 from jaxbn._inspection import hooks
 from jaxbn._inspection.layers import find, is_nnx, join, nnx_layers, plain
-from jaxbn._inspection.sketch import quantiles
+from jaxbn._inspection.sketch import mixed, quantiles
 from jaxbn._misuse import check_by_path
 from jaxbn._op.axes import wide
 from jaxbn._op.pooling import merge
@@ -68,7 +68,7 @@ class Observed(NamedTuple):
 
     batch: Moments
     shards: Shards | None = None  # with `shards=`; of the first call, if a layer is called twice
-    quantiles: jax.Array | None = None  # with `histogram=`; of the first call
+    quantiles: jax.Array | None = None  # with `histogram=`
 
 
 @functools.cache  # nnx.jit compiles a step again for a new hook
@@ -102,8 +102,15 @@ def _observing(call: str, shards: Any, histogram: bool) -> dict[str, Any]:
 
 
 def _both_calls(a: Observed, b: Observed) -> Observed:
-    """What a layer that is called twice saw. The rows of a second call are not independent."""
-    return a._replace(batch=merge(a.batch, b.batch))
+    """What a layer that is called twice saw.
+
+    The shards stay those of the first call. A second call brings the same rows: as further rows
+    they would make chance look smaller than it is.
+    """
+    quantiles = a.quantiles
+    if quantiles is not None and b.quantiles is not None:
+        quantiles = mixed([quantiles, b.quantiles], [a.batch.count, b.batch.count])
+    return Observed(merge(a.batch, b.batch), a.shards, quantiles)
 
 
 def linen(
@@ -126,6 +133,7 @@ def linen(
         spread in `metrics`. Under jit, the number of consecutive, equal parts of the rows:
         `jax.device_count()`, or `jax.process_count()` to compare hosts. Under shard_map, pmap and
         vmap, the mapped axes of which each device has a part. Rows are on axis 0 of each layer's x.
+        Of a layer that is called twice they are those of the first call: each row counts once.
       histogram: also record how the values of each layer's x are distributed: 64 values that are
         equally probable, from a sample of some 4096. The histogram is `x` in `channels`, and in
         TensorBoard.

@@ -1,6 +1,8 @@
 """What a first day tries, and what it is told: each message whole."""
 
 import inspect
+import operator
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -9,7 +11,7 @@ import pytest
 from flax import errors, nnx
 
 import jaxbn
-from jaxbn import _elsewhere, export, health, watch
+from jaxbn import _elsewhere, calls, export, health, watch
 from tests.support.compiling import as_pasted
 
 X = jnp.ones((8, 3))
@@ -44,7 +46,21 @@ SERVING = "health.serving(lambda x: net.apply(variables, x), x)"
 DRIFT = "drift(variables, (health.incoming(model.apply)(variables, x)[1] for x in data))"
 WRITERS = (export.onnx, export.stablehlo, export.tflite, export.saved_model)
 TO_A_FILE = "export.{}(lambda x: net.apply(variables, x), x, path)"
-NAME = 'expected the name of a file or of a folder; write "NAME".'
+QUOTED = '"NAME"'
+NAME = f"expected the name of a file or of a folder; write {QUOTED}."
+READERS = (
+    export.session,
+    export.load_stablehlo,
+    export.load_tflite,
+    export.load_saved_model,
+    export.read_manifest,
+)
+DONE = export.Exported(Path("net.onnx"), 1, 0.0, 0.0)
+TRITON = (
+    "expected the folder of a model repository and an ONNX file; write "
+    "export.triton(folder, source)."
+)
+APPLY_OF = operator.attrgetter("apply")
 
 
 class Net(nn.Module):
@@ -261,7 +277,7 @@ CASES = {  # of a linen model and its variables, and an nnx model
     ),
     "serving, its arguments changed over": (
         lambda net, v, model: health.serving(X, net.apply),
-        f"serving: fn is a ArrayImpl, {FUNCTION} {SERVING}.",
+        f"serving: fn is an ArrayImpl, {FUNCTION} {SERVING}.",
     ),
     "check of variables and a batch": (
         lambda net, v, model: health.check(v, X),
@@ -334,6 +350,50 @@ CASES = {  # of a linen model and its variables, and an nnx model
         "int8: called with (str, str), expected an ONNX file, batches and a path; write "
         "export.int8(source, [x], path).",
     ),
+    **{
+        f"{call.__name__} of {what}": (
+            lambda net, v, model, call=call, path=path: call(path),
+            f"{call.__name__}: path is an {type(path).__name__}, {NAME.replace(QUOTED, write)}",
+        )
+        for call in READERS
+        for what, path, write in (("an array", X, QUOTED), ("a result", DONE, "done.path"))
+    },
+    "triton without a folder": (
+        lambda net, v, model: export.triton("net.onnx"),
+        f"triton: called with (str), {TRITON}",
+    ),
+    "triton with a name by position": (
+        lambda net, v, model: export.triton("models", "net.onnx", "net"),
+        f"triton: called with (str, str, str), {TRITON}",
+    ),
+    "triton of a result": (
+        lambda net, v, model: export.triton("models", DONE),
+        f"triton: source is an Exported, {NAME.replace(QUOTED, 'done.path')}",
+    ),
+    "triton, its arguments changed over": (
+        lambda net, v, model: export.triton(DONE, "models"),
+        f"triton: folder is an Exported, {NAME.replace(QUOTED, 'done.path')}",
+    ),
+    "hooked_apply of a linen model": (
+        lambda net, v, model: calls.hooked_apply(net),
+        f"hooked_apply: called with Net, {APPLY} calls.hooked_apply(model.apply).",
+    ),
+    "hooked_apply of an nnx model": (
+        lambda net, v, model: calls.hooked_apply(model),
+        f"hooked_apply: called with BatchNorm, {APPLY} calls.hooked_apply(model.apply).",
+    ),
+    "hooked_apply of variables": (
+        lambda net, v, model: calls.hooked_apply(v),
+        f"hooked_apply: called with dict, {APPLY} calls.hooked_apply(model.apply).",
+    ),
+    **{
+        f"hooked_nnx of linen's {what}": (
+            lambda net, v, model, of=of: calls.hooked_nnx(of(net)).__enter__(),
+            f"hooked_nnx: called with ({kind}), expected an nnx model; write "
+            "calls.hooked_nnx(model), or calls.hooked_apply(model.apply) of linen.",
+        )
+        for what, kind, of in (("model", "Net", lambda net: net), ("apply", "method", APPLY_OF))
+    },
     "manifest of a path": (
         lambda net, v, model: export.manifest("net.onnx"),
         "manifest: called with (str), expected the result of an export; write "

@@ -1,6 +1,7 @@
 """A table, how it is printed, and what it takes to get its numbers again."""
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import math
@@ -97,13 +98,10 @@ def environment(command: str | None = None, load: float | None = None) -> dict[s
 
 
 def end(main: Callable[..., int | None], *arguments: Any) -> NoReturn:
-    """Ends this process with the status that main returns; at Ctrl-C in one line and 130."""
-    try:
-        status = main(*arguments)
-    except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
-        status = 130
-    sys.exit(status)
+    """Ends this process with the status of main; failures are one line, as of `python -m jaxbn`."""
+    from jaxbn.__main__ import run
+
+    run(functools.partial(main, *arguments))
 
 
 def running() -> str:
@@ -146,5 +144,8 @@ def replace(path: pathlib.Path, text: str) -> None:
     try:
         temporary.write_text(text)
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = os.fspath(path)  # a full disk names no file
+        raise
     finally:
         temporary.unlink(missing_ok=True)

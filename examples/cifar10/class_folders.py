@@ -10,7 +10,7 @@ from pathlib import Path
 import images
 import npz_file
 import numpy as np
-from command import DataError, progress, shown
+from command import DataError, new_file, progress, shown
 from download import cache_dir
 
 SUFFIXES = {".png", ".jpg", ".jpeg"}
@@ -54,17 +54,12 @@ def decoded(paths: list[Path], size: int) -> np.ndarray:
 
 
 def store(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    """All of it or nothing: whoever reads `file` never sees half of it."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as out:
+        with new_file(file) as part, open(part, "wb") as out:
             np.savez(out, **arrays)
-        part.replace(file)
     except OSError as error:
         raise DataError(f"{file}: cannot be written: {error.strerror or error}") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def fingerprint(root: Path, splits, size: int) -> str:

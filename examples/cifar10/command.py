@@ -3,9 +3,10 @@
 
 import argparse
 import os
+import sys
 import textwrap
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -41,6 +42,48 @@ def check_place(option: str, path: Path | None) -> None:
         )
 
 
+@contextmanager
+def new_file(path: Path):
+    """
+    A place beside `path` to write to, renamed to `path` at the end: whoever reads `path` never sees
+    half a file. An error names `path`; that of a full disk would name nothing.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class Output:
+    """Stdout, whose errors name it, as those of a file name the file. Then no more is written."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.tried(self.stream.write, text)
+
+    def flush(self):
+        self.tried(self.stream.flush)
+
+    def tried(self, act, *text):
+        try:
+            return act(*text)
+        except OSError as error:
+            with suppress(OSError):  # Python writes the rest at its end, and would fail again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            error.filename = "stdout"
+            raise
+
+
 class Parser(argparse.ArgumentParser):
     """`examples` are whole command lines."""
 
@@ -62,7 +105,9 @@ def one_line(p: Parser):
     Ctrl-C in 130.
     """
     try:
-        yield
+        with redirect_stdout(Output(sys.stdout or open(os.devnull, "w"))):
+            yield
+            print(end="", flush=True)
     except (DataError, OSError, ModuleNotFoundError) as error:
         p.error(told(error))
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from augment import normalize
 from checkpoint import last_state
-from command import Parser, between, check_place, one_line, shown, told
+from command import Parser, between, check_place, new_file, one_line, shown, told
 from images import decode
 from options import run_about, run_options
 from rich.console import Console
@@ -67,16 +67,6 @@ def drawn(images, probabilities, classes, top: int):
     return figure
 
 
-def save(figure, path: Path) -> None:
-    """All of it or nothing."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        figure.savefig(part, format="png", dpi=110)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def answer(args) -> None:
     """Prints a table, and draws the picture if there is to be one."""
     check_place("--picture", args.picture)
@@ -93,7 +83,9 @@ def answer(args) -> None:
         table.add_section()
     console.print(table)
     if args.picture:
-        save(drawn(images, probabilities, classes, args.top), args.picture)
+        figure = drawn(images, probabilities, classes, args.top)
+        with new_file(args.picture) as part:
+            figure.savefig(part, format="png", dpi=110)
         console.print(f"Picture: {shown(args.picture)}")
 
 

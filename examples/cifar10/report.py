@@ -1,9 +1,9 @@
 # What a run leaves behind: metrics.jsonl and curves.png in its folder, a table on the screen.
 
 import json
-import os
 from pathlib import Path
 
+from command import new_file
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -84,10 +84,8 @@ def parsed(line: str) -> dict | None:
 
 
 def write(path: Path, text: str) -> None:
-    """All of it or nothing: whoever reads `path` never sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with new_file(path) as part:
+        part.write_text(text)
 
 
 def table(title: str, rows: list[tuple[str, str, str]]) -> Table:
@@ -121,7 +119,6 @@ def curves(path: Path, rows: list[dict], title: str) -> None:
         axes.legend()
     right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     figure.suptitle(title, fontsize=10)
-    temporary = path.with_name("curves.tmp.png")
-    figure.savefig(temporary, dpi=150)
+    with new_file(path) as part:
+        figure.savefig(part, format="png", dpi=150)
     plt.close(figure)
-    os.replace(temporary, path)

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cifar10"))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command import DataError, Parser, check_place, one_line
+from command import DataError, Parser, check_place, new_file, one_line
 from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -57,14 +57,11 @@ def main(source, target):
 
     # Without `source` the counts of updates would be 0: Flax keeps none with a momentum.
     state, _ = convert.to_torch(model, source)
-    part = Path(f"{target}.part")
     try:
-        save_file(state, part)
-        part.replace(target)  # the old file or the new one, never a part
+        with new_file(Path(target)) as part:
+            save_file(state, part)
     except SafetensorError as error:
         raise DataError(f"{target}: {' '.join(str(error).split())}") from None
-    finally:
-        part.unlink(missing_ok=True)
     same = all((state[key] == value).all() for key, value in held.items())
     print(f"{target}: {len(state)} arrays, {'the same bits' if same else 'NOT the same'}")
 

@@ -1,5 +1,4 @@
 # What the studies beside this file share: images, a network, its training, tables and pictures.
-import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from augment import normalize
-from command import Parser, between, check_place, one_line
+from command import Parser, between, check_place, new_file, one_line
 from data import load
 
 import jaxbn
@@ -258,7 +257,6 @@ def run(main, picture, about, minutes, tiny):
         tables = main(images(args.data_dir), args.seeds, **(tiny if args.tiny else {}))
         print(*tables, sep="\n\n")
         if path:
-            temporary = path.with_name(f".{path.name}.tmp")
-            picture(*(table.rows for table in tables)).savefig(temporary, dpi=110, format="png")
-            os.replace(temporary, path)
+            with new_file(path) as part:
+                picture(*(table.rows for table in tables)).savefig(part, dpi=110, format="png")
             print(f"\n{path}")

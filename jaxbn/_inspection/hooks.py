@@ -15,6 +15,7 @@ from jaxbn._inspection import nnx_classes
 from jaxbn._inspection.layers import is_nnx, join, nnx_layers, unboxed
 from jaxbn._inspection.stacking import a_place_for_each, packed, unpacked
 from jaxbn._inspection.stand_ins import is_replaced
+from jaxbn._misuse import misuse
 from jaxbn._op.moments import moments
 from jaxbn._op.pooling import merge
 from jaxbn._op.state import Moments
@@ -150,6 +151,7 @@ def hooked_apply(
       shape of the running mean and their count broadcasts to it.
 
     Raises:
+      TypeError: apply is a model, its variables, or anything else that is not a function.
       ValueError: a transform shares or carries batch_stats, so that the records of its turns have
         no place; or whatever the model raises.
 
@@ -163,6 +165,8 @@ def hooked_apply(
     """
     import flax.linen as nn
     from flax.core.scope import in_filter, union_filters
+
+    check_apply("hooked_apply", apply, "calls.hooked_apply(model.apply)")
 
     def intercept(name: str, layer_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         layer = context.module
@@ -236,6 +240,9 @@ def hooked_nnx(
     Yields:
       A dict that is filled when the context ends: path → record of each layer that was called.
 
+    Raises:
+      TypeError: model is not an nnx model.
+
     >>> import jax.numpy as jnp
     >>> from flax import nnx
     >>> from jaxbn import calls
@@ -253,6 +260,9 @@ def _hooked_layers(
     model: Any, hook: Hook, combine: Callable[..., Any], name: str
 ) -> Iterator[dict[str, Any]]:
     found = list(nnx_layers(model))
+    if not (found or is_nnx(model)):
+        write = "calls.hooked_nnx(model), or calls.hooked_apply(model.apply) of linen"
+        raise misuse("hooked_nnx", [model], "an nnx model", write)
     # A context around this one has set its layers' paths already, and will delete them.
     named = [layer for _, layer in found if not hasattr(layer, PATH)]
     seen: dict[str, Any] = {}

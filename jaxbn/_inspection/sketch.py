@@ -1,6 +1,7 @@
 """The distribution of a layer's x as a few quantiles of a sample."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,31 @@ def quantiles(call: Call) -> jax.Array:
     number = both[..., 1].sum().astype(np.int32)
     middles = jnp.asarray(np.arange(1, 2 * QUANTILES, 2), np.int32)  # of QUANTILES equal parts
     return jnp.where(number > 0, cells[middles * number // (2 * QUANTILES)], jnp.nan)
+
+
+def mixed(quantiles: Sequence[jax.Array], counts: Sequence[jax.Array]) -> jax.Array:
+    """The quantiles of several sets of values together, [QUANTILES].
+
+    Each value of a set stands for an equal share of the set, so the share below any value is right
+    to that of one of these values, 1 / QUANTILES.
+
+    Args:
+      quantiles: of each set, [QUANTILES]; all NaN for a set without values.
+      counts: how many values each set has.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxbn._inspection import sketch
+    >>> low, high = jnp.linspace(0, 1, 64), jnp.linspace(2, 3, 64)
+    >>> int((sketch.mixed([low, high], [jnp.array(3), jnp.array(1)]) < 1.5).sum())  # 3 of 4
+    48
+    """
+    cells = jnp.concatenate(quantiles)
+    shares = jnp.repeat(jnp.stack([count.mean() for count in counts]), QUANTILES)
+    shares = jnp.where(jnp.isnan(cells), 0, shares).astype(jnp.float32)
+    order = jnp.argsort(cells)  # NaN last
+    below = jnp.cumsum(shares[order])
+    middles = jnp.asarray(np.arange(1, 2 * QUANTILES, 2) / (2 * QUANTILES), jnp.float32)
+    return cells[order][jnp.searchsorted(below, middles * below[-1])]
 
 
 def _some(v: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -33,5 +33,6 @@ def check_tables(path: str, layer: Any, names: Collection[str]) -> None:
             raise ValueError(
                 f"swap: layer {path!r} has {name}={held}, which Flax's norms do not have; leave "
                 f"the layer out by where=, or take the arrays of one, as "
-                f"jax.tree.map(lambda v: v[0], batch_stats) does, into a model without them."
+                f"jax.tree.map(lambda v: v[0], batch_stats) does where axis 0 is theirs, into a "
+                f"model without them."
             )

@@ -78,7 +78,7 @@ def to_torch(
     tables = [
         f"{slot.path} is {slot.shape}, and PyTorch's norms have one axis: of several domains (or "
         f"classes, or layers of a scan), take one, as jax.tree.map(lambda v: v[0], batch_stats) "
-        f"does"
+        f"does where axis 0 is theirs"
         for slot in source.slots
         if slot.layer in norms and len(slot.shape) > 1
     ]

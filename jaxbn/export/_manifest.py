@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxbn._files import check_place, replacing
+from jaxbn._files import check_is_path, check_place, replacing
 from jaxbn._folding.fold import FoldReport
 from jaxbn._misuse import misuse
 from jaxbn._text import first_line, printable
@@ -109,6 +109,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
         ...
     FileNotFoundError: read_manifest: no file nothing.onnx
     """
+    check_is_path("read_manifest", path)
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"read_manifest: no file {printable(path)}")

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxbn._extras import need
-from jaxbn._files import check_new_folder
+from jaxbn._files import check_is_path, check_new_folder
 from jaxbn._folding.program import trace
 from jaxbn._misuse import takes
 from jaxbn._text import first_line, printable
@@ -170,6 +170,7 @@ def load_saved_model(path: str | os.PathLike[str]) -> Callable[..., Any]:
         ...
     FileNotFoundError: load_saved_model: no SavedModel in the folder nothing
     """
+    check_is_path("load_saved_model", path)
     if not is_saved_model(path):
         raise FileNotFoundError(f"load_saved_model: no SavedModel in the folder {printable(path)}")
     tf = need("load_saved_model", "tensorflow")

@@ -4,13 +4,13 @@ import ctypes
 import math
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._extras import need
+from jaxbn._files import check_file
 from jaxbn._text import first_line, printable
 from jaxbn.export._signature import by_name
 
@@ -33,8 +33,7 @@ def session(path: str | os.PathLike[str], *, optimize: bool = True) -> Callable[
         ...
     FileNotFoundError: session: no ONNX file at nothing.onnx
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"session: no ONNX file at {printable(path)}")
+    check_file("session", path, "ONNX")
     onnxruntime = need("session", "onnxruntime")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxbn._text import first_line
+from jaxbn._text import first_line, printable
 
 
 def flat_args(x: Any) -> tuple[tuple[Any, ...], list[Any], Any]:
@@ -100,6 +100,29 @@ def by_name(names: Collection[str], arrays: Sequence[Any]) -> tuple[dict[str, np
     given = dict(found if keyed else zip(names, (leaf for _, leaf in found), strict=False))
     fits = given.keys() == {*names} and len(given) == len(found)
     return {name: np.asarray(array) for name, array in given.items()}, fits
+
+
+def call_with(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """A call with such arguments, each array as its dtype and sizes.
+
+    >>> import numpy as np
+    >>> from jaxbn.export import _signature
+    >>> _signature.call_with([{"a": np.ones((4, 3))}, "b"], {})
+    "fn({'a': float64 [4, 3]}, str)"
+    """
+
+    class Kind(str):
+        __repr__ = str.__str__
+
+    def kind(v: Any) -> Kind:
+        if not hasattr(v, "shape"):
+            return Kind(type(v).__name__)
+        return Kind(f"{v.dtype} [{', '.join(map(str, v.shape))}]")
+
+    shown = jax.tree.map(kind, [*args, *kwargs.values()])
+    names = [""] * len(args) + [f"{name}=" for name in kwargs]
+    line = printable(f"fn({', '.join(map('{}{!r}'.format, names, shown))})")
+    return line if len(line) <= 500 else f"{line[:499]}…"  # a batch as a list of lists is long
 
 
 def examples_of(leaves: Sequence[Any], shapes: Sequence[Any]) -> Iterator[tuple[list[Any], Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from jaxbn._extras import need
+from jaxbn._files import check_file
 from jaxbn._folding.program import trace
 from jaxbn._misuse import takes
 from jaxbn._text import first_line, printable
@@ -22,7 +23,7 @@ from jaxbn.export._checked_file import (
     written,
 )
 from jaxbn.export._refusal import exported_alone, refusal
-from jaxbn.export._signature import flat_args, names_of, shapes_of
+from jaxbn.export._signature import call_with, flat_args, names_of, shapes_of
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -123,7 +124,8 @@ def load_stablehlo(path: str | os.PathLike[str]) -> Callable[..., jax.Array]:
 
     Raises:
       FileNotFoundError: the file does not exist.
-      ValueError: the file is no StableHLO of `jax.export`.
+      ValueError: the file is no StableHLO of `jax.export`; when called, the arguments do not fit
+        the file.
       ModuleNotFoundError: flatbuffers is missing.
 
     >>> import tempfile, jax.numpy as jnp
@@ -133,15 +135,29 @@ def load_stablehlo(path: str | os.PathLike[str]) -> Callable[..., jax.Array]:
     ...     export.load_stablehlo(done.path)(jnp.zeros((3, 2))).shape
     (3, 2)
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"load_stablehlo: no StableHLO file at {printable(path)}")
+    check_file("load_stablehlo", path, "StableHLO")
     need("load_stablehlo", "flatbuffers")
     content = Path(path).read_bytes()
     try:
-        return jax.export.deserialize(bytearray(content)).call
+        program = jax.export.deserialize(bytearray(content))
     except Exception as error:
         raise ValueError(
             f"load_stablehlo: {printable(path)} is no StableHLO of jax.export that jax "
             f"{jax.__version__} can read; expected a file of jaxbn.export.stablehlo, written by "
             f"this jax or an older one."
         ) from error
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            structure: Any = jax.tree.structure((args, kwargs))
+            if structure != program.in_tree:
+                raise ValueError("the arguments have another structure")
+            return program.call(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            expected = jax.tree.unflatten(program.in_tree, program.in_avals)
+            raise ValueError(
+                f"load_stablehlo: {printable(path)} cannot run on {call_with(args, kwargs)}: "
+                f"{first_line(error)}; expected {call_with(*expected)}."
+            ) from error
+
+    return call

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxbn._extras import need
+from jaxbn._files import check_file
 from jaxbn._folding.program import Op, Program, trace
 from jaxbn._misuse import takes
 from jaxbn._text import first_line, printable
@@ -162,8 +163,7 @@ class Loaded:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"load_tflite: no TFLite file at {printable(path)}")
+        check_file("load_tflite", path, "TFLite")
         litert = need("load_tflite", "ai_edge_litert.interpreter")
         try:
             interpreter = litert.Interpreter(os.fspath(path))

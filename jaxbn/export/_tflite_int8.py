@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxbn._extras import need
-from jaxbn._files import check_place
+from jaxbn._files import check_file, check_place
 from jaxbn._misuse import check_batches, takes
-from jaxbn._text import printable
 from jaxbn.export._checked_file import Case, arrays_of, written
 from jaxbn.export._int8 import Quantized, feed_of, fitting, quantized, run_or_refuse, times_of
 from jaxbn.export._tflite import in_parts, load_tflite
@@ -64,8 +63,7 @@ def tflite_int8(
     """
     check_place("tflite_int8", path)
     check_batches("tflite_int8", batches, WRITE)
-    if not Path(source).is_file():
-        raise FileNotFoundError(f"tflite_int8: no TFLite file at {printable(source)}")
+    check_file("tflite_int8", source, "TFLite")
     quantizer = need("tflite_int8", "ai_edge_quantizer.quantizer")
     recipe = need("tflite_int8", "ai_edge_quantizer.recipe")
     original = load_tflite(source)

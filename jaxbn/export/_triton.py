@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from jaxbn._extras import need
-from jaxbn._files import replacing
+from jaxbn._files import check_is_path, replacing
+from jaxbn._misuse import takes
 from jaxbn._text import first_line, printable
 from jaxbn.export._beside import WEIGHTS, weights_of
 from jaxbn.export._manifest import manifest_of, write_for_copy
@@ -25,6 +26,10 @@ KINDS = {  # what Triton's onnxruntime backend takes
 }
 
 
+WRITE = "export.triton(folder, source)"
+
+
+@takes("the folder of a model repository and an ONNX file", WRITE)
 def triton(
     folder: str | os.PathLike[str],
     source: str | os.PathLike[str],
@@ -55,6 +60,8 @@ def triton(
       read.
 
     Raises:
+      TypeError: folder or source is no path.
+      NotADirectoryError: folder is a file.
       FileNotFoundError: source does not exist.
       ValueError: source is no ONNX file or not the one of its manifest, the name or a number does
         not fit, an input or a result has a dtype that Triton lacks or not the batch first, or the
@@ -69,6 +76,13 @@ def triton(
         ...
     FileNotFoundError: session: no ONNX file at nothing.onnx
     """
+    check_is_path("triton", folder, "folder")
+    check_is_path("triton", source, "source")
+    if Path(folder).is_file():
+        raise NotADirectoryError(
+            f"triton: {printable(folder)} is a file, expected the folder of a model repository, "
+            f"and behind it an ONNX file; write {WRITE}."
+        )
     session(source)  # raises if onnxruntime cannot read the file
     source = Path(source)
     name = source.name.partition(".")[0] if name is None else name

@@ -5,6 +5,7 @@ is the row (the image). Each row gives one mean and one variance per channel. Th
 between rows gives the standard error of their average.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -57,6 +58,8 @@ def row_moments(call: hooks.Call, run: Callable[[bool], jax.Array]) -> tuple[jax
 def rows_of_call(name: str, call: hooks.Call) -> Moments:
     """The moments of each row of a layer's x: count [rows], mean and var [C, rows].
 
+    Those of a layer with domains have an axis of size 1 for the domains: [1, C, rows].
+
     Args:
       name: of the public call, for errors.
       call: the call of the layer; its mask and weights count.
@@ -89,7 +92,11 @@ def rows_of_call(name: str, call: hooks.Call) -> Moments:
     of_a_row = jax.vmap(
         lambda x, mask, weights: moments(x, axis, mask, weights=weights), out_axes=-1
     )
-    return of_a_row(x, by_row(mask), by_row(weights))
+    rows = of_a_row(x, by_row(mask), by_row(weights))
+    if getattr(call.layer, "domains", None):
+        # The axis that the statistics have too: both are then stacked on the same axes.
+        rows = jax.tree.map(lambda v: v[None] if v.ndim > 1 else v, rows)
+    return rows
 
 
 def incoming(model: Any) -> Callable[..., tuple[Any, dict[str, Moments]]]:
@@ -103,7 +110,7 @@ def incoming(model: Any) -> Callable[..., tuple[Any, dict[str, Moments]]]:
 
     Returns:
       A function with the model's arguments that returns `(y, path → Moments)`, with a count of
-      [rows] and mean and var [C, rows].
+      [rows] and mean and var [C, rows]; of a layer with domains [1, C, rows].
 
     Raises:
       TypeError: model is neither of the two.
@@ -232,15 +239,20 @@ def _check_fits(held: Mapping[str, layers.Layer], path: str, rows: Moments) -> N
             f"result of health.incoming(model.apply)(variables, x)[1] for these variables."
         )
     shape, features = np.shape(rows.mean), np.shape(held[path].state.mean)
-    if len(features) > 1 and shape[:-1] == features[1:]:
-        raise ValueError(
-            f"drift: the statistics of {path!r} have shape {features}, a row for each domain, but "
-            f"moments of rows have shape {shape}; for the rows of domain 0 write "
-            f"health.drift(jax.tree.map(lambda v: v[0], batch_stats), batches)."
-        )
-    if shape[:-1] != features:
-        raise ValueError(
-            f"drift: moments of {path!r} have shape {shape}, expected {(*features, 'rows')}, "
-            f"the moments of each row; write health.incoming(model.apply)(variables, x)[1], or "
-            f"jax.vmap(jaxbn.moments, out_axes=-1)(x)."
-        )
+    if shape[:-1] == features:
+        return
+    axes = range(len(features)) if len(features) > 1 else ()
+    # `incoming` keeps the axis of domains; `jaxbn.moments` of one x has none.
+    for axis, (kept, index) in itertools.product(axes, (((1,), ":1"), ((), "0"))):
+        if shape[:-1] == (*features[:axis], *kept, *features[axis + 1 :]):
+            first = ", ".join([":"] * axis + [index])
+            raise ValueError(
+                f"drift: the statistics of {path!r} have shape {features}, with domains on axis "
+                f"{axis}, but moments of rows have shape {shape}; for the rows of domain 0 write "
+                f"health.drift(jax.tree.map(lambda v: v[{first}], batch_stats), batches)."
+            )
+    raise ValueError(
+        f"drift: moments of {path!r} have shape {shape}, expected {(*features, 'rows')}, "
+        f"the moments of each row; write health.incoming(model.apply)(variables, x)[1], or "
+        f"jax.vmap(jaxbn.moments, out_axes=-1)(x)."
+    )

@@ -35,6 +35,7 @@ from benchmarks.subjects import network, peers, shapes
 from benchmarks.timing import Times
 from tests.support import hlo
 from tests.support.compiling import as_pasted
+from tests.support.full import NO_SPACE, no_space, stdout_to
 
 ENVIRONMENT = {
     "device": "cpu Some Chip",
@@ -401,6 +402,24 @@ def test_ctrl_c_is_one_line(tmp_path):
         process.send_signal(signal.SIGINT)
         said = process.communicate()
     assert (process.returncode, *said) == (130, "", "Stopped.\n")
+
+
+def test_what_is_full_is_told(monkeypatch, tmp_path, capsys):
+    """Stdout or the file, whichever it is; a file that was there stays."""
+    (page := tmp_path / "page.md").write_text("before")
+
+    def ended(main):
+        with pytest.raises(SystemExit) as end:
+            report.end(main)
+        return end.value.code, capsys.readouterr().err
+
+    with stdout_to("/dev/full", False):
+        said = f"the output cannot be written: {NO_SPACE}\n"
+        assert ended(lambda: print("a line")) == (2, said)
+    monkeypatch.setattr(pathlib.Path, "write_text", no_space)
+    said = f"{page}: {NO_SPACE}\n"
+    assert ended(lambda: report.replace(page, "new")) == (2, said)
+    assert page.read_text() == "before"
 
 
 def test_every_module_that_runs_ends_so():

@@ -29,6 +29,7 @@ from jaxbn._checkpoints import contents, norm_layers, read
 from jaxbn._checkpoints import write as write_
 from jaxbn._cli import commands, terminal, users_model
 from jaxbn._cli import picture as picture_
+from tests.support.full import NO_SPACE, no_space, stdout_to
 
 ROOT = pathlib.Path(__file__).parents[2]
 RANDOM = np.random.default_rng(0)
@@ -632,15 +633,27 @@ def test_as_a_program(folder):
     assert (done.returncode, done.stderr) == (1, "")
 
 
-def test_a_full_disk_is_no_finding(monkeypatch, capsys):
-    monkeypatch.setattr(commands, "main", lambda: print("x") or 0)
-    monkeypatch.setattr(sys, "argv", ["jaxbn"])
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr(sys, "stdout", full)
-        with pytest.raises(SystemExit) as end:
-            __main__.run()
-    said = "the output cannot be written: No space left on device\n"
+@pytest.mark.parametrize("unbuffered", [True, False])  # as PYTHONUNBUFFERED has it
+@pytest.mark.parametrize("words", ["doctor {}", "doctor {} --json", "convert {} {}.new.msgpack"])
+def test_a_full_disk_is_no_finding(tmp_path, monkeypatch, capsys, words, unbuffered):
+    write_.save(source := tmp_path / "net.msgpack", tree_of(SICK))
+    monkeypatch.setattr(sys, "argv", ["jaxbn", *words.format(source, source).split()])
+    with stdout_to("/dev/full", unbuffered), pytest.raises(SystemExit) as end:
+        __main__.run()
+    said = f"the output cannot be written: {NO_SPACE}\n"
     assert (end.value.code, capsys.readouterr().err) == (2, said)
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch, capsys):
+    write_.save(source := tmp_path / "net.msgpack", tree_of(SICK))
+    monkeypatch.setattr(pathlib.Path, "write_bytes", no_space)
+    dest = tmp_path / "new.msgpack"
+    monkeypatch.setattr(sys, "argv", ["jaxbn", "convert", str(source), str(dest)])
+    with pytest.raises(SystemExit) as end:
+        __main__.run()
+    said = f"convert: [Errno 28] {NO_SPACE}: '{dest}'\n"
+    assert (end.value.code, *capsys.readouterr()) == (2, "", said)
+    assert [*tmp_path.iterdir()] == [source]
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys):

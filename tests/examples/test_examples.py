@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.full import NO_SPACE, no_space, stdout_to
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NO_DATA = "--data-dir {}/no: no test_batch.bin in it, nor in cifar-10-batches-bin/ below it"
 SEEDS = "argument --seeds: 0 is out of range, must be at least 1"
@@ -210,31 +212,84 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys, command, during):
     assert capsys.readouterr() == ("", "Stopped.\n")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_ctrl_c_in_any_script_is_one_line(monkeypatch, capsys, script):
-    """Ctrl-C comes in the first function of an example that is called for the script's work."""
+def status_when(monkeypatch, script, act):
+    """The exit status, if this happens in the first function that is called for a script's work."""
     own, parse = EXAMPLES / "cifar10" / "command.py", argparse.ArgumentParser.parse_args
 
-    def interrupt(frame, event, _):
+    def profile(frame, event, _):
         path = Path(frame.f_code.co_filename)
         if event == "call" and EXAMPLES in path.parents and path != own:
             sys.setprofile(None)
-            raise KeyboardInterrupt
+            act()
 
     def parse_and_go_on(*args):
         parsed = parse(*args)
-        sys.setprofile(interrupt)
+        sys.setprofile(profile)
         return parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_go_on)
     try:
-        code = status(monkeypatch, script, *ARGUMENTS.get(script.split("/")[-1], []))
-    except KeyboardInterrupt:  # which would end the tests
-        code = None
+        return status(monkeypatch, script, *ARGUMENTS.get(script.split("/")[-1], []))
     finally:
         sys.setprofile(None)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_in_any_script_is_one_line(monkeypatch, capsys, script):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    try:
+        code = status_when(monkeypatch, script, interrupt)
+    except KeyboardInterrupt:  # which would end the tests
+        code = None
     assert code == 130
     assert capsys.readouterr().err == "Stopped.\n"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_full_stdout_is_told_by_any_script(monkeypatch, capsys, script):
+    with stdout_to("/dev/full", True):
+        assert status_when(monkeypatch, script, lambda: print("a line")) == 2
+    name = script.split("/")[-1]
+    assert capsys.readouterr().err == f"{name}: error: stdout: {NO_SPACE}\n"
+
+
+@pytest.fixture(scope="module")
+def command():
+    return runpy.run_path(str(EXAMPLES / "cifar10" / "command.py"))
+
+
+@pytest.mark.parametrize("unbuffered", [True, False])
+def test_a_full_stdout_is_told_at_the_end_too(command, capsys, unbuffered):
+    with (
+        stdout_to("/dev/full", unbuffered),
+        pytest.raises(SystemExit) as ended,
+        command["one_line"](command["Parser"]("script.py")),
+    ):
+        print("a line")
+    assert (ended.value.code, capsys.readouterr().err) == (
+        2,
+        f"script.py: error: stdout: {NO_SPACE}\n",
+    )
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_file_before(command, capsys, tmp_path):
+    (path := tmp_path / "file").write_text("before")
+
+    def work():
+        parser = command["Parser"]("script.py")
+        with command["one_line"](parser), command["new_file"](path) as part:
+            part.write_text("half")
+            print("a line")
+            no_space()
+
+    with pytest.raises(SystemExit) as ended:
+        work()
+    assert ended.value.code == 2
+    assert capsys.readouterr() == ("a line\n", f"script.py: error: {path}: {NO_SPACE}\n")
+    assert [*tmp_path.iterdir()] == [path]
+    assert path.read_text() == "before"
 
 
 ARGUMENTS = {

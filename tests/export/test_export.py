@@ -243,6 +243,52 @@ def test_a_missing_package_is_named(call, package, monkeypatch):
     )
 
 
+V = np.ones((4, 3), np.float32)
+OTHERS = "the arguments have another structure"
+UNFIT = {  # the arguments, how they are told, and why they do not fit
+    "one argument": ((V,), {}, "fn(float32 [4, 3])", OTHERS),
+    "an array for a dict": ((V, V), {}, "fn(float32 [4, 3], float32 [4, 3])", OTHERS),
+    "a keyword": (({"a": V},), {"b": V}, "fn({'a': float32 [4, 3]}, b=float32 [4, 3])", OTHERS),
+    "a list of numbers": (({"a": V}, [1.0]), {}, "fn({'a': float32 [4, 3]}, [float])", OTHERS),
+    "another size": (
+        ({"a": V}, V[:, :2]),
+        {},
+        "fn({'a': float32 [4, 3]}, float32 [4, 2])",
+        "Shape mismatch for args[1].shape[1] (expected same constant): expected (B, 3) and called "
+        "with (4, 2)",
+    ),
+    "no array": (
+        ({"a": V}, "x"),
+        {},
+        "fn({'a': float32 [4, 3]}, str)",
+        "Argument 'x' of type <class 'str'> is not a valid JAX type",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    path = tmp_path_factory.mktemp("of_two") / "f.stablehlo"
+    return export.stablehlo(lambda x, y: x["a"] + y, ({"a": V}, V), path).path
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_arguments_that_do_not_fit_a_stablehlo_file_are_refused(of_two, case):
+    args, kwargs, came, why = UNFIT[case]
+    with pytest.raises(ValueError) as error:
+        export.load_stablehlo(of_two)(*args, **kwargs)
+    assert str(error.value) == (
+        f"load_stablehlo: {of_two} cannot run on {came}: {why}; expected fn({{'a': float32 "
+        f"[B, 3]}}, float32 [B, 3])."
+    )
+
+
+def test_a_long_call_is_not_told_whole(of_two):
+    with pytest.raises(ValueError) as error:
+        export.load_stablehlo(of_two)([0.0] * 1000)
+    assert len(str(error.value)) < 1000
+
+
 @pytest.mark.parametrize("call", [export.session, export.load_stablehlo])
 def test_no_name_of_a_file_is_printed_raw(call, tmp_path):
     path = tmp_path / "\x1b[31mred\n.onnx"

@@ -162,6 +162,16 @@ def test_weights_beside_the_file_come_along(tmp_path, monkeypatch):
     np.testing.assert_allclose(export.session(path)(X), X @ w, rtol=1e-5, atol=1e-5)
 
 
+def test_a_file_in_the_place_of_the_folder_is_refused(source, tmp_path):
+    with pytest.raises(NotADirectoryError) as error:
+        export.triton(source, tmp_path / "models")
+    assert str(error.value) == (
+        f"triton: {source} is a file, expected the folder of a model repository, and behind it an "
+        "ONNX file; write export.triton(folder, source)."
+    )
+    assert not (tmp_path / "models").exists()
+
+
 def fixed(x):
     return x
 

@@ -383,7 +383,7 @@ def test_linen_to_nnx_and_back():
     chex.assert_trees_all_equal(back, variables)
 
 
-ONE = "as jax.tree.map(lambda v: v[0], batch_stats) does"
+ONE = "as jax.tree.map(lambda v: v[0], batch_stats) does where axis 0 is theirs"
 REFUSED = {
     "to_torch": (
         lambda: convert.to_torch(trained_twice()[1]),
@@ -418,9 +418,9 @@ REFUSED = {
             trained_twice()[1],
             [health.incoming(trained_twice()[0].apply)(trained_twice()[1], X, 0, train=False)[1]],
         ),
-        "drift: the statistics of 'norm' have shape (3, 8), a row for each domain, but moments of "
-        "rows have shape (8, 8); for the rows of domain 0 write "
-        "health.drift(jax.tree.map(lambda v: v[0], batch_stats), batches).",
+        "drift: the statistics of 'norm' have shape (3, 8), with domains on axis 0, but moments of "
+        "rows have shape (1, 8, 8); for the rows of domain 0 write "
+        "health.drift(jax.tree.map(lambda v: v[:1], batch_stats), batches).",
     ),
     **{
         f"swap to {to}, {library}": (

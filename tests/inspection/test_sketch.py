@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +65,42 @@ def test_quantiles_of_few_cells_are_those_of_all_valid_ones(road):
     cells = np.sort(X[np.broadcast_to(MASK, X.shape)])
     places = (2 * np.arange(Q) + 1) * len(cells) // (2 * Q)
     np.testing.assert_array_equal(ROADS[road](X, MASK), cells[places])
+
+
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_calls_of_one_layer_are_mixed_by_their_values(api):
+    """Three calls of other sizes, one of them without a valid cell: each value counts once."""
+    rng = np.random.default_rng(1)
+    calls = [rng.normal(k, 1 + k, (n, 5)).astype(np.float32) for k, n in enumerate((60, 20, 10))]
+    masks = [np.ones((n, 1), bool) for n in (60, 20, 10)]
+    masks[1][:] = False
+    if api == "linen":
+        net = jaxbn.linen.BatchNorm(use_running_average=True)
+        variables = net.init(jax.random.key(0), calls[0])
+
+        def several(variables, calls, **options):
+            def run(norm):
+                return [norm(x, mask=mask) for x, mask in zip(calls, masks, strict=True)]
+
+            return nn.apply(run, net, **options)(variables)
+
+        seen = jax.jit(watch.linen(several, histogram=True))(variables, calls)[1]
+    else:
+        net = jaxbn.nnx.BatchNorm(5, use_running_average=True, rngs=nnx.Rngs(0))
+
+        @nnx.jit
+        def looked(net, calls):
+            with watch.nnx(net, histogram=True) as seen:
+                for x, mask in zip(calls, masks, strict=True):
+                    net(x, mask=mask)
+            return dict(seen)
+
+        seen = looked(net, calls)
+    every = np.concatenate([calls[0], calls[2]]).ravel()
+    shares = [(every <= q).mean() for q in seen[""].quantiles]
+    # Each of two sketches and of two mixtures is right to one of its values.
+    np.testing.assert_allclose(shares, (np.arange(Q) + 0.5) / Q, atol=2 / Q)
+    assert float(seen[""].batch.count) == every.size / 5
 
 
 @pytest.mark.parametrize("shape", [(64, 32, 32, 8), (5000, 3), (2, 1, 70_000)])

@@ -129,11 +129,73 @@ def test_every_axis_gives_the_figures_of_axis_0(api, lift, stats, params):
     )
 
 
+class Cumulative(linen.Module):
+    @linen.compact
+    def __call__(self, x, train):
+        norm = jaxbn.linen.BatchNorm(use_running_average=not train, momentum=None, name="bn")
+        return norm(x), None
+
+
+@pytest.mark.parametrize("lift", ["scan", "vmap"])
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_counts_are_stacked_on_axis_0_and_on_the_last(api, lift):
+    # As the docstrings of momentum and docs/watch.md say. No other axis fits a number.
+    def trained(stats):
+        if api == "linen":
+            model = lifted(lift, stats, block=Cumulative)
+            variables = model.init(jax.random.key(0), X, True)
+            (_, updates), seen = watch.linen(model.apply)(variables, X, True, mutable="batch_stats")
+            variables |= updates
+        else:
+            axes = nnx.StateAxes({nnx.BatchStat: stats, ...: 0})
+            norm = functools.partial(jaxbn.nnx.BatchNorm, C, momentum=None)
+            variables = nnx.vmap(lambda r: norm(rngs=r), out_axes=axes, axis_size=L, in_axes=None)(
+                nnx.Rngs(0)
+            )
+            with watch.nnx(variables) as seen:
+                if lift == "vmap":
+                    nnx.vmap(lambda b, x: b(x), in_axes=(axes, None))(variables, X)
+                else:
+                    nnx.scan(lambda x, b: b(x), in_axes=(nnx.Carry, axes), out_axes=nnx.Carry)(
+                        X, variables
+                    )
+        (record,) = watch.records(seen, variables).values()
+        return [*record.state, *record.batch[1:]]
+
+    first, last = trained(0), trained(-1)
+    assert first[2].tolist() == last[2].tolist() == [1] * L
+    for a, b in zip(first, last, strict=True):
+        np.testing.assert_allclose(a, of_axis(b, -1), rtol=1e-6)
+
+
 class Domains(linen.Module):
     @linen.compact
     def __call__(self, x, train):
         norm = jaxbn.linen.BatchNorm(use_running_average=not train, momentum=0.0, domains=2)
         return norm(x, domain=jnp.arange(len(x)) % 2), None
+
+
+@pytest.mark.parametrize("turns", [2, 3])  # 2: as many as domains, so that two axes are alike
+@pytest.mark.parametrize("stats", [None, 0, 1, 2, -1])  # None: no transform
+def test_the_line_that_drift_advises_for_domains_runs(stats, turns):
+    x = np.random.default_rng(0).normal(1, 2, (turns, *X.shape)).astype(np.float32)
+    lift = functools.partial(linen.vmap, in_axes=(0, None), axis_size=turns)
+    if stats is None:
+        x, lift = x[0], lambda block, **_: block
+    model = lift(
+        Domains, variable_axes={"params": 0, "batch_stats": stats}, split_rngs={"params": True}
+    )()
+    variables = model.init(jax.random.key(0), x, True)
+    _, learned = model.apply(variables, x, True, mutable="batch_stats")
+    names = {
+        **learned,
+        "batches": [health.incoming(model.apply)({**variables, **learned}, x, False)[1]],
+    }
+    error = message(ValueError, health.drift, *names.values())
+    drift = eval(error.partition("write ")[2].rstrip("."), {**globals(), **names})
+    of_first = x[..., ::2, :].astype(np.float64)  # the rows of domain 0, whose statistics are kept
+    off = (x.mean(-2) - of_first.mean(-2)) / np.sqrt(of_first.var(-2) + 1e-5)
+    np.testing.assert_allclose(drift.layers[0].shift, np.sqrt((off**2).mean()), rtol=1e-5)
 
 
 class Nested(linen.Module):

@@ -28,6 +28,7 @@ from jaxbn._cli.commands import (
     verify,
 )
 from jaxbn._cli.options import WIDTH, Parser
+from jaxbn._cli.output import OutputError
 from jaxbn._text import printable
 
 EXAMPLES = """\
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _quiet():
             return COMMANDS[args.command].run(args)
-    except BrokenPipeError:
+    except OutputError:
         raise
     except (Exception, SystemExit) as error:
         if args.traceback:
