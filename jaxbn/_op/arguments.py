@@ -84,8 +84,9 @@ def check(
     params, rows = by_row(params, domain, labels, x, axes)
     if isinstance(state, State):
         state = settle(call, state, momentum, x, axes, domain is not None)
-    elif gathers and domain is not None:
-        state = state._replace(count=spread_count(state))
+    elif gathers:
+        state = state if domain is None else state._replace(count=spread_count(state))
+        state = Moments(*(by_features(v, x, axes) if v.ndim else v for v in state))
     table = state
     if domain is not None and not np.ndim(domain):
         state = jax.tree.map(lambda v: taken(v, domain), table)
@@ -252,7 +253,10 @@ def check_one_domain(call: str, domain: Index | None, pool: Pool) -> None:
 def by_row(
     params: Params, domain: Index | None, labels: Index | None, x: jax.Array, axes: Axes
 ) -> tuple[Params, Rows | None]:
-    """Scale and bias that x takes, [C]; or as `Rows` has them, where rows of x differ."""
+    """Scale and bias that x takes, [C]; or as `Rows` has them, where rows of x differ.
+
+    Where shardings are types, they are sharded as x is.
+    """
     features = tuple(x.shape[a] for a in axes.features)
 
     def is_table(leaf: jax.Array) -> bool:
@@ -261,6 +265,13 @@ def by_row(
     def is_of_rows(leaf: jax.Array) -> bool:
         return not is_table(leaf) and leaf.shape != features
 
+    def placed(leaf: jax.Array | None) -> jax.Array | None:
+        if leaf is None:
+            return None
+        like = range(x.ndim)
+        return sharded_as(leaf, x, like) if is_of_rows(leaf) else by_features(leaf, x, axes)
+
+    params = Params(*map(placed, params))
     each = any(np.ndim(index) for index in (domain, labels) if index is not None)
     each |= any(is_of_rows(leaf) for leaf in params if leaf is not None)
     rows = rows_of(axes) if each else None
@@ -790,10 +801,15 @@ def settle(
                 f"{call}: state.{name} has dtype {v.dtype}, in which no average can move; write "
                 f"state._replace({name}=state.{name}.astype(jnp.float32))."
             )
-    like = (*[None] * len(number), *axes.features)
-    mean, var = (sharded_as(v.astype(wide(v.dtype)), x, like) for v in state[:2])
+    mean, var = (by_features(v.astype(wide(v.dtype)), x, axes) for v in state[:2])
     kind = promote(mean.dtype, x.dtype) if jnp.iscomplexobj(x) else mean.dtype
     return State(mean.astype(kind), var, None if state.count is None else _int32(state.count))
+
+
+def by_features(v: jax.Array, x: jax.Array, axes: Axes) -> jax.Array:
+    """Equals v [C], or a table of such rows, sharded by type as the features of x are."""
+    before = v.ndim - len(axes.features)
+    return sharded_as(v, x, (*[None] * before, *axes.features))
 
 
 def spread_count(m: Moments) -> jax.Array:
