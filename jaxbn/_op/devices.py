@@ -48,6 +48,7 @@ def parts(v: jax.Array, name: str, groups: Groups) -> jax.Array:
     """The v of each part of a vmap: [parts, *v.shape]; 0 for parts of other groups."""
     # Gathered on the last axis, since JAX's type of the result has v's sharding on the first axes.
     each = jnp.moveaxis(lax.all_gather(v, name, axis=v.ndim), -1, 0)
+    each = sharded_as(each, v, (None, *range(v.ndim)))
     if groups is None:
         return each
     mine = jnp.zeros(len(each), bool)

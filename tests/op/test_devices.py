@@ -268,6 +268,45 @@ def test_a_residual_on_explicit_mesh_axes_is_sharded_as_x_is(spec, options):
         oracle.assert_close(u, np.float64(v), 64 * EPS)
 
 
+OTHERWISE = {  # what is sharded otherwise than x: its shape, how the call takes it
+    "scale and bias": ((8,), {}),
+    "tables": ((4, 8), {"labels": np.int32(1)}),
+    "a row for each of x's": ((16, 8), {}),
+    "moments": ((8,), {}),
+    "moments of domains": ((4, 8), {"domain": np.int32(1)}),
+}
+
+
+@pytest.mark.parametrize("name", ["d", None])
+@pytest.mark.parametrize("what", OTHERWISE)
+def test_what_is_sharded_otherwise_than_x_on_explicit_mesh_axes(what, name):
+    """As where each device of the batch holds a part of the parameters; and where all hold all."""
+    shape, options = OTHERWISE[what]
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: np.float32(rng.normal(size=shape))  # noqa: E731
+    x, dy, params, state = normal(16, 8), normal(16, 8), None, None
+    if "moments" in what:
+        state = jaxbn.Moments(np.float32(5), normal(*shape), normal(*shape) ** 2)
+    else:
+        params = jaxbn.Params(normal(*shape), normal(*shape))
+
+    def run(x, dy, params, state, options):
+        y, vjp, new = jax.vjp(lambda *p: bn(*p, state, **options), x, params, has_aux=True)
+        return y, new, *vjp(dy)
+
+    want = jax.jit(run)(x, dy, params, state, options)
+    m = mesh(4, 2, kind=AxisType.Explicit)
+    put = lambda v, spec: jax.device_put(v, NamedSharding(m, spec))  # noqa: E731
+    place = lambda v: put(v, P(*[None] * (v.ndim - 1), name) if v.ndim else P())  # noqa: E731
+    x_, dy_ = put((x, dy), P("d", "model"))
+    params_, state_ = jax.tree.map(place, (params, state))
+    got = jax.jit(run)(x_, dy_, params_, state_, options)
+    for u, v in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        oracle.assert_close(u, np.float64(v), 64 * EPS)
+    for u, v in zip(jax.tree.leaves(got[3]), jax.tree.leaves(params_), strict=True):
+        assert u.sharding.is_equivalent_to(v.sharding, u.ndim)
+
+
 @pytest.mark.parametrize("is_set", [False, True])
 def test_one_of_several_domains_on_an_explicit_mesh_without_jit(is_set):
     """The state was made before there was a mesh."""
@@ -484,6 +523,23 @@ def test_moments_pool_over_devices():
     assert float(m.count) == count[0]
     oracle.assert_close(m.mean, mean, oracle.tolerance("float32", x.size // C), "mean")
     oracle.assert_close(m.var, var, 64 * oracle.tolerance("float32", x.size // C), "var")
+
+
+@pytest.mark.parametrize("options", [{}, {"domain": 1, "domains": 2}], ids=["alone", "of a domain"])
+def test_devices_with_parts_of_the_features_have_one_count(options):
+    """A type that differs over the devices could not leave the shard_map."""
+    x = example(DEVICES)[0]
+    mask = np.arange(DEVICES)[:, None] % 3 > 0
+    count, stats = (P(None, "model"),) * 2 if options else (P(), P("model"))
+    run = jax.shard_map(
+        lambda x, mask: jaxbn.moments(x, mask=mask, axis_name="d", **options),
+        mesh=mesh(4, 2),
+        in_specs=(P("d", "model"), P("d")),
+        out_specs=jaxbn.Moments(count, stats, stats),
+    )
+    want = jaxbn.moments(x, mask=mask, **options)
+    for u, v in zip(jax.jit(run)(x, mask), want, strict=True):
+        oracle.assert_close(u, np.float64(v), 64 * EPS)
 
 
 def test_complex_x_pools_over_devices():
