@@ -265,7 +265,7 @@ def test_devices_equal_one_device(road, each):
         oracle.assert_close(u, np.float64(v), 8 * oracle.tolerance("float32", 16 * 16))
 
 
-OTHER_AXES = {  # the mesh, x's axes on it; transform, axes that are pooled; the choice that a row has
+OTHER_AXES = {  # where x lies; the transform, the axes that are pooled, what each row chooses
     "columns of the image": (P("d", "m"), "shard_map", ("d", "m"), "domain"),
     "features, in parts of a vmap": (P("d", None, None, "m"), "vmap", "v", "domain"),
     "features, by labels": (P("d", None, None, "m"), "shard_map, one axis", "d", "labels"),
