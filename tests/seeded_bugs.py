@@ -226,7 +226,7 @@ BUGS = (
         "jaxbn/_op/devices.py",
         "    each = sharded_as(each, v, (None, *range(v.ndim)))\n",
         "",
-        "op/test_devices.py::test_groups_of_a_vmap_on_an_explicit_mesh[mapped]",
+        "op/test_devices.py::test_groups_of_a_vmap_on_an_explicit_mesh[mapped, with weights]",
     ),
     Bug(
         "a sum over axes of which the rows are on some",

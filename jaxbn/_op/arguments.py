@@ -716,8 +716,8 @@ def resolve(
         )
         apart = {*mesh.axis_names} - {*mesh.manual_axes}
         if mesh.manual_axes and (whole := [name for name in names if name in apart]):
-            mapped = [name for name in names if name not in apart]
-            rest = mapped[0] if len(mapped) == 1 else tuple(mapped)
+            rest: Any = [name for name in names if name not in apart]
+            rest = rest[0] if len(rest) == 1 else tuple(rest)
             remedy = (
                 f"This shard_map does not map axis {whole[0]!r} of the mesh, over which statistics "
                 f"are global already, {f'write axis_name={rest!r}' if rest else without}."

@@ -356,23 +356,28 @@ def test_groups_equal_one_device_on_each_group(groups, transform):
     assert_same((y, state, dx, dparams), (y, state, dx, tuple(total)), x, "sum over groups")
 
 
-@pytest.mark.parametrize("axis", ["mapped", "batch", "features"])
+@pytest.mark.parametrize("axis", ["mapped", "mapped, with weights", "batch", "features"])
 def test_groups_of_a_vmap_on_an_explicit_mesh(axis):
     """Each group is one batch, whichever axis of x is sharded by type."""
     x = np.float32(np.random.default_rng(0).normal(size=(4, 8, 4)) * [1, 2, 3, 4])
     params, state = jaxbn.init(4)
     groups = [[0, 2], [1, 3]]
 
+    weights = (lambda x: jnp.square(x[:, :1])) if "weights" in axis else lambda x: None
+
     def f(x, state):
-        return bn(x, params, state, axis_name="v", axis_index_groups=groups)
+        options = {"axis_name": "v", "axis_index_groups": groups}
+        return bn(x, params, state, weights=weights(x), **options)
 
     m = mesh(4, kind=AxisType.Explicit)
-    at = {"mapped": P("d"), "batch": P(None, "d"), "features": P(None, None, "d")}[axis]
+    at = {"mapped": P("d"), "batch": P(None, "d"), "features": P(None, None, "d")}
+    at = at[axis.partition(",")[0]]
     with jax.set_mesh(m):
         x_, state_ = jax.device_put(x, NamedSharding(m, at)), jaxbn.init(4)[1]
         y, new = jax.device_get(jax.vmap(lambda x: f(x, state_), axis_name="v")(x_))
     for group in groups:
-        want, after = bn(x[group].reshape(16, 4), params, state)
+        rows = x[group].reshape(16, 4)
+        want, after = bn(rows, params, state, weights=weights(rows))
         oracle.assert_close(y[group].reshape(16, 4), want, 64 * EPS)
         for row in group:
             oracle.assert_close(new.mean[row], after.mean, 16 * EPS)
