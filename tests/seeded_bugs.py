@@ -24,6 +24,8 @@ class Bug(NamedTuple):
     test: str  # in tests/
 
 
+OTHER_AXIS = "op/test_domains.py::test_another_mesh_axis_beside_the_rows"
+OTHERWISE = "op/test_devices.py::test_what_is_sharded_otherwise_than_x_on_explicit_mesh_axes"
 ROAD = "op/test_roads.py::test_a_road_over_a_mesh_equals_one_device"
 
 BUGS = (
@@ -77,10 +79,74 @@ BUGS = (
         f"{ROAD}[Explicit-features-jit-mask-as features]",
     ),
     Bug(
+        "scale and bias sharded as they came",
+        "jaxbn/_op/arguments/choices.py",
+        " if is_of_rows(leaf) else by_features(leaf, x, axes)",
+        " if is_of_rows(leaf) else leaf",
+        f"{OTHERWISE}[scale and bias-d]",
+    ),
+    Bug(
+        "scale and bias of rows sharded as they came",
+        "jaxbn/_op/arguments/choices.py",
+        "return sharded_as(leaf, x, like) if is_of_rows(leaf)",
+        "return leaf if is_of_rows(leaf)",
+        f"{OTHERWISE}[a row for each of x's-d]",
+    ),
+    Bug(
+        "moments sharded as they came",
+        "jaxbn/_op/arguments/__init__.py",
+        "by_features(v, x, axes) if v.ndim else v for v in state",
+        "state",
+        f"{OTHERWISE}[moments of domains-None]",
+    ),
+    Bug(
+        "a count of the parts of the features",
+        "jaxbn/_op/pooling.py",
+        "    if more := devices_.varying_axes(m.count) - own:",
+        "    if more := ():",
+        "op/test_devices.py::test_devices_with_parts_of_the_features_have_one_count[alone]",
+    ),
+    Bug(
+        "ghost batches across devices",
+        "jaxbn/_op/arguments/pools.py",
+        "    if (shards := split_over(x, batch_axis)) > 1 and",
+        "    if (shards := 1) > 1 and",
+        "op/test_errors.py::test_the_message_says_all[ghost batches on two devices each]",
+    ),
+    Bug(
+        "an axis that the shard_map does not map taken for one of a jit",
+        "jaxbn/_op/arguments/pools.py",
+        "        if mesh.manual_axes and (whole :=",
+        "        if False and (whole :=",
+        "op/test_errors.py::test_the_message_says_all[axis names of which a shard_map maps one]",
+    ),
+    Bug(
+        "JAX's own axis of a pmap named",
+        "jaxbn/_op/arguments/pools.py",
+        'if not name.startswith("_internal")',
+        "if name",
+        "op/test_errors.py::test_the_message_says_all[axis name where a pmap has none]",
+    ),
+    Bug(
+        "a vmap pools in a shard_map that checks types",
+        "jaxbn/_op/arguments/pools.py",
+        "    if mapped and mesh.manual_axes and varying_axes(",
+        "    if False and varying_axes(",
+        "op/test_errors.py::test_the_message_says_all[axis name of a vmap in a shard_map]",
+    ),
+    Bug(
+        "sync_state where there is no axis told of axis_name=None",
+        "jaxbn/_adapt/replicas.py",
+        ', "leave sync_state out"',
+        "",
+        "op/test_errors.py::test_the_message_says_all[axis name under jit, of statistics to sync]",
+    ),
+    Bug(
         "under vmap a sum over sharded features",
         "jaxbn/_op/arguments/pools.py",
-        "    of_devices = tuple(name for name in names if name in manual)",
-        "    of_devices, manual = names, names",
+        "    of_devices = tuple(name for name in names if name in mesh.manual_axes)\n"
+        "    mapped = tuple(name for name in names if name not in mesh.manual_axes)\n",
+        "    of_devices, mapped = names, ()\n",
         f"{ROAD}[Explicit-features-vmap-mask-as features]",
     ),
     Bug(
@@ -151,9 +217,23 @@ BUGS = (
     Bug(
         "parts of a vmap keep JAX's sharding",
         "jaxbn/_op/devices.py",
-        "each = sharded_as(lax.all_gather(v, name), v, (None, *range(v.ndim)))",
-        "each = lax.all_gather(v, name)",
-        "op/test_devices.py::test_groups_of_a_vmap_on_an_explicit_mesh[features]",
+        "jnp.moveaxis(lax.all_gather(v, name, axis=v.ndim), -1, 0)",
+        "lax.all_gather(v, name)",
+        f"{OTHER_AXIS}[features, in parts of a vmap]",
+    ),
+    Bug(
+        "parts of a vmap stay apart",
+        "jaxbn/_op/devices.py",
+        "    each = sharded_as(each, v, (None, *range(v.ndim)))\n",
+        "",
+        "op/test_devices.py::test_groups_of_a_vmap_on_an_explicit_mesh[mapped, with weights]",
+    ),
+    Bug(
+        "a sum over axes of which the rows are on some",
+        "jaxbn/_op/devices.py",
+        "    if varying_axes(v):",
+        "    if False:",
+        f"{OTHER_AXIS}[columns of the image]",
     ),
     Bug(
         "the count of the first microbatch",
@@ -259,7 +339,7 @@ BUGS = (
     Bug(
         "replicated statistics beside sharded features",
         "jaxbn/_op/arguments/variables.py",
-        "(sharded_as(v.astype(wide(v.dtype)), x, like) for",
+        "(by_features(v.astype(wide(v.dtype)), x, axes) for",
         "(v.astype(wide(v.dtype)) for",
         f"{ROAD}[Explicit-features-jit-functional-replicated]",
     ),
@@ -295,8 +375,8 @@ BUGS = (
     Bug(
         "statistics as narrow as they came",
         "jaxbn/_op/arguments/variables.py",
-        "sharded_as(v.astype(wide(v.dtype)), x, like)",
-        "sharded_as(v, x, like)",
+        "by_features(v.astype(wide(v.dtype)), x, axes)",
+        "by_features(v, x, axes)",
         "op/test_batch_norm.py::test_a_state_stored_narrow_arrives_at_the_truth[0.999-bfloat16]",
     ),
     Bug(
@@ -503,6 +583,13 @@ BUGS = (
         'mode="fill"',
         'mode="clip"',
         "op/test_domains.py::test_a_traced_domain_out_of_range_changes_nothing_and_reads_nan[4]",
+    ),
+    Bug(
+        "an index that JAX cannot differentiate in a shard_map",
+        "jaxbn/_op/tables.py",
+        "        if sharding.mesh.manual_axes:",
+        "        if False:",
+        f"{OTHER_AXIS}[rows, by labels]",
     ),
     Bug(
         "a domain out of range teaches its neighbour",
@@ -832,6 +919,13 @@ BUGS = (
         "if shapes[other] and wrong.keys() == shapes[own].keys():",
         "if False:",
         "op/test_errors.py::test_the_message_says_all[state of another layer]",
+    ),
+    Bug(
+        "a constant on a mesh computed on one device",
+        "jaxbn/_folding/constants.py",
+        '"copy", "reshard"',
+        '"copy"',
+        "folding/test_fold.py::test_weights_on_explicit_mesh_axes[None]",
     ),
     Bug(
         "a bias before a sum as large as after it",

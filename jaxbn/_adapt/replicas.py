@@ -139,7 +139,7 @@ def sync_state(
     >>> pooled.mean[0].tolist(), pooled.var[0].tolist(), pooled.count[0].tolist()
     ([1.0], [2.0], 5)
     """
-    pool = resolve("sync_state", axis_name, axis_index_groups)
+    pool = resolve("sync_state", axis_name, axis_index_groups, "leave sync_state out")
     if pool is None:
         raise ValueError(
             "sync_state: axis_name=None, expected the mapped axis over which devices hold "

@@ -91,7 +91,7 @@ def relayout(op: Op, value: np.ndarray) -> np.ndarray | None:
     another kind of operation, or if a reshape merges a varying axis with a constant one.
     """
     params = op.eqn.params
-    if op.name in ("convert_element_type", "copy"):
+    if op.name in ("convert_element_type", "copy", "reshard"):
         return value
     if op.name == "transpose":
         return value.transpose(params["permutation"])

@@ -17,7 +17,7 @@ from jaxbn._op.arguments.values import check_activated
 from jaxbn._op.axes import promote
 from jaxbn._op.devices import spread
 from jaxbn._op.normalize import normalize_lean, rstd
-from jaxbn._op.pooling import across, merge, merge_all
+from jaxbn._op.pooling import across, merge, merge_all, with_one_count
 from jaxbn._op.state import Moments, Params, State, blend
 from jaxbn._op.tables import put
 from jaxbn._op.training import Operands, Spec, normalize_by_batch
@@ -117,7 +117,8 @@ def batch_norm(
         activation returns no array, or params, state, an array or a number is something else.
       ValueError: shapes, axes, mask, groups or numbers do not fit, or training statistics
         would be over one value per channel.
-      NotImplementedError: under `jax.experimental.jet`, which cannot; `jax.jvp` nests.
+      NotImplementedError: under `jax.experimental.jet`, which cannot; `jax.jvp` nests. Also where
+        axis_name is of a vmap and a shard_map has check_vma=True: JAX has no collectives there.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> params, state = jaxbn.init(2)
@@ -159,7 +160,7 @@ def batch_norm(
     relu &= c.weights is None and c.rows is None
     y, moments = _by_batch(c, relu)
     if isinstance(new, Moments):
-        new = _gathered(new, moments)
+        new = _gathered(new, with_one_count(moments, c.mask, c.weights))
     elif new is not None:
         learn = functools.partial(blend, momentum=c.momentum, unbiased=unbiased)
         new = (learn if c.domains is None else jax.vmap(learn))(new, moments)

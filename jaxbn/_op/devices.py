@@ -31,7 +31,11 @@ def total(v: jax.Array, pool: Pool | None) -> jax.Array:
         v = parts(v, name, pool.groups).sum(0)
     if not pool.axis_name:
         return v
-    return lax.psum(v, pool.axis_name) if pool.groups is None else gather(v, pool).sum(0)
+    if pool.groups is not None:
+        return gather(v, pool).sum(0)
+    if varying_axes(v):  # JAX sums over all of the axes that v's type differs over, or over others
+        v = varying_too(v, pool.axis_name)
+    return lax.psum(v, pool.axis_name)
 
 
 def totals(vs: Sequence[jax.Array], pool: Pool) -> Sequence[jax.Array]:
@@ -42,8 +46,9 @@ def totals(vs: Sequence[jax.Array], pool: Pool) -> Sequence[jax.Array]:
 
 def parts(v: jax.Array, name: str, groups: Groups) -> jax.Array:
     """The v of each part of a vmap: [parts, *v.shape]; 0 for parts of other groups."""
-    # JAX's type of what it gathers has v's sharding on the axes before v's own.
-    each = sharded_as(lax.all_gather(v, name), v, (None, *range(v.ndim)))
+    # Gathered on the last axis, since JAX's type of the result has v's sharding on the first axes.
+    each = jnp.moveaxis(lax.all_gather(v, name, axis=v.ndim), -1, 0)
+    each = sharded_as(each, v, (None, *range(v.ndim)))
     if groups is None:
         return each
     mine = jnp.zeros(len(each), bool)
@@ -84,11 +89,13 @@ def alike(*vs: Any) -> tuple[Any, ...]:
     """
     axes = frozenset[str]().union(*(varying_axes(v) for v in vs if v is not None))
 
-    def widened(v: jax.Array) -> jax.Array:
-        more = tuple(axes - varying_axes(v))
-        return lax.pcast(v, more, to="varying") if more else v
+    return tuple(v if v is None else varying_too(v, axes) for v in vs)
 
-    return tuple(v if v is None else widened(v) for v in vs)
+
+def varying_too(v: jax.Array, axes: Iterable[str]) -> jax.Array:
+    """Equals v, typed as different over these mapped axes too."""
+    more = tuple(axis for axis in axes if axis not in varying_axes(v))
+    return lax.pcast(v, more, to="varying") if more else v
 
 
 def typed(v: jax.Array) -> bool:

@@ -17,7 +17,7 @@ from jaxbn._op.arguments.pools import resolve
 from jaxbn._op.arguments.values import array
 from jaxbn._op.axes import Axes, has_known_sizes, wide
 from jaxbn._op.devices import Pool
-from jaxbn._op.pooling import across, not_negative
+from jaxbn._op.pooling import across, not_negative, with_one_count
 from jaxbn._op.primitives import Operation
 from jaxbn._op.state import Moments
 from jaxbn._op.sums import apart, divisible, parts, real_product, total, totals
@@ -85,7 +85,7 @@ def moments(
     mask, weights = check_cells("moments", mask, weights, x)
     pool = resolve("moments", axis_name, axis_index_groups)
     if domain is None and domains is None:
-        return over_devices(x, where, mask, None, weights, pool)
+        return with_one_count(over_devices(x, where, mask, None, weights, pool), mask, weights)
     if domain is None or domains is None:
         given, other = ("domain", "domains=2") if domains is None else ("domains", "domain=0")
         raise ValueError(
@@ -97,7 +97,7 @@ def moments(
     if not isinstance(index, int) and index.ndim:
         rows = Domains(rows_of(where), index, domains)
         return over_devices(x, where, mask, None, weights, pool, rows)
-    m = over_devices(x, where, mask, None, weights, pool)
+    m = with_one_count(over_devices(x, where, mask, None, weights, pool), mask, weights)
     m = m._replace(count=devices_.spread(m.count, m.mean))
     return Moments(*(alone(leaf, index, domains) for leaf in m))
 

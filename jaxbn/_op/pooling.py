@@ -54,6 +54,18 @@ def across(m: Moments, pool: Pool | None) -> Moments:
     return _pooled(m, lambda v: _packed(v, lambda flat: devices_.total(flat, pool)))
 
 
+def with_one_count(m: Moments, *cells: jax.Array | None) -> Moments:
+    """The moments, with a count that has the type of the cells that are counted.
+
+    Where mapped axes split the features, each device has mean and var of its own features. The
+    count travels with them and takes their type, though all have the same count of whole cells.
+    """
+    own = frozenset[str]().union(*(devices_.varying_axes(v) for v in cells if v is not None))
+    if more := devices_.varying_axes(m.count) - own:
+        m = m._replace(count=lax.pmax(lax.stop_gradient(m.count), tuple(more)))
+    return m
+
+
 def _packed(m: Moments, send: Callable[[jax.Array], jax.Array]) -> Moments:
     """What `send` makes of the leaves of m, all 2C + 1 (or 3C) numbers in one array.
 

@@ -81,7 +81,23 @@ def taken(table: jax.Array, index: Index) -> jax.Array:
     if index.ndim and typed(index):
         sharding = jax.typeof(index).sharding
         sharding = sharding.update(spec=P(*sharding.spec, *jax.typeof(table).sharding.spec[1:]))
+        if sharding.mesh.manual_axes:
+            return _selected(table, index, sharding)
     return table.at[index].get(mode="fill", wrap_negative_indices=False, out_sharding=sharding)
+
+
+def _selected(table: jax.Array, index: jax.Array, sharding: Any) -> jax.Array:
+    """Equals table[index], sharded so; NaN where the index is out of range.
+
+    For a shard_map over some axes of a mesh whose others are Explicit. JAX cannot differentiate
+    that shard_map where it indexes by what is sharded by type.
+    """
+    rows, *columns = sharding.spec
+    each = jnp.broadcast_to(table[None], (len(index), *table.shape))
+    each = jax.sharding.reshard(each, sharding.update(spec=P(rows, None, *columns)))
+    here = index[:, None] == jnp.arange(len(table))[None]
+    here = spread(jnp.expand_dims(here, range(2, each.ndim)), each)
+    return jnp.where(here.any(1), jnp.where(here, each, 0).sum(1), jnp.nan)
 
 
 def alone(row: jax.Array, index: Index, number: int) -> jax.Array:

@@ -271,6 +271,26 @@ def test_folded_on_a_batch_that_is_split_over_devices(resnet):
     oracle.assert_close(folded(split), np.float64(fn(x)), 1e-5)
 
 
+@pytest.mark.parametrize("features", [None, "m"])
+def test_weights_on_explicit_mesh_axes(features):
+    """Whole on each device, or the features in parts."""
+    mesh = jax.make_mesh((2, 2), ("d", "m"))
+    put = lambda v, *spec: jax.device_put(v, NamedSharding(mesh, P(*spec)))  # noqa: E731
+    kernel, x = normal(0, 3, 4), normal(1, 8, 3)
+    norm = Norm(
+        jaxbn.Params(*normal(2, 2, 4)), jaxbn.State(normal(3, 4), normal(4, 4) ** 2, None), -1
+    )
+
+    def fn(x, kernel, norm):
+        return norm(x @ kernel)
+
+    params, state = put((norm.params, norm.state), features)
+    placed = functools.partial(fn, kernel=put(kernel, None, features), norm=Norm(params, state, -1))
+    folded, report = jaxbn.fold(placed, put(x, "d"))
+    assert [site.folded for site in report.sites] == [True]
+    oracle.assert_close(folded(put(x, "d")), np.float64(fn(x, kernel, norm)), 1e-5)
+
+
 def constants(jaxpr_and_consts):
     jaxpr, consts = jaxpr_and_consts
     yield from (c for c in consts if np.ndim(c) == 4 and c.shape[0] == 3)

@@ -268,6 +268,45 @@ def test_a_residual_on_explicit_mesh_axes_is_sharded_as_x_is(spec, options):
         oracle.assert_close(u, np.float64(v), 64 * EPS)
 
 
+OTHERWISE = {  # what is sharded otherwise than x: its shape, how the call takes it
+    "scale and bias": ((8,), {}),
+    "tables": ((4, 8), {"labels": np.int32(1)}),
+    "a row for each of x's": ((16, 8), {}),
+    "moments": ((8,), {}),
+    "moments of domains": ((4, 8), {"domain": np.int32(1)}),
+}
+
+
+@pytest.mark.parametrize("name", ["d", None])
+@pytest.mark.parametrize("what", OTHERWISE)
+def test_what_is_sharded_otherwise_than_x_on_explicit_mesh_axes(what, name):
+    """As where each device of the batch holds a part of the parameters; and where all hold all."""
+    shape, options = OTHERWISE[what]
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: np.float32(rng.normal(size=shape))  # noqa: E731
+    x, dy, params, state = normal(16, 8), normal(16, 8), None, None
+    if "moments" in what:
+        state = jaxbn.Moments(np.float32(5), normal(*shape), normal(*shape) ** 2)
+    else:
+        params = jaxbn.Params(normal(*shape), normal(*shape))
+
+    def run(x, dy, params, state, options):
+        y, vjp, new = jax.vjp(lambda *p: bn(*p, state, **options), x, params, has_aux=True)
+        return y, new, *vjp(dy)
+
+    want = jax.jit(run)(x, dy, params, state, options)
+    m = mesh(4, 2, kind=AxisType.Explicit)
+    put = lambda v, spec: jax.device_put(v, NamedSharding(m, spec))  # noqa: E731
+    place = lambda v: put(v, P(*[None] * (v.ndim - 1), name) if v.ndim else P())  # noqa: E731
+    x_, dy_ = put((x, dy), P("d", "model"))
+    params_, state_ = jax.tree.map(place, (params, state))
+    got = jax.jit(run)(x_, dy_, params_, state_, options)
+    for u, v in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        oracle.assert_close(u, np.float64(v), 64 * EPS)
+    for u, v in zip(jax.tree.leaves(got[3]), jax.tree.leaves(params_), strict=True):
+        assert u.sharding.is_equivalent_to(v.sharding, u.ndim)
+
+
 @pytest.mark.parametrize("is_set", [False, True])
 def test_one_of_several_domains_on_an_explicit_mesh_without_jit(is_set):
     """The state was made before there was a mesh."""
@@ -317,23 +356,28 @@ def test_groups_equal_one_device_on_each_group(groups, transform):
     assert_same((y, state, dx, dparams), (y, state, dx, tuple(total)), x, "sum over groups")
 
 
-@pytest.mark.parametrize("axis", ["mapped", "batch", "features"])
+@pytest.mark.parametrize("axis", ["mapped", "mapped, with weights", "batch", "features"])
 def test_groups_of_a_vmap_on_an_explicit_mesh(axis):
     """Each group is one batch, whichever axis of x is sharded by type."""
     x = np.float32(np.random.default_rng(0).normal(size=(4, 8, 4)) * [1, 2, 3, 4])
     params, state = jaxbn.init(4)
     groups = [[0, 2], [1, 3]]
 
+    weights = (lambda x: jnp.square(x[:, :1])) if "weights" in axis else lambda x: None
+
     def f(x, state):
-        return bn(x, params, state, axis_name="v", axis_index_groups=groups)
+        options = {"axis_name": "v", "axis_index_groups": groups}
+        return bn(x, params, state, weights=weights(x), **options)
 
     m = mesh(4, kind=AxisType.Explicit)
-    at = {"mapped": P("d"), "batch": P(None, "d"), "features": P(None, None, "d")}[axis]
+    at = {"mapped": P("d"), "batch": P(None, "d"), "features": P(None, None, "d")}
+    at = at[axis.partition(",")[0]]
     with jax.set_mesh(m):
         x_, state_ = jax.device_put(x, NamedSharding(m, at)), jaxbn.init(4)[1]
         y, new = jax.device_get(jax.vmap(lambda x: f(x, state_), axis_name="v")(x_))
     for group in groups:
-        want, after = bn(x[group].reshape(16, 4), params, state)
+        rows = x[group].reshape(16, 4)
+        want, after = bn(rows, params, state, weights=weights(rows))
         oracle.assert_close(y[group].reshape(16, 4), want, 64 * EPS)
         for row in group:
             oracle.assert_close(new.mean[row], after.mean, 16 * EPS)
@@ -484,6 +528,23 @@ def test_moments_pool_over_devices():
     assert float(m.count) == count[0]
     oracle.assert_close(m.mean, mean, oracle.tolerance("float32", x.size // C), "mean")
     oracle.assert_close(m.var, var, 64 * oracle.tolerance("float32", x.size // C), "var")
+
+
+@pytest.mark.parametrize("options", [{}, {"domain": 1, "domains": 2}], ids=["alone", "of a domain"])
+def test_devices_with_parts_of_the_features_have_one_count(options):
+    """A type that differs over the devices could not leave the shard_map."""
+    x = example(DEVICES)[0]
+    mask = np.arange(DEVICES)[:, None] % 3 > 0
+    count, stats = (P(None, "model"),) * 2 if options else (P(), P("model"))
+    run = jax.shard_map(
+        lambda x, mask: jaxbn.moments(x, mask=mask, axis_name="d", **options),
+        mesh=mesh(4, 2),
+        in_specs=(P("d", "model"), P("d")),
+        out_specs=jaxbn.Moments(count, stats, stats),
+    )
+    want = jaxbn.moments(x, mask=mask, **options)
+    for u, v in zip(jax.jit(run)(x, mask), want, strict=True):
+        oracle.assert_close(u, np.float64(v), 64 * EPS)
 
 
 def test_complex_x_pools_over_devices():

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import jaxbn
 from benchmarks.subjects.roads import roads, training
@@ -262,6 +263,62 @@ def test_devices_equal_one_device(road, each):
     want = jax.jit(training(road.reference(bn)))(*arguments)
     for u, v in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         oracle.assert_close(u, np.float64(v), 8 * oracle.tolerance("float32", 16 * 16))
+
+
+OTHER_AXES = {  # where x lies; the transform, the axes that are pooled, what each row chooses
+    "columns of the image": (P("d", "m"), "shard_map", ("d", "m"), "domain"),
+    "features, in parts of a vmap": (P("d", None, None, "m"), "vmap", "v", "domain"),
+    "features, by labels": (P("d", None, None, "m"), "shard_map, one axis", "d", "labels"),
+    "rows, by labels": (P(("d", "m")), "shard_map, one axis", "d", "labels"),
+    "none, by labels": (P("d"), "shard_map, one axis", "d", "labels"),
+    "none, by domain": (P("d"), "shard_map, one axis", "d", "domain"),
+}
+
+
+@pytest.mark.parametrize("split", OTHER_AXES)
+def test_another_mesh_axis_beside_the_rows(split):
+    """On Explicit axes, which are JAX's default; the derivative is taken outside."""
+    spec, transform, pooled, choice = OTHER_AXES[split]
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: np.float32(rng.normal(size=shape))  # noqa: E731
+    x, dy, index = normal(16, 2, 2, 4), normal(16, 2, 2, 4), np.arange(16) % 3
+    params = jaxbn.Params(*normal(*((2, 3, 4) if choice == "labels" else (2, 4))))
+    state = None if choice == "labels" else states(normal(4), normal(4) ** 2, 3)
+
+    def f(x, params, index, **options):
+        y, new = train(x, params, state, **{choice: index}, **options)
+        return y, None if new is None else new[:2]
+
+    def over(x, params, index):
+        pool = functools.partial(f, axis_name=pooled)
+        if transform == "vmap":
+            x, index = x.reshape(2, 8, *x.shape[1:]), index.reshape(2, 8)
+            run = jax.vmap(pool, (0, None, 0), (0, None), axis_name="v")
+            y, new = run(x, params, index)
+            return y.reshape(16, *y.shape[2:]), new
+        manual = {"d"} if transform.endswith("one axis") else {"d", "m"}
+        split = P(*spec[:2]) if len(manual) > 1 else P("d")
+        return jax.shard_map(
+            pool,
+            mesh=mesh,
+            in_specs=(split, P(), P(*split[:1])),
+            out_specs=(split, P()),
+            axis_names=manual,
+        )(x, params, index)
+
+    def step(f):
+        def run(x, params, index, dy):
+            y, vjp, new = jax.vjp(lambda *v: f(*v, index), x, params, has_aux=True)
+            return y, new, vjp(dy)
+
+        return jax.jit(run)
+
+    want = step(f)(x, params, index, dy)
+    mesh = jax.make_mesh((2, 2), ("d", "m"))
+    put = lambda v, *spec: jax.device_put(v, jax.NamedSharding(mesh, P(*spec)))  # noqa: E731
+    got = step(over)(put(x, *spec), put(params), put(index, *spec[:1]), put(dy, *spec))
+    for u, v in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        oracle.assert_close(u, np.float64(v), 8 * oracle.tolerance("float32", 16 * 4))
 
 
 def test_devices_with_a_domain_each():

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental.jet import jet
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jaxbn
 
@@ -50,6 +52,18 @@ def of_domains(state=DOMAINS, **options):
 def mapped(**options):
     """The call under vmap, with axis "d" of size 8."""
     return jax.vmap(lambda x: call(x, **options), axis_name="d")(X)
+
+
+def over_d(f):
+    """F under a shard_map over the axis "d" of the mesh that is set, and no other."""
+    return lambda x: jax.shard_map(f, in_specs=P("d"), out_specs=P("d"), axis_names={"d"})(x)
+
+
+def on_mesh(f, kind=AxisType.Explicit):
+    """f(X), the rows of X over the axis "d" of a mesh with another axis, "m"."""
+    mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(kind,) * 2)
+    with jax.set_mesh(mesh):
+        return f(jax.device_put(X, P("d")))
 
 
 def tensor(library):
@@ -713,6 +727,53 @@ CASES = {
         lambda: jax.vmap(lambda x: jaxbn.moments(x, axis_name=("d", "e")), axis_name="d")(X),
         ValueError(
             f"moments: axis_name=('d', 'e') is not bound here; bound axes: ['d']. {UNBOUND}"
+        ),
+    ),
+    "axis name where a pmap has none": (
+        lambda: jax.pmap(lambda x: call(x, axis_name="d"))(X),
+        ValueError(f"batch_norm: axis_name='d' is not bound here; bound axes: []. {UNBOUND}"),
+    ),
+    "axis name of a mesh under jit": (
+        lambda: on_mesh(jax.jit(lambda x: call(x, axis_name="d"))),
+        ValueError(f"batch_norm: axis_name='d' is not bound here; bound axes: []. {UNBOUND}"),
+    ),
+    "axis names of which a shard_map maps one": (
+        lambda: on_mesh(over_d(lambda x: call(x, axis_name=("d", "m"))[0])),
+        ValueError(
+            "batch_norm: axis_name=('d', 'm') is not bound here; bound axes: ['d']. This shard_map "
+            "does not map axis 'm' of the mesh, over which statistics are global already, write "
+            "axis_name='d'."
+        ),
+    ),
+    "axis name that a shard_map does not map": (
+        lambda: on_mesh(over_d(lambda x: jaxbn.moments(x, axis_name="m").mean), AxisType.Auto),
+        ValueError(
+            "moments: axis_name='m' is not bound here; bound axes: ['d']. This shard_map does not "
+            "map axis 'm' of the mesh, over which statistics are global already, write "
+            "axis_name=None."
+        ),
+    ),
+    "axis name under jit, of statistics to sync": (
+        lambda: jaxbn.sync_state(STATE, "d"),
+        ValueError(
+            "sync_state: axis_name='d' is not bound here; bound axes: []. Call it under shard_map, "
+            "pmap or vmap with that axis name; under plain jit statistics are global already, "
+            "leave sync_state out."
+        ),
+    ),
+    "axis name of a vmap in a shard_map": (
+        lambda: on_mesh(over_d(jax.vmap(lambda x: call(x, axis_name=("d", "v")), axis_name="v"))),
+        NotImplementedError(
+            "batch_norm: axis_name=('d', 'v'), but JAX has no collectives over axis 'v' of a vmap "
+            "where a shard_map checks types; write check_vma=False in the shard_map."
+        ),
+    ),
+    "ghost batches on two devices each": (
+        lambda: on_mesh(lambda x: call(x, virtual_batch_size=4)),
+        ValueError(
+            "batch_norm: virtual_batch_size=4, but the type of x has axis 0 of its shape (8, 5, 3) "
+            "on 4 devices, 2 rows on each; expected groups of rows on one device; write one of "
+            "[1, 2]."
         ),
     ),
     "groups that do not cover the axis": (

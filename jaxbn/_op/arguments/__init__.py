@@ -22,6 +22,7 @@ from jaxbn._op.arguments.values import (
     check_y,
 )
 from jaxbn._op.arguments.variables import (
+    by_features,
     check_eval,
     check_features,
     check_kind,
@@ -98,8 +99,9 @@ def check(
     params, rows = by_row(params, domain, labels, x, axes)
     if isinstance(state, State):
         state = settle(call, state, momentum, x, axes, domain is not None)
-    elif gathers and domain is not None:
-        state = state._replace(count=spread_count(state))
+    elif gathers:
+        state = state if domain is None else state._replace(count=spread_count(state))
+        state = Moments(*(by_features(v, x, axes) if v.ndim else v for v in state))
     table = state
     if domain is not None and not np.ndim(domain):
         state = jax.tree.map(lambda v: taken(v, domain), table)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._op.arguments.values import array, first
+from jaxbn._op.arguments.variables import by_features
 from jaxbn._op.axes import Axes, check_number, is_integer
 from jaxbn._op.devices import Pool, sharded_as, varying_axes
 from jaxbn._op.state import Params
@@ -91,7 +92,10 @@ def check_one_domain(call: str, domain: Index | None, pool: Pool) -> None:
 def by_row(
     params: Params, domain: Index | None, labels: Index | None, x: jax.Array, axes: Axes
 ) -> tuple[Params, Rows | None]:
-    """Scale and bias that x takes, [C]; or as `Rows` has them, where rows of x differ."""
+    """Scale and bias that x takes, [C]; or as `Rows` has them, where rows of x differ.
+
+    Where shardings are types, they are sharded as x is.
+    """
     features = tuple(x.shape[a] for a in axes.features)
 
     def is_table(leaf: jax.Array) -> bool:
@@ -100,6 +104,13 @@ def by_row(
     def is_of_rows(leaf: jax.Array) -> bool:
         return not is_table(leaf) and leaf.shape != features
 
+    def placed(leaf: jax.Array | None) -> jax.Array | None:
+        if leaf is None:
+            return None
+        like = range(x.ndim)
+        return sharded_as(leaf, x, like) if is_of_rows(leaf) else by_features(leaf, x, axes)
+
+    params = Params(*map(placed, params))
     each = any(np.ndim(index) for index in (domain, labels) if index is not None)
     each |= any(is_of_rows(leaf) for leaf in params if leaf is not None)
     rows = rows_of(axes) if each else None

@@ -1,12 +1,13 @@
 """Which values share their statistics: over devices, in ghost batches, and how many at least."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax import lax
 
 from jaxbn._op.axes import Axes, is_integer
-from jaxbn._op.devices import Pool
+from jaxbn._op.devices import Pool, split_over, varying_axes
 
 
 class OneValueError(ValueError):
@@ -20,11 +21,15 @@ def resolve(
     call: str,
     axis_name: str | Sequence[str] | None,
     axis_index_groups: Sequence[Sequence[int]] | None,
+    without: str = "write axis_name=None",
 ) -> Pool | None:
     """The pool that these two keywords ask for; None for this device alone.
 
+    `without` is what to do where statistics are global.
+
     Raises:
       ValueError: the axis is not bound, or the groups are no partition of it into equal parts.
+      NotImplementedError: JAX has no collectives over the axis.
     """
     if axis_name is None:
         if axis_index_groups is not None:
@@ -41,17 +46,33 @@ def resolve(
             f"each once; write axis_name='batch'."
         )
     names = tuple(names)
+    mesh = jax.sharding.get_abstract_mesh()
     try:
         size = lax.axis_size(names)
     except NameError:
+        remedy = (
+            f"Call it under shard_map, pmap or vmap with that axis name; under plain jit "
+            f"statistics are global already, {without}."
+        )
+        apart = {*mesh.axis_names} - {*mesh.manual_axes}
+        if mesh.manual_axes and (whole := [name for name in names if name in apart]):
+            rest: Any = [name for name in names if name not in apart]
+            rest = rest[0] if len(rest) == 1 else tuple(rest)
+            remedy = (
+                f"This shard_map does not map axis {whole[0]!r} of the mesh, over which statistics "
+                f"are global already, {f'write axis_name={rest!r}' if rest else without}."
+            )
         raise ValueError(
-            f"{call}: axis_name={axis_name!r} is not bound here; bound axes: {_bound()}. Call it "
-            f"under shard_map, pmap or vmap with that axis name; under plain jit statistics are "
-            f"global already, write axis_name=None."
+            f"{call}: axis_name={axis_name!r} is not bound here; bound axes: {_bound()}. {remedy}"
         ) from None
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    of_devices = tuple(name for name in names if name in manual)
-    mapped = tuple(name for name in names if name not in manual)
+    of_devices = tuple(name for name in names if name in mesh.manual_axes)
+    mapped = tuple(name for name in names if name not in mesh.manual_axes)
+    # Where types are checked, the index along an axis of devices has a type that differs over it.
+    if mapped and mesh.manual_axes and varying_axes(lax.axis_index(mesh.manual_axes[0])):
+        raise NotImplementedError(
+            f"{call}: axis_name={axis_name!r}, but JAX has no collectives over axis {mapped[0]!r} "
+            f"of a vmap where a shard_map checks types; write check_vma=False in the shard_map."
+        )
     if axis_index_groups is None:
         return Pool(of_devices, mapped, None, size)
     try:
@@ -78,7 +99,8 @@ def _bound() -> list[str]:
     """Names of the mapped axes in scope."""
     from jax._src import core  # JAX has no public list of bound axes; only an error reads it
 
-    return [str(name) for name in core.get_axis_env().axis_sizes]
+    names = map(str, core.get_axis_env().axis_sizes)
+    return [name for name in names if not name.startswith("_internal")]  # of a pmap without one
 
 
 def check_ghosts(call: str, x: jax.Array, axes: Axes, virtual_batch_size: int) -> tuple[int, int]:
@@ -103,6 +125,14 @@ def check_ghosts(call: str, x: jax.Array, axes: Axes, virtual_batch_size: int) -
         raise ValueError(
             f"{call}: virtual_batch_size={virtual_batch_size} does not divide the {rows} rows on "
             f"axis {batch_axis} of x with shape {x.shape}; {remedy}."
+        )
+    if (shards := split_over(x, batch_axis)) > 1 and (rows // shards) % virtual_batch_size != 0:
+        within = rows // shards
+        raise ValueError(
+            f"{call}: virtual_batch_size={virtual_batch_size}, but the type of x has axis "
+            f"{batch_axis} of its shape {x.shape} on {shards} devices, {within} rows on each; "
+            f"expected groups of rows on one device; write one of "
+            f"{[d for d in range(1, within + 1) if within % d == 0]}."
         )
     return batch_axis, rows // virtual_batch_size
 

@@ -184,10 +184,15 @@ def settle(
                 f"{call}: state.{name} has dtype {v.dtype}, in which no average can move; write "
                 f"state._replace({name}=state.{name}.astype(jnp.float32))."
             )
-    like = (*[None] * len(number), *axes.features)
-    mean, var = (sharded_as(v.astype(wide(v.dtype)), x, like) for v in state[:2])
+    mean, var = (by_features(v.astype(wide(v.dtype)), x, axes) for v in state[:2])
     kind = promote(mean.dtype, x.dtype) if jnp.iscomplexobj(x) else mean.dtype
     return State(mean.astype(kind), var, None if state.count is None else _int32(state.count))
+
+
+def by_features(v: jax.Array, x: jax.Array, axes: Axes) -> jax.Array:
+    """Equals v [C], or a table of such rows, sharded by type as the features of x are."""
+    before = v.ndim - len(axes.features)
+    return sharded_as(v, x, (*[None] * before, *axes.features))
 
 
 def spread_count(m: Moments) -> jax.Array:
