@@ -765,7 +765,7 @@ def test_help_imports_no_more_than_the_package_does():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (
         done.stdout.splitlines()[-1]
-        == "['jaxbn._cli', 'jaxbn._cli.commands', 'jaxbn._cli.options']"
+        == "['jaxbn._cli', 'jaxbn._cli.commands', 'jaxbn._cli.options', 'jaxbn._cli.output']"
     )
 
 
