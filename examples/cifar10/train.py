@@ -219,7 +219,7 @@ def run(parser, args, argv, data: Data, folder: Path, watch: writers.Log, consol
     console.print(
         f"{data.name}: {about.train:,} training and {about.test:,} test images of "
         f"{len(about.classes)} classes, {about.shape[0]}x{about.shape[1]} pixels, "
-        f"{args.epochs} epochs of batch {args.batch}\n{what} on {device}, "
+        f"{args.epochs} epoch{'s' * (args.epochs > 1)} of batch {args.batch}\n{what} on {device}, "
         f"jax {jax.__version__}, flax {flax.__version__}, in {folder}"
     )
     for writer in watch.writers:

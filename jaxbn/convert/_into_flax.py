@@ -166,7 +166,10 @@ def from_haiku(
             "write params, state = net.init(rng, x)."
         )
     arguments = {"momentum": decay_rate, "epsilon": eps, "unbiased": False}
-    notes = [f"{layer}: debiased averages of {count} updates" for layer, count in updates.items()]
+    notes = [
+        f"{layer}: debiased averages of {count} update{'s' * (count != 1)}"
+        for layer, count in updates.items()
+    ]
     request = Request("from_haiku", like, rename, keep, transposed)
     return _into_flax(request, tensors, lambda _: arguments, notes)
 

@@ -145,7 +145,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(run, capsys, tmp
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out.splitlines()
     assert printed[:3] == [
-        "cifar10: 60 training and 12 test images of 10 classes, 32x32 pixels, 1 epochs of batch 16",
+        "cifar10: 60 training and 12 test images of 10 classes, 32x32 pixels, 1 epoch of batch 16",
         f"resnet18 width 2 (nnx, float32) on 8 x cpu, {os.cpu_count()} cores, "
         f"jax {jax.__version__}, flax {flax.__version__}, in {folder}",
         report.HEADER,
