@@ -50,11 +50,13 @@ SPEEDRUN = pathlib.Path(__file__).parents[2] / "examples" / "cifar10" / "speedru
 class Run:
     """How much time is left, where lines go, and how much of everything is measured."""
 
-    def __init__(self, tiny: bool, budget: float, folder: pathlib.Path) -> None:
+    def __init__(self, tiny: bool, budget: float, folder: pathlib.Path | None) -> None:
         self.tiny, self.budget, self.begun = tiny, budget, time.monotonic()
         self.environment = report.environment()
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{results.stem(self.environment)}.jsonl"
+        self.path = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.path = folder / f"{results.stem(self.environment)}.jsonl"
         self.lines: list[str] = []
 
     def left(self) -> float:
@@ -63,7 +65,8 @@ class Run:
     def say(self, **values: Any) -> None:
         self.lines.append(json.dumps({"s": round(time.monotonic() - self.begun, 1), **values}))
         print(self.lines[-1], flush=True)
-        report.replace(self.path, "\n".join(self.lines) + "\n")
+        if self.path is not None:
+            report.replace(self.path, "\n".join(self.lines) + "\n")
 
     def turns(self, functions: dict[str, timing.Timed], seconds: float) -> dict[str, Any]:
         rounds = timing.ROUNDS["tiny" if self.tiny else "usual"]
@@ -253,7 +256,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--budget", type=float, default=450.0, help="seconds in all (450)")
     parser.add_argument("--data-dir", type=pathlib.Path, help="CIFAR-10's binary version")
-    parser.add_argument("--results", type=pathlib.Path, default=results.FOLDER, metavar="FOLDER")
+    results.add_option(parser)
     options = parser.parse_args(arguments)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # speedrun needs its share
     devices = jax.devices()
@@ -263,7 +266,7 @@ def main(arguments: list[str]) -> int:
             f"the first device is {kind!r} ({devices[0].platform}), expected a GPU; run it on a "
             f"machine with one and pip install 'jax[cuda12]', or write --tiny to see that it runs"
         )
-    run = Run(options.tiny, options.budget, options.results)
+    run = Run(options.tiny, options.budget, results.folder(options.results, options.tiny))
     known = bandwidth(kind)
     peak = known or f"unknown for {kind!r}, so no share of it is given"
     run.say(what="run", **run.environment, devices=len(devices), peak_GB_per_s=peak)
@@ -276,5 +279,6 @@ def main(arguments: list[str]) -> int:
         except Exception as error:  # the parts after it are worth having
             run.say(what=part.name, failed=f"{type(error).__name__}: {str(error)[:300]}")
     run.say(what="end", left_s=round(run.left()))
-    print(f"written   {run.path}", file=sys.stderr)
+    if run.path is not None:
+        print(f"written   {run.path}", file=sys.stderr)
     return 0
