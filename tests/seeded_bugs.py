@@ -1438,6 +1438,13 @@ BUGS = (
         "benchmarks/test_benchmarks.py::test_ctrl_c_is_one_line",
     ),
     Bug(
+        "an export names the call that it makes itself",
+        "jaxbn/export/_int8.py",
+        '    need("int8", "onnxruntime")\n',
+        "",
+        "cli/test_cli.py::test_a_missing_package_ends_in_the_line_that_installs_it[onnxruntime]",
+    ),
+    Bug(
         "a missing package is told as a damaged file",
         "jaxbn/export/_stablehlo.py",
         '    need("load_stablehlo", "flatbuffers")\n',

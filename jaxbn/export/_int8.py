@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxbn._extras import need
-from jaxbn._files import check_place
+from jaxbn._files import check_file, check_place
 from jaxbn._misuse import check_batches, takes
 from jaxbn._text import first_line, printable, short
 from jaxbn.export._beside import weights_of
@@ -107,10 +107,12 @@ def int8(
     >>> export.int8("nothing.onnx", [], "int8.onnx")
     Traceback (most recent call last):
         ...
-    FileNotFoundError: session: no ONNX file at nothing.onnx
+    FileNotFoundError: int8: no ONNX file at nothing.onnx
     """
     check_place("int8", path)
     check_batches("int8", batches, WRITE)
+    check_file("int8", source, "ONNX")
+    need("int8", "onnxruntime")
     original = session(source)
     for name, value, known in (
         ("calibration", calibration, METHODS),

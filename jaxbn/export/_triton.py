@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxbn._extras import need
-from jaxbn._files import check_is_path, replacing
+from jaxbn._files import check_file, check_is_path, replacing
 from jaxbn._misuse import takes
 from jaxbn._text import first_line, printable
 from jaxbn.export._beside import WEIGHTS, weights_of
@@ -74,7 +74,7 @@ def triton(
     >>> export.triton("repository", "nothing.onnx")
     Traceback (most recent call last):
         ...
-    FileNotFoundError: session: no ONNX file at nothing.onnx
+    FileNotFoundError: triton: no ONNX file at nothing.onnx
     """
     check_is_path("triton", folder, "folder")
     check_is_path("triton", source, "source")
@@ -83,6 +83,8 @@ def triton(
             f"triton: {printable(folder)} is a file, expected the folder of a model repository, "
             f"and behind it an ONNX file; write {WRITE}."
         )
+    check_file("triton", source, "ONNX")
+    need("triton", "onnxruntime")
     session(source)  # raises if onnxruntime cannot read the file
     source = Path(source)
     name = source.name.partition(".")[0] if name is None else name

@@ -720,7 +720,11 @@ MISSING = {
     ],
     "jax2onnx": [(lambda: export.onnx(jnp.sin, np.ones((1, 2)), "b"), "onnx", "'jaxbn[export]'")],
     "onnx": [(lambda: export.onnx(jnp.sin, np.ones((1, 2)), "b"), "onnx", "'jaxbn[export]'")],
-    "onnxruntime": [(lambda: export.session("a.msgpack"), "session", "'jaxbn[export]'")],
+    "onnxruntime": [
+        (lambda: export.session("a.msgpack"), "session", "'jaxbn[export]'"),
+        (lambda: export.int8("a.msgpack", [], "b"), "int8", "'jaxbn[export]'"),
+        (lambda: export.triton("b", "a.msgpack"), "triton", "'jaxbn[export]'"),
+    ],
     "litert_converter": [
         (lambda: export.tflite(jnp.sin, np.ones((1, 2)), "b"), "tflite", "'jaxbn[tflite]'")
     ],

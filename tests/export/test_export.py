@@ -313,7 +313,7 @@ def test_what_is_no_file_of_ours_is_refused(tmp_path):
     assert str(error.value).startswith(f"session: onnxruntime cannot read {path}: ")
     with pytest.raises(FileNotFoundError) as missing:
         export.int8(tmp_path / "nothing.onnx", [X], path)
-    assert str(missing.value) == f"session: no ONNX file at {tmp_path}/nothing.onnx"
+    assert str(missing.value) == f"int8: no ONNX file at {tmp_path}/nothing.onnx"
 
 
 def test_int8_refuses_what_it_cannot_calibrate_with(folded, tmp_path):
