@@ -11,7 +11,8 @@ from flax import errors
 from flax.linen import dtypes
 
 from jaxbn import _elsewhere
-from jaxbn._op.arguments import array, check_choices, check_tables, check_update_stats
+from jaxbn._op.arguments.choices import check_choices, check_tables
+from jaxbn._op.arguments.values import array, check_update_stats
 from jaxbn._op.axes import resolve, wide
 from jaxbn._op.one_value import train_anyway
 from jaxbn._op.state import Params, State

@@ -20,20 +20,22 @@ def first_line(file: Path) -> str:
 
 
 def tree() -> str:
-    """The files of jaxbn/: those at the top, then the rooms, each under its own line."""
+    """The files of jaxbn/: those at the top, then the rooms, each file under its room."""
     package = ROOT / "jaxbn"
     lines = ["jaxbn/"]
 
     def add(depth: int, name: str, text: str) -> None:
         lines.append(f"{'  ' * depth + name:{WIDTH}} {text}")
 
-    for file in sorted(package.glob("*.py")):
-        add(1, file.name, first_line(file))
-    for init in sorted(package.glob("*/__init__.py")):
-        add(1, f"{init.parent.name}/", first_line(init))
-        for file in sorted(init.parent.glob("*.py")):
-            if file != init:
-                add(2, file.name, first_line(file))
+    def walk(room: Path, depth: int) -> None:
+        for file in sorted(room.glob("*.py")):
+            if file.name != "__init__.py" or room == package:
+                add(depth, file.name, first_line(file))
+        for init in sorted(room.glob("*/__init__.py")):
+            add(depth, f"{init.parent.name}/", first_line(init))
+            walk(init.parent, depth + 1)
+
+    walk(package, 1)
     return "\n".join(lines)
 
 

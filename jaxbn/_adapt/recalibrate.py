@@ -18,7 +18,8 @@ from jaxbn._inspection import layers
 from jaxbn._inspection.observer import Observe, Observed, observer
 from jaxbn._inspection.selection import Where, select
 from jaxbn._misuse import check_batches, is_unbound, misuse, takes
-from jaxbn._op import arguments, devices
+from jaxbn._op import devices
+from jaxbn._op.arguments.pools import resolve
 from jaxbn._op.devices import Pool
 from jaxbn._op.pooling import across, merge
 from jaxbn._op.state import Moments, State
@@ -119,7 +120,7 @@ def recalibrate(
     if limit is not None and limit < 1:
         raise ValueError(f"{call}: limit={limit}, expected at least 1 batch, or None for all.")
     chosen = select(call, model, where)
-    pool = arguments.resolve(call, axis_name, None)
+    pool = resolve(call, axis_name, None)
     observe, arrays = observer(call, apply, model, tuple(chosen))
     fold = functools.partial(_fold, variance == "pooled", unbiased)
     if isinstance(batches, jax.core.Tracer):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._inspection.layers import holds_statistics, state_of, with_state
-from jaxbn._op import arguments
 from jaxbn._op import devices as devices_
+from jaxbn._op.arguments.pools import resolve
 from jaxbn._op.axes import wide
 from jaxbn._op.pooling import across
 from jaxbn._op.state import Moments, State
@@ -139,7 +139,7 @@ def sync_state(
     >>> pooled.mean[0].tolist(), pooled.var[0].tolist(), pooled.count[0].tolist()
     ([1.0], [2.0], 5)
     """
-    pool = arguments.resolve("sync_state", axis_name, axis_index_groups, "leave sync_state out")
+    pool = resolve("sync_state", axis_name, axis_index_groups, "leave sync_state out")
     if pool is None:
         raise ValueError(
             "sync_state: axis_name=None, expected the mapped axis over which devices hold "

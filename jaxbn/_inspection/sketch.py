@@ -8,7 +8,8 @@ import numpy as np
 
 from jaxbn._inspection.hooks import Call
 from jaxbn._op import devices
-from jaxbn._op.arguments import check_cells, resolve
+from jaxbn._op.arguments.cells import check_cells
+from jaxbn._op.arguments.pools import resolve
 
 QUANTILES = 64  # equally probable values
 SAMPLE = 4096  # cells; the share below any value is then right to 0.8 %, one sd

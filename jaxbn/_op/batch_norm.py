@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn import _elsewhere
-from jaxbn._op import arguments
-from jaxbn._op.arguments import Checked, check_activated
+from jaxbn._op.arguments import Checked, check
+from jaxbn._op.arguments.values import check_activated
 from jaxbn._op.axes import promote
 from jaxbn._op.devices import spread
 from jaxbn._op.normalize import normalize_lean, rstd
@@ -127,7 +127,7 @@ def batch_norm(
     >>> print(y.round(3).tolist(), [round(float(m), 2) for m in state.mean])
     [[-1.0, -1.0], [1.0, 1.0]] [0.02, 0.2]
     """
-    c = arguments.check(
+    c = check(
         "batch_norm",
         x,
         params,

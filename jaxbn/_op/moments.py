@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn._op import arguments
 from jaxbn._op import axes as axes_
 from jaxbn._op import devices as devices_
+from jaxbn._op.arguments.cells import check_cells
+from jaxbn._op.arguments.choices import check_index
+from jaxbn._op.arguments.pools import resolve
+from jaxbn._op.arguments.values import array
 from jaxbn._op.axes import Axes, has_known_sizes, wide
 from jaxbn._op.devices import Pool
 from jaxbn._op.pooling import across, not_negative, with_one_count
@@ -77,10 +80,10 @@ def moments(
     >>> float(m.count), float(m.mean[0]), float(m.var[0])
     (2.0, 1.5, 0.25)
     """
-    x = arguments.array("moments", "x", x)
+    x = array("moments", "x", x)
     where = axes_.resolve("moments", x, axis)
-    mask, weights = arguments.check_cells("moments", mask, weights, x)
-    pool = arguments.resolve("moments", axis_name, axis_index_groups)
+    mask, weights = check_cells("moments", mask, weights, x)
+    pool = resolve("moments", axis_name, axis_index_groups)
     if domain is None and domains is None:
         return with_one_count(over_devices(x, where, mask, None, weights, pool), mask, weights)
     if domain is None or domains is None:
@@ -90,7 +93,7 @@ def moments(
             f"domains; write {other} too."
         )
     domains = axes_.check_number("moments", "domains", domains)
-    index = arguments.check_index("moments", "domain", domain, domains, x, where)
+    index = check_index("moments", "domain", domain, domains, x, where)
     if not isinstance(index, int) and index.ndim:
         rows = Domains(rows_of(where), index, domains)
         return over_devices(x, where, mask, None, weights, pool, rows)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbn._op.arguments import OneValueError
+from jaxbn._op.arguments.pools import OneValueError
 from jaxbn._op.batch_norm import batch_norm
 from jaxbn._op.state import Params, State
 

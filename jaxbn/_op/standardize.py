@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbn._op import arguments
 from jaxbn._op import axes as axes_
+from jaxbn._op.arguments.values import array, check_numbers
 from jaxbn._op.batch_norm import batch_norm
 
 
@@ -39,14 +39,14 @@ def standardize(kernel: Any, axis: int | Sequence[int] = -1, *, epsilon: float =
     [[-1. -1.]
      [ 1.  1.]]
     """
-    kernel = arguments.array("standardize", "kernel", kernel)
+    kernel = array("standardize", "kernel", kernel)
     if not jnp.issubdtype(kernel.dtype, jnp.inexact):
         raise TypeError(
             f"standardize: kernel has dtype {kernel.dtype}, expected a floating dtype; write "
             f"kernel.astype(jnp.float32)."
         )
     axes = axes_.resolve("standardize", kernel, axis)
-    _, epsilon = arguments.check_numbers("standardize", None, epsilon)
+    _, epsilon = check_numbers("standardize", None, epsilon)
     if math.prod(kernel.shape[a] for a in axes.reduced) == 1:
         raise ValueError(
             f"standardize: kernel with shape {kernel.shape} has one value for each output on axes "

@@ -8,7 +8,7 @@ from jaxbn._inspection import layers
 from jaxbn._inspection.hooks import check_apply
 from jaxbn._inspection.selection import Where, select
 from jaxbn._misuse import misuse
-from jaxbn._op.arguments import check_numbers
+from jaxbn._op.arguments.values import check_numbers
 from jaxbn._op.axes import is_integer
 from jaxbn._swapping.batch_norms import as_batch_norms
 from jaxbn._swapping.sample_norms import NORMS, as_sample_norms

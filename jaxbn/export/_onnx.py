@@ -27,6 +27,7 @@ from jaxbn.export._float32 import without_bfloat16
 from jaxbn.export._nodes import register
 from jaxbn.export._operators import Operators, Value, plain
 from jaxbn.export._refusal import operands_of, refusal
+from jaxbn.export._rules import RULES
 from jaxbn.export._session import session
 from jaxbn.export._signature import examples_of, flat_args, names_of, shapes_of, untraceable
 
@@ -108,7 +109,7 @@ def onnx(
         names_of("onnx", "outputs", outputs, program.tree.unflatten(program.outputs)),
     )
     first = [k for k, v in enumerate(leaves) if channels_first and v.ndim in (4, 5)]
-    operators = Operators(program, opset)
+    operators = Operators(program, opset, RULES)
     model = _converted(operators, shapes, names, first)
 
     def write(file: Path) -> None:

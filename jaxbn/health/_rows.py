@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxbn._inspection import hooks, layers
 from jaxbn._misuse import check_by_path
-from jaxbn._op.arguments import check_cells
+from jaxbn._op.arguments.cells import check_cells
 from jaxbn._op.axes import resolve
 from jaxbn._op.devices import sharded_as
 from jaxbn._op.moments import moments

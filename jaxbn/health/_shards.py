@@ -10,7 +10,7 @@ import numpy as np
 from jaxbn._inspection.hooks import Call
 from jaxbn._misuse import misuse
 from jaxbn._op import devices
-from jaxbn._op.arguments import resolve
+from jaxbn._op.arguments.pools import resolve
 from jaxbn._op.devices import Pool
 from jaxbn._op.state import Moments
 from jaxbn.health._distances import in_double

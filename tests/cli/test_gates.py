@@ -11,7 +11,7 @@ import pytest
 
 from jaxbn import convert, export
 from jaxbn._checkpoints import read, write
-from jaxbn._cli import commands, options
+from jaxbn._cli import commands
 from tests.support.conversion import assert_same
 
 MODEL = "--model=net:network"
@@ -651,7 +651,7 @@ def test_the_recipe_in_the_docs_is_of_commands_that_are_there():
     model = re.search("MODEL: (.*)", recipe)[1]
     one_line = re.sub(r"\n {10,}(--)", r" \1", recipe.replace("$MODEL", model))
     commands_ = re.findall(r"python -m jaxbn (.*)", one_line)
-    parsed = [options.parse(words.split()) for words in commands_]
+    parsed = [commands.parse(words.split()) for words in commands_]
     names = ["doctor", "serving", "compare", "export", "verify"]
     assert [args.command for args in parsed] == names
     assert parsed[2].agree == 0.98
