@@ -578,6 +578,13 @@ BUGS = (
         "op/test_domains.py::test_a_traced_domain_out_of_range_changes_nothing_and_reads_nan[4]",
     ),
     Bug(
+        "what is selected where nothing is there",
+        "jaxbn/_op/tables.py",
+        "    return jnp.where(here.any(axis), one, none)",
+        "    return one",
+        f"{OTHER_AXIS}[rows, by labels out of range]",
+    ),
+    Bug(
         "an index that JAX cannot differentiate in a shard_map",
         "jaxbn/_op/tables.py",
         "        if sharding.mesh.manual_axes:",
