@@ -81,21 +81,21 @@ BUGS = (
     Bug(
         "scale and bias sharded as they came",
         "jaxbn/_op/arguments/choices.py",
-        " if is_of_rows(leaf) else by_features(leaf, x, axes)",
-        " if is_of_rows(leaf) else leaf",
+        "        return by_features(leaf, x, axes.features)",
+        "        return leaf",
         f"{OTHERWISE}[scale and bias-d]",
     ),
     Bug(
         "scale and bias of rows sharded as they came",
         "jaxbn/_op/arguments/choices.py",
-        "return sharded_as(leaf, x, like) if is_of_rows(leaf)",
-        "return leaf if is_of_rows(leaf)",
+        "return sharded_as(leaf, x, range(x.ndim))",
+        "return leaf",
         f"{OTHERWISE}[a row for each of x's-d]",
     ),
     Bug(
         "moments sharded as they came",
         "jaxbn/_op/arguments/__init__.py",
-        "by_features(v, x, axes) if v.ndim else v for v in state",
+        "by_features(v, x, axes.features) if v.ndim else v for v in state",
         "state",
         f"{OTHERWISE}[moments of domains-None]",
     ),
@@ -222,13 +222,6 @@ BUGS = (
         f"{OTHER_AXIS}[features, in parts of a vmap]",
     ),
     Bug(
-        "parts of a vmap stay apart",
-        "jaxbn/_op/devices.py",
-        "    each = sharded_as(each, v, (None, *range(v.ndim)))\n",
-        "",
-        "op/test_devices.py::test_groups_of_a_vmap_on_an_explicit_mesh[mapped, with weights]",
-    ),
-    Bug(
         "a sum over axes of which the rows are on some",
         "jaxbn/_op/devices.py",
         "    if varying_axes(v):",
@@ -339,7 +332,7 @@ BUGS = (
     Bug(
         "replicated statistics beside sharded features",
         "jaxbn/_op/arguments/variables.py",
-        "(by_features(v.astype(wide(v.dtype)), x, axes) for",
+        "(by_features(v.astype(wide(v.dtype)), x, axes.features) for",
         "(v.astype(wide(v.dtype)) for",
         f"{ROAD}[Explicit-features-jit-functional-replicated]",
     ),
@@ -375,8 +368,8 @@ BUGS = (
     Bug(
         "statistics as narrow as they came",
         "jaxbn/_op/arguments/variables.py",
-        "by_features(v.astype(wide(v.dtype)), x, axes)",
-        "by_features(v, x, axes)",
+        "by_features(v.astype(wide(v.dtype)), x, axes.features)",
+        "by_features(v, x, axes.features)",
         "op/test_batch_norm.py::test_a_state_stored_narrow_arrives_at_the_truth[0.999-bfloat16]",
     ),
     Bug(
@@ -585,6 +578,13 @@ BUGS = (
         "op/test_domains.py::test_a_traced_domain_out_of_range_changes_nothing_and_reads_nan[4]",
     ),
     Bug(
+        "what is selected where nothing is there",
+        "jaxbn/_op/tables.py",
+        "    return jnp.where(here.any(axis), one, none)",
+        "    return one",
+        f"{OTHER_AXIS}[rows, by labels out of range]",
+    ),
+    Bug(
         "an index that JAX cannot differentiate in a shard_map",
         "jaxbn/_op/tables.py",
         "        if sharding.mesh.manual_axes:",
@@ -594,8 +594,8 @@ BUGS = (
     Bug(
         "a domain out of range teaches its neighbour",
         "jaxbn/_op/tables.py",
-        "jnp.arange(len(table)) == index",
-        "jnp.arange(len(table)) == jnp.clip(index, 0, len(table) - 1)",
+        "== index, range(1, table.ndim))\n    return jnp.where(spread(",
+        "== jnp.clip(index, 0, len(table) - 1), range(1, table.ndim))\n    return jnp.where(spread(",
         "op/test_domains.py::test_a_traced_domain_out_of_range_changes_nothing_and_reads_nan[4]",
     ),
     Bug(

@@ -48,7 +48,6 @@ def parts(v: jax.Array, name: str, groups: Groups) -> jax.Array:
     """The v of each part of a vmap: [parts, *v.shape]; 0 for parts of other groups."""
     # Gathered on the last axis, since JAX's type of the result has v's sharding on the first axes.
     each = jnp.moveaxis(lax.all_gather(v, name, axis=v.ndim), -1, 0)
-    each = sharded_as(each, v, (None, *range(v.ndim)))
     if groups is None:
         return each
     mine = jnp.zeros(len(each), bool)
@@ -118,6 +117,11 @@ def sharded_as(v: jax.Array, like: jax.Array, axes: Iterable[int | None]) -> jax
     pairs = zip(v.shape, axes, strict=True)
     spec = P(*(None if a is None or size == 1 else sharding.spec[a] for size, a in pairs))
     return jax.sharding.reshard(v, sharding.update(spec=spec))
+
+
+def by_features(v: jax.Array, like: jax.Array, features: Sequence[int]) -> jax.Array:
+    """Equals v [C], or a table of such rows, sharded by type as these axes of `like` are."""
+    return sharded_as(v, like, (*[None] * (v.ndim - len(features)), *features))
 
 
 def spread(v: jax.Array, like: jax.Array) -> jax.Array:

@@ -77,27 +77,31 @@ def taken(table: jax.Array, index: Index) -> jax.Array:
     """Equals table[index]; NaN where a traced index is out of range."""
     if isinstance(index, int):
         return lax.index_in_dim(table, index, keepdims=False)
+    if not index.ndim and typed(table):  # JAX 0.12 cannot transpose an index into sharded columns
+        here = jnp.expand_dims(jnp.arange(len(table)) == index, range(1, table.ndim))
+        return _selected(table, here, 0)
     sharding = None
     if index.ndim and typed(index):
         sharding = jax.typeof(index).sharding
         sharding = sharding.update(spec=P(*sharding.spec, *jax.typeof(table).sharding.spec[1:]))
         if sharding.mesh.manual_axes:
-            return _selected(table, index, sharding)
+            # JAX cannot differentiate a shard_map over some axes of an Explicit mesh where the
+            # shard_map indexes by what is sharded by type.
+            rows, *columns = sharding.spec
+            each = jnp.broadcast_to(table[None], (len(index), *table.shape))
+            each = jax.sharding.reshard(each, sharding.update(spec=P(rows, None, *columns)))
+            here = index[:, None] == jnp.arange(len(table))[None]
+            return _selected(each, jnp.expand_dims(here, range(2, each.ndim)), 1)
     return table.at[index].get(mode="fill", wrap_negative_indices=False, out_sharding=sharding)
 
 
-def _selected(table: jax.Array, index: jax.Array, sharding: Any) -> jax.Array:
-    """Equals table[index], sharded so; NaN where the index is out of range.
-
-    For a shard_map over some axes of a mesh whose others are Explicit. JAX cannot differentiate
-    that shard_map where it indexes by what is sharded by type.
-    """
-    rows, *columns = sharding.spec
-    each = jnp.broadcast_to(table[None], (len(index), *table.shape))
-    each = jax.sharding.reshard(each, sharding.update(spec=P(rows, None, *columns)))
-    here = index[:, None] == jnp.arange(len(table))[None]
-    here = spread(jnp.expand_dims(here, range(2, each.ndim)), each)
-    return jnp.where(here.any(1), jnp.where(here, each, 0).sum(1), jnp.nan)
+def _selected(rows: jax.Array, here: jax.Array, axis: int) -> jax.Array:
+    """The one along this axis that is here, without an index; as "fill" has it where none is."""
+    here = spread(here, rows)
+    inexact = jnp.issubdtype(rows.dtype, jnp.inexact)
+    none = jnp.asarray(jnp.nan if inexact else jnp.iinfo(rows.dtype).min, rows.dtype)
+    one = jnp.where(here, rows, 0).sum(axis, dtype=rows.dtype)
+    return jnp.where(here.any(axis), one, none)
 
 
 def alone(row: jax.Array, index: Index, number: int) -> jax.Array:

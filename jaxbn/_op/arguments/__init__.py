@@ -22,7 +22,6 @@ from jaxbn._op.arguments.values import (
     check_y,
 )
 from jaxbn._op.arguments.variables import (
-    by_features,
     check_eval,
     check_features,
     check_kind,
@@ -31,7 +30,7 @@ from jaxbn._op.arguments.variables import (
     spread_count,
 )
 from jaxbn._op.axes import Axes, check_dtype
-from jaxbn._op.devices import Pool
+from jaxbn._op.devices import Pool, by_features
 from jaxbn._op.renorm import Renorm
 from jaxbn._op.state import Moments, Params, State
 from jaxbn._op.tables import Index, Rows, taken
@@ -101,7 +100,7 @@ def check(
         state = settle(call, state, momentum, x, axes, domain is not None)
     elif gathers:
         state = state if domain is None else state._replace(count=spread_count(state))
-        state = Moments(*(by_features(v, x, axes) if v.ndim else v for v in state))
+        state = Moments(*(by_features(v, x, axes.features) if v.ndim else v for v in state))
     table = state
     if domain is not None and not np.ndim(domain):
         state = jax.tree.map(lambda v: taken(v, domain), table)

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._op.arguments.values import array, first
-from jaxbn._op.arguments.variables import by_features
 from jaxbn._op.axes import Axes, check_number, is_integer
-from jaxbn._op.devices import Pool, sharded_as, varying_axes
+from jaxbn._op.devices import Pool, by_features, sharded_as, varying_axes
 from jaxbn._op.state import Params
 from jaxbn._op.tables import Index, Rows, rows_of, taken
 
@@ -107,8 +106,9 @@ def by_row(
     def placed(leaf: jax.Array | None) -> jax.Array | None:
         if leaf is None:
             return None
-        like = range(x.ndim)
-        return sharded_as(leaf, x, like) if is_of_rows(leaf) else by_features(leaf, x, axes)
+        if is_of_rows(leaf):
+            return sharded_as(leaf, x, range(x.ndim))
+        return by_features(leaf, x, axes.features)
 
     params = Params(*map(placed, params))
     each = any(np.ndim(index) for index in (domain, labels) if index is not None)

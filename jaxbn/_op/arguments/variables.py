@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxbn._op.arguments.values import _is_number, array
 from jaxbn._op.axes import Axes, promote, wide
-from jaxbn._op.devices import sharded_as
+from jaxbn._op.devices import by_features
 from jaxbn._op.state import Moments, Params, State
 
 
@@ -184,15 +184,9 @@ def settle(
                 f"{call}: state.{name} has dtype {v.dtype}, in which no average can move; write "
                 f"state._replace({name}=state.{name}.astype(jnp.float32))."
             )
-    mean, var = (by_features(v.astype(wide(v.dtype)), x, axes) for v in state[:2])
+    mean, var = (by_features(v.astype(wide(v.dtype)), x, axes.features) for v in state[:2])
     kind = promote(mean.dtype, x.dtype) if jnp.iscomplexobj(x) else mean.dtype
     return State(mean.astype(kind), var, None if state.count is None else _int32(state.count))
-
-
-def by_features(v: jax.Array, x: jax.Array, axes: Axes) -> jax.Array:
-    """Equals v [C], or a table of such rows, sharded by type as the features of x are."""
-    before = v.ndim - len(axes.features)
-    return sharded_as(v, x, (*[None] * before, *axes.features))
 
 
 def spread_count(m: Moments) -> jax.Array:
