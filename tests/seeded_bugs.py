@@ -595,7 +595,8 @@ BUGS = (
         "a domain out of range teaches its neighbour",
         "jaxbn/_op/tables.py",
         "== index, range(1, table.ndim))\n    return jnp.where(spread(",
-        "== jnp.clip(index, 0, len(table) - 1), range(1, table.ndim))\n    return jnp.where(spread(",
+        "== jnp.clip(index, 0, len(table) - 1), range(1, table.ndim))\n"
+        "    return jnp.where(spread(",
         "op/test_domains.py::test_a_traced_domain_out_of_range_changes_nothing_and_reads_nan[4]",
     ),
     Bug(
