@@ -102,7 +102,7 @@ def drift(
       batches: for each batch, path → moments of its rows [C, rows]:
         `(incoming(model.apply)(variables, x)[1] for x in data)`, or the moments of one batch. Rows
         should be independent, unlike the frames of one video. Rows of domain d of a layer with
-        domains are compared with the statistics `v[d : d + 1]`.
+        domains are compared with the statistics `v[d]` or `v[d : d + 1]`.
       reference: the `Drift` of clean data, to compare with in place of the running statistics. The
         test then finds smaller drift: running statistics come from augmented data and from a
         network that was still learning.

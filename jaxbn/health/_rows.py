@@ -142,8 +142,9 @@ def seen(state: Any, rows: Mapping[str, Moments], *, epsilon: float = 1e-5) -> d
     Args:
       state: the running statistics: linen's variables, an nnx model, or any tree that
         `jaxbn.layers.find` reads.
-      rows: path → `Moments` [C, rows] of each row, as `incoming` returns them. For an x without a
-        model, `jax.vmap(jaxbn.moments, out_axes=-1)(x)`.
+      rows: path → `Moments` [C, rows] of each row, as `incoming` returns them; an axis of size 1
+        where the layer has domains may be left out of the state. For an x without a model,
+        `jax.vmap(jaxbn.moments, out_axes=-1)(x)`.
       epsilon: of the layers.
 
     Returns:
@@ -163,9 +164,8 @@ def seen(state: Any, rows: Mapping[str, Moments], *, epsilon: float = 1e-5) -> d
     source = "health.incoming(model.apply)(variables, x)[1]"
     check_by_path("drift", rows, (Moments,), write, source)
     held = layers.find(state)
-    for path, of_rows in rows.items():
-        _check_fits(held, path, of_rows)
-    return {path: _seen(held[path].state, of_rows, epsilon) for path, of_rows in rows.items()}
+    fitted = {path: _fitted(held, path, of_rows) for path, of_rows in rows.items()}
+    return {path: _seen(held[path].state, of_rows, epsilon) for path, of_rows in fitted.items()}
 
 
 def merge(a: Mapping[str, Seen], b: Mapping[str, Seen]) -> dict[str, Seen]:
@@ -232,7 +232,8 @@ def over_rows(weight: jax.Array, v: jax.Array) -> Moments:
     return Moments(total, mean, (share * (v - mean[..., None]) ** 2).sum(-1))
 
 
-def _check_fits(held: Mapping[str, layers.Layer], path: str, rows: Moments) -> None:
+def _fitted(held: Mapping[str, layers.Layer], path: str, rows: Moments) -> Moments:
+    """The rows, without an axis of domains where the statistics of one domain have none."""
     if path not in held:
         raise ValueError(
             f"drift: moments are of a layer {path!r}, but the state has {sorted(held)}; pass the "
@@ -240,7 +241,10 @@ def _check_fits(held: Mapping[str, layers.Layer], path: str, rows: Moments) -> N
         )
     shape, features = np.shape(rows.mean), np.shape(held[path].state.mean)
     if shape[:-1] == features:
-        return
+        return rows
+    for axis, n in enumerate(shape[:-1]):
+        if n == 1 and (*shape[:axis], *shape[axis + 1 : -1]) == features:
+            return Moments(*(v.squeeze(axis) if v.ndim == len(shape) else v for v in rows))
     axes = range(len(features)) if len(features) > 1 else ()
     # `incoming` keeps the axis of domains; `jaxbn.moments` of one x has none.
     for axis, (kept, index) in itertools.product(axes, (((1,), ":1"), ((), "0"))):

@@ -192,7 +192,10 @@ def test_the_line_that_drift_advises_for_domains_runs(stats, turns):
         "batches": [health.incoming(model.apply)({**variables, **learned}, x, False)[1]],
     }
     error = message(ValueError, health.drift, *names.values())
-    drift = eval(error.partition("write ")[2].rstrip("."), {**globals(), **names})
+    advised = error.partition("write ")[2].rstrip(".")
+    drift = eval(advised, {**globals(), **names})
+    without = eval(advised.replace(":1]", "0]"), {**globals(), **names})  # the axis of domains
+    assert without.layers[0].shift == drift.layers[0].shift
     of_first = x[..., ::2, :].astype(np.float64)  # the rows of domain 0, whose statistics are kept
     off = (x.mean(-2) - of_first.mean(-2)) / np.sqrt(of_first.var(-2) + 1e-5)
     np.testing.assert_allclose(drift.layers[0].shift, np.sqrt((off**2).mean()), rtol=1e-5)
