@@ -34,16 +34,20 @@ DESTINATION = "NAME.safetensors, NAME.msgpack, or without a suffix a new orbax f
 
 
 class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
 
 
 def add_source(sub: Any, name: str) -> None:
+    """The checkpoint that a command reads, and where the model is in it."""
     sub.add_argument(name, metavar="SOURCE", help=CHECKPOINTS)
     add_part(sub)
 
 
 def add_part(sub: Any) -> None:
+    """`--part`: where the model is in a checkpoint."""
     sub.add_argument(
         "--part",
         metavar="PATH",
@@ -52,6 +56,7 @@ def add_part(sub: Any) -> None:
 
 
 def add_model(sub: Any) -> None:
+    """The user's model, how many of its batches, and how the checkpoint fits the model."""
     sub.add_argument("--model", metavar="MODULE:FUNCTION", required=True, help="your model: below")
     sub.add_argument("--batches", type=count, metavar="N", help="at most so many batches (all)")
     add_matching(sub)
@@ -71,6 +76,7 @@ def add_gate(sub: Any, *, model: bool = True) -> None:
 
 
 def add_bounds(sub: Any) -> None:
+    """Bounds of the errors of results."""
     sub.add_argument(
         "--bound",
         type=epsilon,
@@ -84,6 +90,7 @@ def add_bounds(sub: Any) -> None:
 
 
 def add_matching(sub: Any) -> None:
+    """How the layers of a checkpoint fit those of a model."""
     sub.add_argument(
         "--rename",
         action=_Rename,
@@ -101,6 +108,7 @@ def add_matching(sub: Any) -> None:
 
 
 def add_epsilon(sub: Any, help: str) -> None:
+    """`--epsilon`, with its help."""
     sub.add_argument("--epsilon", type=epsilon, default=1e-5, metavar="E", help=help)
 
 
@@ -116,18 +124,22 @@ class _Rename(argparse.Action):
 
 
 def share(text: str) -> float:
+    """A number from 0 to 1."""
     return _number(text, "a number from 0 to 1", lambda v: 0 <= v <= 1)
 
 
 def epsilon(text: str) -> float:
+    """A finite number of at least 0."""
     return _number(text, "a finite number of at least 0", lambda v: 0 <= v < math.inf)
 
 
 def positive(text: str) -> float:
+    """A number above 0."""
     return _number(text, "a number above 0", lambda v: v > 0)
 
 
 def count(text: str) -> int:
+    """A whole number of at least 1."""
     v = _number(text, "a whole number of at least 1", lambda v: v >= 1 and v == int(v))
     return int(v)
 

@@ -478,13 +478,13 @@ BAD = {
     "a call of its own": (
         lambda: jaxbn.swap(Own(4, rngs=nnx.Rngs(0)), to="batch"),
         ValueError,
-        "swap: layer '' is a Own with a call of its own, which would be lost; call "
+        "swap: layer '' is an Own with a call of its own, which would be lost; call "
         "jaxbn.unfreeze(model) first if the layer is frozen, or leave the layer out by where=.",
     ),
     "a call of its own, linen": (
         lambda: called(OwnLinen()),
         ValueError,
-        "swap: layer '' is a OwnLinen with a call of its own, which would be lost; call "
+        "swap: layer '' is an OwnLinen with a call of its own, which would be lost; call "
         "jaxbn.unfreeze(model) first if the layer is frozen, or leave the layer out by where=.",
     ),
     "a frozen layer": (
