@@ -83,9 +83,9 @@ def load(path: str) -> tuple[Any, Any]:
 
     manifest = export.read_manifest(path) if manifest_beside(Path(path)).exists() else None
     suffix = Path(path).suffix
-    load: Any = getattr(export, FORMATS.get(suffix, FORMATS[""]).load)
+    read: Any = getattr(export, FORMATS.get(suffix, FORMATS[""]).load)
     with _silent_compiler():
-        fn = load(path)
+        fn = read(path)
 
     def run(x: Any) -> Any:
         with _silent_compiler():
