@@ -2051,7 +2051,7 @@ BUGS = (
     ),
     Bug(
         "a layer after a sum is one after a kernel",
-        "jaxbn/watch.py",
+        "jaxbn/watch/_kernels.py",
         "terms = [i for i in op.inputs if leaf(i) is None]",
         "terms = [i for i in op.inputs if _kernel_of(i, made, paths)]",
         "watch/test_watch.py::test_kernels_are_those_whose_result_a_layer_gets",
@@ -2065,14 +2065,14 @@ BUGS = (
     ),
     Bug(
         "a norm has the values of its first call alone",
-        "jaxbn/watch.py",
+        "jaxbn/watch/_observe.py",
         "[quantiles, b.quantiles], [",
         "[quantiles, quantiles], [",
         "inspection/test_sketch.py::test_calls_of_one_layer_are_mixed_by_their_values[nnx]",
     ),
     Bug(
         "a norm has the kernel of its first call alone",
-        "jaxbn/watch.py",
+        "jaxbn/watch/_kernels.py",
         " for x in of_calls)",
         " for x in of_calls[:1])",
         "watch/test_watch.py::test_a_norm_that_is_called_several_times_has_all_kernels_before_it[linen]",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jaxbn._files import replacing
-from jaxbn.watch import Channels
+from jaxbn.watch._metrics import Channels
 from jaxbn.writers._writer import Figures, Writer, append, new_or_there
 
 

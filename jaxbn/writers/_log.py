@@ -11,7 +11,8 @@ from typing import Any, Self
 import jax
 
 from jaxbn.health._drift import Drift, LayerDrift
-from jaxbn.watch import Channels, Record, channels, metrics
+from jaxbn.watch import Record, channels, metrics
+from jaxbn.watch._metrics import Channels
 from jaxbn.writers._json_lines import JSONLines
 from jaxbn.writers._prometheus import DRIFT, Prometheus
 from jaxbn.writers._tensorboard import TensorBoard

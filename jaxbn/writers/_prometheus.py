@@ -8,7 +8,8 @@ from contextlib import suppress
 from typing import Any
 
 from jaxbn._extras import need
-from jaxbn.watch import METRICS, Channels
+from jaxbn.watch import METRICS
+from jaxbn.watch._metrics import Channels
 from jaxbn.writers._writer import Figures, Writer, labelled, reason
 
 DRIFT = {  # metric → its help; each is a field of `jaxbn.health.LayerDrift`

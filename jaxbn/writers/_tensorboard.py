@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxbn._extras import need
-from jaxbn.watch import Channels
+from jaxbn.watch._metrics import Channels
 from jaxbn.writers._writer import Figures, Writer, append, labelled, new_or_there
 
 BINS = 16

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxbn._text import distinct, printable
-from jaxbn.watch import Channels
+from jaxbn.watch._metrics import Channels
 
 Figures = Mapping[str, Mapping[str, float]]  # layer → metric → figure
 
