@@ -2071,6 +2071,20 @@ BUGS = (
         "inspection/test_sketch.py::test_calls_of_one_layer_are_mixed_by_their_values[nnx]",
     ),
     Bug(
+        "drift counts an image once for each call of a layer",
+        "jaxbn/health/_rows.py",
+        "    if a.mean.shape != b.mean.shape:",
+        "    if True:",
+        "health/test_drift.py::test_a_layer_that_is_called_twice_has_each_image_once[False]",
+    ),
+    Bug(
+        "drift merges the calls of a scanned layer by the counts of other rows",
+        "jaxbn/health/_rows.py",
+        "(m._replace(count=_beside(m.count, m.mean)) for m in (a, b))",
+        "(a, b)",
+        "health/test_drift.py::test_a_layer_that_is_called_twice_has_each_image_once[True]",
+    ),
+    Bug(
         "a norm has the kernel of its first call alone",
         "jaxbn/watch/_kernels.py",
         " for x in of_calls)",

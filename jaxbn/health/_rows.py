@@ -110,7 +110,8 @@ def incoming(model: Any) -> Callable[..., tuple[Any, dict[str, Moments]]]:
 
     Returns:
       A function with the model's arguments that returns `(y, path → Moments)`, with a count of
-      [rows] and mean and var [C, rows]; of a layer with domains [1, C, rows].
+      [rows] and mean and var [C, rows]; of a layer with domains [1, C, rows]. A row of a layer
+      that is called several times has the values of all calls, because each image is one row.
 
     Raises:
       TypeError: model is neither of the two.
@@ -124,10 +125,10 @@ def incoming(model: Any) -> Callable[..., tuple[Any, dict[str, Moments]]]:
     """
     if not layers.is_nnx(model):
         hooks.check_apply("incoming", model, "health.incoming(model.apply)")
-        return hooks.hooked_apply(model, row_moments, _more_rows)
+        return hooks.hooked_apply(model, row_moments, _both_calls)
 
     def call(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, Moments]]:
-        with hooks.hooked_nnx(model, row_moments, _more_rows) as rows:
+        with hooks.hooked_nnx(model, row_moments, _both_calls) as rows:
             y = model(*args, **kwargs)
         return y, rows
 
@@ -202,15 +203,26 @@ def rows_in(seen: Seen) -> np.ndarray:
     return total**2 / np.where(weight2 > 0, weight2, 1)
 
 
-def _more_rows(a: Moments, b: Moments) -> Moments:
-    """The rows of both calls, for a layer that is called twice."""
-    return jax.tree.map(lambda v, w: jnp.concatenate([v, w], -1), a, b)
+def _both_calls(a: Moments, b: Moments) -> Moments:
+    """The rows of a layer that is called twice.
+
+    A second call brings the same rows. Row i of both is one row, because two rows of one image are
+    not independent. If the calls have different numbers of rows, all rows are kept.
+    """
+    if a.mean.shape != b.mean.shape:
+        return jax.tree.map(lambda v, w: jnp.concatenate([v, w], -1), a, b)
+    both = merge_moments(*(m._replace(count=_beside(m.count, m.mean)) for m in (a, b)))
+    return both._replace(count=a.count + b.count)
+
+
+def _beside(count: jax.Array, mean: jax.Array) -> jax.Array:
+    """The counts [..., rows] with axes of size 1 for the features of mean [..., C, rows]."""
+    return count.reshape(*count.shape[:-1], *(1,) * (mean.ndim - count.ndim), count.shape[-1])
 
 
 def _seen(state: State, rows: Moments, epsilon: float) -> Seen:
-    n = rows.count
-    weight = n.reshape(*n.shape[:-1], *(1,) * (rows.mean.ndim - n.ndim), n.shape[-1])
-    weight = jnp.broadcast_to(weight.astype(rows.var.dtype), rows.mean.shape)
+    weight = _beside(rows.count, rows.mean).astype(rows.var.dtype)
+    weight = jnp.broadcast_to(weight, rows.mean.shape)
     var = state.var[..., None].astype(rows.var.dtype)
     sd = jnp.sqrt(var + epsilon)
     off = rows.mean - state.mean[..., None].astype(rows.mean.dtype)

@@ -195,6 +195,12 @@ def test_a_channel_that_never_changes_is_no_drift():
 # models
 
 
+class ScannedNorm(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.BatchNorm(use_running_average=True)(x), None
+
+
 class Net(nn.Module):
     norm: type = nn.BatchNorm
 
@@ -215,10 +221,42 @@ def test_rows_of_a_linen_model_are_those_of_each_layers_input(norm):
         y, rows = jax.jit(health.incoming(model.apply))(variables, x, **options)
         np.testing.assert_allclose(y, model.apply(variables, x), rtol=1e-6)
         first = x[:, :2] if options else x
-        both = np.concatenate([first, 2 * first / np.sqrt(1 + EPS)])  # called twice
+        both = np.concatenate([first, 2 * first / np.sqrt(1 + EPS)], 1)  # called twice
         expected = rows_of(both)
         for got, want in zip(rows["shared"], expected, strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_a_layer_that_is_called_twice_has_each_image_once(scanned):
+    """Else chance looks smaller than it is: two rows of one image are not independent."""
+    x = RNG.normal(0, 1, (64, 5, C)).astype(np.float32)
+    norm = nn.BatchNorm(use_running_average=True)
+    if scanned:
+        axes = {"params": 0, "batch_stats": 0}
+        norm = nn.scan(ScannedNorm, variable_axes=axes, split_rngs={"params": True}, length=3)()
+
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x, other):
+            shared = norm.copy(name="shared")
+            if scanned:
+                return shared(x, None), shared(other, None)
+            return shared(x), shared(other)
+
+    variables = Twice().init(jax.random.key(0), x, x)
+
+    def layer(*xs):
+        rows = health.incoming(Twice().apply)(variables, *xs)[1]
+        return health.drift(variables, rows).layers[0]
+
+    once, more = layer(x, x), layer(x, np.concatenate([x, x]))
+    assert (once.rows, more.rows) == (64, 192)  # another number of rows: all are kept
+    np.testing.assert_allclose(once.shift, more.shift, rtol=1e-4)
+    assert once.values < 0.4 * more.values  # independent values, by the spread between rows
+    part = np.zeros_like(x)
+    mixed = layer(x, part)
+    np.testing.assert_allclose(2 * mixed.shift, once.shift, rtol=1e-4)
 
 
 def test_a_mask_without_an_axis_of_rows_is_one_for_all_rows():
