@@ -4,7 +4,6 @@
 `python -m benchmarks gpu` is for the minutes that a GPU is there: `measures/gpu.py`.
 """
 
-import argparse
 import importlib
 import json
 import os
@@ -12,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 
-from benchmarks.reporting import plots, report, results, tables
+from benchmarks.reporting import command, plots, report, results
 from benchmarks.timing import ENVIRONMENT
 
 DEVICES = {  # each benchmark, and the CPU devices it sees
@@ -31,28 +30,21 @@ DEVICES = {  # each benchmark, and the CPU devices it sees
 BUSY = 0.5  # load above which a time tells of other programs too
 
 
-def measure(name: str, size: str, command: str, load: float, path: str) -> bool:
+def measure(name: str, size: str, line: str, load: float, path: str) -> bool:
     """Runs one benchmark in a process of its own, started with ENVIRONMENT; True if it came."""
     child = [sys.executable, "-m", "benchmarks.child", name, size, str(DEVICES[name])]
     environment = os.environ | ENVIRONMENT
-    return subprocess.run([*child, command, f"{load}", path], env=environment).returncode == 0
+    return subprocess.run([*child, line, f"{load}", path], env=environment).returncode == 0
 
 
-def main(arguments) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description="What the library claims, measured beside its peers.",
-    )
+def measured(arguments: list[str]) -> int:
+    """Measures, prints, and writes; the status of the process."""
+    about = "What the library claims, measured beside its peers."
+    parser = command.parser("benchmarks", about)
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"of {', '.join(DEVICES)}; all of them by default"
     )
-    # How much of it; see shapes.py, step.py, latency.py.
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--full", action="store_const", dest="size", const="full", help="everything")
-    size.add_argument(
-        "--tiny", action="store_const", dest="size", const="tiny", help="only to see that it runs"
-    )
-    parser.set_defaults(size="usual")
+    command.add_size(parser, full=True)  # see shapes.py, step.py, latency.py
     parser.add_argument(
         "--options", action="store_true", help="of parity: every option, in place of the cases"
     )
@@ -66,13 +58,13 @@ def main(arguments) -> int:
     for name in names:
         if name not in DEVICES:
             parser.error(f"benchmark {name!r}, expected some of: {', '.join(DEVICES)}, all")
-    command = " ".join(["python -m benchmarks", *arguments])
+    line = " ".join(["python -m benchmarks", *arguments])
     load, failed = os.getloadavg()[0], []
     if load > BUSY:
         print(f"load {load:.1f}: other work runs here, and times will not be good for much")
     for name in names:
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            if not measure(name, options.size, command, load, file.name):
+            if not measure(name, options.size, line, load, file.name):
                 failed.append(name)
                 continue
             record = json.load(file)
@@ -86,9 +78,15 @@ def main(arguments) -> int:
     return 1 if failed else 0
 
 
+COMMANDS = {"tables": "benchmarks.reporting.tables", "gpu": "benchmarks.measures.gpu"}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one of COMMANDS, or measures."""
+    if arguments[:1] and arguments[0] in COMMANDS:
+        return importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
+    return measured(arguments)
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["tables"]:
-        report.end(tables.main, sys.argv[2:])
-    if sys.argv[1:2] == ["gpu"]:
-        report.end(importlib.import_module("benchmarks.measures.gpu").main, sys.argv[2:])
-    report.end(main, sys.argv[1:])
+    command.end(main)

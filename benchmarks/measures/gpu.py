@@ -13,7 +13,6 @@ Each result is one line of JSON on standard output, as it comes, and the lines s
 A part begins only where the time that is left is enough for it; a line says which parts do not.
 """
 
-import argparse
 import concurrent.futures
 import functools
 import json
@@ -32,7 +31,7 @@ import numpy as np
 
 from benchmarks import timing
 from benchmarks.measures import step
-from benchmarks.reporting import report, results
+from benchmarks.reporting import command, report, results
 from benchmarks.subjects import network, peers
 from jaxbn import Params
 from jaxbn._op.axes import Axes
@@ -248,9 +247,7 @@ def plan(run: Run, folder: pathlib.Path | None) -> list[Part]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks gpu", description=__doc__.splitlines()[0]
-    )
+    parser = command.parser("benchmarks gpu", __doc__.split("\n\n")[0])
     parser.add_argument(
         "--tiny", action="store_true", help="only to see that it runs, on a CPU too"
     )

@@ -8,6 +8,7 @@ enough.
 """
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -21,7 +22,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.reporting import plots, report
+from benchmarks.reporting import command, plots
 
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "pictures" / "gallery"
@@ -561,6 +562,8 @@ PICTURES: dict[str, Callable] = {
     )
 }
 
+main = functools.partial(plots.drawing, "gallery", PICTURES, FOLDER)
+
 
 if __name__ == "__main__":
-    report.end(plots.command, "gallery", PICTURES, FOLDER, sys.argv[1:])
+    command.end(main)

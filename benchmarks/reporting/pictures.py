@@ -6,9 +6,9 @@ is drawn, but for `memory`, which reads the newest files of results; `house` rea
 imports of the source. A CPU and a minute are enough.
 """
 
+import functools
 import itertools
 import pathlib
-import sys
 from collections.abc import Callable
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxbn
-from benchmarks.reporting import plots, report, results
+from benchmarks.reporting import command, plots, results
 from benchmarks.subjects import peers
 from tests.support.house import FILES, LINE, ROOMS, imports, parts
 
@@ -300,6 +300,8 @@ PICTURES: dict[str, Callable] = {
     for drawn in (variance, few_values, uneven, one_nan, behind, memory, devices, house)
 }
 
+main = functools.partial(plots.drawing, "pictures", PICTURES, FOLDER)
+
 
 if __name__ == "__main__":
-    report.end(plots.command, "pictures", PICTURES, FOLDER, sys.argv[1:])
+    command.end(main)

@@ -4,18 +4,16 @@ A chart is drawn in one of three ways, by how much it holds: one series as bars 
 few labels as a row of dots for each; many labels as a row of dots for each series, with its mean.
 """
 
-import argparse
 import io
 import json
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks.reporting import report, results
+from benchmarks.reporting import command, report, results
 from benchmarks.reporting.report import Chart
 
 STYLES = {  # colour and marker of each library, the same in every picture
@@ -177,14 +175,12 @@ def _plain(axis, chart: Chart) -> None:
         axis.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-def command(name: str, pictures: dict[str, Callable], folder: pathlib.Path, arguments) -> int:
+def drawing(name: str, pictures: dict[str, Callable], folder: pathlib.Path, arguments) -> int:
     """`python -m benchmarks.reporting.NAME`: draws some of the pictures, or all, into a folder."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.reporting.{name}",
-        description=f"Draws pictures into {folder.relative_to(results.FOLDER.parents[1])}.",
-    )
+    shown = folder.relative_to(results.FOLDER.parents[1])
+    parser = command.parser(f"benchmarks.reporting.{name}", f"Draws pictures into {shown}.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(pictures)}")
-    parser.add_argument("--folder", type=pathlib.Path, default=folder)
+    parser.add_argument("--folder", type=pathlib.Path, default=folder, help="in its place")
     options = parser.parse_args(arguments)
     for asked in options.names:
         if asked not in pictures:
@@ -197,13 +193,11 @@ def command(name: str, pictures: dict[str, Callable], folder: pathlib.Path, argu
 
 
 def main(arguments) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.reporting.plots",
-        description="Draws the charts of files of results again, beside the files.",
-    )
+    about = "Draws the charts of files of results again, beside the files."
+    parser = command.parser("benchmarks.reporting.plots", about)
     newest = sorted(results.FOLDER.glob("*.json"))
-    parser.add_argument("files", nargs="*", type=pathlib.Path, metavar="FILE", default=newest)
-    for path in parser.parse_args(arguments).files:
+    parser.add_argument("files", nargs="*", type=pathlib.Path, metavar="FILE", help="else all")
+    for path in parser.parse_args(arguments).files or newest:
         for name, record in json.loads(path.read_text()).items():
             tables = [report.from_json(values) for values in record["tables"]]
             if charts := [chart for table in tables for chart in table.charts]:
@@ -214,4 +208,4 @@ def main(arguments) -> int:
 
 
 if __name__ == "__main__":
-    report.end(main, sys.argv[1:])
+    command.end(main)

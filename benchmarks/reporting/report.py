@@ -1,7 +1,6 @@
 """A table, how it is printed, and what it takes to get its numbers again."""
 
 import datetime
-import functools
 import importlib.metadata
 import json
 import math
@@ -9,8 +8,8 @@ import os
 import pathlib
 import platform
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 PACKAGES = ("jax", "jaxlib", "flax", "dm-haiku", "equinox", "keras", "torch")
 WIDTH = 200  # fixed, so that a pipe or a narrow terminal does not break columns
@@ -95,13 +94,6 @@ def environment(command: str | None = None, load: float | None = None) -> dict[s
         "command": command or " ".join(["python -m", running(), *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
     }
-
-
-def end(main: Callable[..., int | None], *arguments: Any) -> NoReturn:
-    """Ends this process with the status of main; failures are one line, as of `python -m jaxbn`."""
-    from jaxbn.__main__ import run
-
-    run(functools.partial(main, *arguments))
 
 
 def running() -> str:

@@ -1,6 +1,6 @@
 """`python -m benchmarks tables [PAGE …]`: puts the newest results into pages, between markers.
 
-    <!-- table: cpu/op-summary -->     the table of that key; `cpu` begins its file's name
+    <!-- table: cpu/op-summary -->     the table; `cpu` begins its file's name
     <!-- end -->
     <!-- notes: cpu/op-float32 -->     its notes, as a list
     <!-- end -->
@@ -11,14 +11,13 @@ What stands between a marker and its end is replaced. A page is written when all
 are found, or not at all.
 """
 
-import argparse
 import json
 import os
 import pathlib
 import re
 import sys
 
-from benchmarks.reporting import report, results, views
+from benchmarks.reporting import command, report, results, views
 from benchmarks.reporting.report import Table, cell
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -101,15 +100,17 @@ def fill(page: pathlib.Path, folder: pathlib.Path = results.FOLDER) -> int:
 
 
 def main(arguments) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks tables",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command.parser("benchmarks tables", __doc__)
+    parser.add_argument("pages", nargs="*", type=pathlib.Path, metavar="PAGE", help="else all")
+    parser.add_argument(
+        "--results",
+        type=pathlib.Path,
+        default=results.FOLDER,
+        metavar="FOLDER",
+        help="of results",
     )
-    parser.add_argument("pages", nargs="*", type=pathlib.Path, metavar="PAGE", default=PAGES)
-    parser.add_argument("--results", type=pathlib.Path, default=results.FOLDER, metavar="FOLDER")
     options = parser.parse_args(arguments)
-    for page in options.pages:
+    for page in options.pages or PAGES:
         try:
             print(f"{page}: {fill(page, options.results)} tables and figures")
         except (FileNotFoundError, KeyError, ValueError) as error:

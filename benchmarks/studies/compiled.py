@@ -9,18 +9,16 @@ them, and where all are at their floor, 3N forward and 8N in all, no other kerne
 For TPUs also the cycles that their compiler expects, over Flax's.
 """
 
-import argparse
 import functools
 import importlib.metadata
 import math
-import sys
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks.measures.step import R50, peak
-from benchmarks.reporting import plots, report, results
+from benchmarks.reporting import command, plots, report, results
 from benchmarks.reporting.report import Chart, Table, track
 from benchmarks.studies import targets
 from benchmarks.subjects import network, peers
@@ -163,16 +161,19 @@ def environment(target: str, command: str) -> dict[str, str]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.studies.compiled",
-        description=__doc__.splitlines()[0],
+    parser = command.parser("benchmarks.studies.compiled", __doc__.split("\n\n")[0])
+    parser.add_argument(
+        "targets",
+        nargs="+",
+        choices=targets.NAMES,
+        metavar="TARGET",
+        help=f"of {', '.join(targets.NAMES)}",
     )
-    parser.add_argument("targets", nargs="+", choices=targets.NAMES, metavar="TARGET")
     parser.add_argument("--only", choices=BENCHMARKS, action="append", help="by default both")
     parser.add_argument("--tiny", action="store_true", help="only to see that it runs")
     results.add_option(parser)
     options = parser.parse_args(arguments)
-    command = " ".join(["python -m benchmarks.studies.compiled", *arguments])
+    line = " ".join(["python -m benchmarks.studies.compiled", *arguments])
     for target in options.targets:
         try:
             device = targets.device(target)
@@ -181,7 +182,7 @@ def main(arguments: list[str]) -> int:
         for name in options.only or BENCHMARKS:
             table = BENCHMARKS[name](device, "tiny" if options.tiny else "usual")
             report.show(table)
-            of = environment(target, command)
+            of = environment(target, line)
             record = {"environment": of, "tables": [report.as_json(table)]}
             folder = results.folder(options.results, options.tiny)
             plots.keep(folder, name, record, table.charts)
@@ -189,4 +190,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    report.end(main, sys.argv[1:])
+    command.end(main)

@@ -8,7 +8,6 @@ other work on the machine counts for little. The norms take turns that start els
 and JAX's caches are empty before each.
 """
 
-import argparse
 import functools
 import itertools
 import statistics
@@ -22,7 +21,7 @@ from flax import nnx
 
 import jaxbn
 from benchmarks.measures.step import R18, R50
-from benchmarks.reporting import report
+from benchmarks.reporting import command, report
 from benchmarks.reporting.report import Table, track
 from benchmarks.studies import targets
 from benchmarks.subjects import network, network_nnx, peers
@@ -104,16 +103,16 @@ def measure(task: Task, modules: str, dtype: Any, device: Any, turns: int) -> Ta
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.studies.compiling", description=__doc__.splitlines()[0]
-    )
+def main(arguments: list[str]) -> None:
+    parser = command.parser("benchmarks.studies.compiling", __doc__.split("\n\n")[0])
     parser.add_argument("--target", choices=targets.NAMES, help="compile a ResNet-50 step for it")
-    parser.add_argument("--width", type=int, nargs="*", default=[16, 64], help="of the ResNet-18")
-    parser.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"])
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument(
+        "--width", type=command.positive, nargs="+", default=[16, 64], help="of the ResNet-18"
+    )
+    parser.add_argument("--dtype", type=command.dtype, nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--turns", type=command.positive, default=3)
     parser.add_argument("--tiny", action="store_true", help="only to see that it runs")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     device = targets.device(options.target) if options.target else None
     tasks = [Task("ResNet-18", R18, False, width, 32, 32) for width in options.width]
     if device is not None:
@@ -126,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    report.end(main)
+    command.end(main)

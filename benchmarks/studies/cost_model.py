@@ -7,11 +7,10 @@ bytes on N devices, bandwidth B and latency L of one message,
     ring = 2 (N - 1)/N b/B + 2 (N - 1) L        tree = 2 b/B + 2 ceil(log2 N) L
 """
 
-import argparse
 import math
 from typing import NamedTuple
 
-from benchmarks.reporting import report
+from benchmarks.reporting import command, report
 from benchmarks.reporting.report import Table
 from jaxbn._op.pooling import GATHERED
 
@@ -95,18 +94,15 @@ def table(bandwidth: float = 50.0, latency: float = 5.0) -> Table:
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.studies.cost_model", description=__doc__
-    )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def main(arguments: list[str]) -> None:
+    parser = command.parser("benchmarks.studies.cost_model", __doc__)
     parser.add_argument("--bandwidth", type=float, default=50.0, help="GB/s of one device")
     parser.add_argument("--latency", type=float, default=5.0, help="us of one message")
-    arguments = parser.parse_args()
-    if arguments.bandwidth <= 0 or arguments.latency < 0:
+    options = parser.parse_args(arguments)
+    if options.bandwidth <= 0 or options.latency < 0:
         parser.error("expected a bandwidth above 0 and a latency of at least 0")
-    report.show(table(arguments.bandwidth, arguments.latency))
+    report.show(table(options.bandwidth, options.latency))
 
 
 if __name__ == "__main__":
-    report.end(main)
+    command.end(main)

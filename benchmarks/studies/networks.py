@@ -13,7 +13,6 @@ bytes that they move and, for a TPU, the cycles that they are expected to take. 
 process's CPU time, the variants taking turns.
 """
 
-import argparse
 import functools
 import statistics
 import time
@@ -25,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxbn
-from benchmarks.reporting import report
+from benchmarks.reporting import command, report
 from benchmarks.reporting.report import Table, track
 from benchmarks.studies import targets
 from benchmarks.subjects.families import FAMILIES, Variant, model
@@ -45,6 +44,7 @@ VARIANTS = {
     "jaxbn, policy on the network": Variant(OURS, network=POLICY),
     "jaxbn, checkpoint on activations": Variant(OURS, activation={}),
 }
+ACTIVATIONS = ("relu", "relu6", "leaky_relu", "silu", "gelu", "elu", "softplus", "tanh", "sigmoid")
 USUAL = ["jaxbn", "jaxbn, activation and residual", "jaxbn, policy on blocks"]
 
 
@@ -131,23 +131,38 @@ def measure(
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.studies.networks", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--network", nargs="*", choices=FAMILIES, default=list(FAMILIES))
+def main(arguments: list[str]) -> None:
+    parser = command.parser("benchmarks.studies.networks", __doc__.split("\n\n")[0])
     parser.add_argument(
-        "--variant", nargs="*", choices=VARIANTS, default=USUAL, metavar="NAME", help="beside Flax"
+        "--network",
+        nargs="+",
+        choices=FAMILIES,
+        default=list(FAMILIES),
+        metavar="NAME",
+        help=f"of {', '.join(FAMILIES)}; all of them by default",
     )
-    parser.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"])
-    parser.add_argument("--activation", help="a name in jax.nn in place of the network's own")
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--batch", type=int, nargs="*", default=[64])
-    parser.add_argument("--pixels", type=int, default=224)
+    parser.add_argument(
+        "--variant",
+        nargs="+",
+        choices=VARIANTS,
+        default=USUAL,
+        metavar="NAME",
+        help=f"beside Flax, of {'; '.join(name for name in VARIANTS if name != 'Flax')}",
+    )
+    parser.add_argument("--dtype", type=command.dtype, nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--activation",
+        choices=ACTIVATIONS,
+        metavar="NAME",
+        help=f"in place of the network's own, of {', '.join(ACTIVATIONS)}",
+    )
+    parser.add_argument("--width", type=command.positive, default=64)
+    parser.add_argument("--batch", type=command.positive, nargs="+", default=[64])
+    parser.add_argument("--pixels", type=command.positive, default=224)
     parser.add_argument("--repeats", type=int, default=0, help="timed calls of each variant")
     parser.add_argument("--target", choices=targets.NAMES, help="compile for it, times aside")
     parser.add_argument("--json", metavar="FILE", help="write the tables there too, unrounded")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.target and options.repeats:
         parser.error("--repeats times this machine, --target compiles for another: give one")
     device, tables = targets.device(options.target) if options.target else None, []
@@ -166,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    report.end(main)
+    command.end(main)

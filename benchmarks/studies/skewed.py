@@ -5,11 +5,9 @@ judged as `jaxbn.health.shards` judges a layer. The share of batches above the b
 false alarms, beside the rate that was asked for.
 """
 
-import sys
-
 import numpy as np
 
-from benchmarks.reporting import report
+from benchmarks.reporting import command, report
 from jaxbn import Moments
 from jaxbn.health import _shards
 
@@ -82,11 +80,13 @@ def run(size="usual") -> list[report.Table]:
     ]
 
 
-def main():
-    for table in run("tiny" if "--tiny" in sys.argv else "usual"):
+def main(arguments: list[str]) -> None:
+    parser = command.parser("benchmarks.studies.skewed", __doc__.split("\n\n")[0])
+    command.add_size(parser)
+    for table in run(parser.parse_args(arguments).size):
         report.show(table)
     report.show_environment()
 
 
 if __name__ == "__main__":
-    report.end(main)
+    command.end(main)

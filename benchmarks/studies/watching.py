@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from benchmarks.reporting import report
+from benchmarks.reporting import command, report
 from jaxbn import watch, writers
 
 EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "cifar10"
@@ -126,11 +126,13 @@ def run(size="usual") -> list[report.Table]:
     ]
 
 
-def main():
-    for table in run("tiny" if "--tiny" in sys.argv else "usual"):
+def main(arguments: list[str]) -> None:
+    parser = command.parser("benchmarks.studies.watching", __doc__.split("\n\n")[0])
+    command.add_size(parser, full=True)
+    for table in run(parser.parse_args(arguments).size):
         report.show(table)
     report.show_environment()
 
 
 if __name__ == "__main__":
-    report.end(main)
+    command.end(main)

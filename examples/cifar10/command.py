@@ -94,6 +94,10 @@ class Parser(argparse.ArgumentParser):
             options["description"] = textwrap.fill(options["description"], 80)
         super().__init__(*args, **options)
 
+    def print_help(self, file=None):  # argparse's own does not look whether it was written
+        with one_line(self):
+            print(self.format_help(), end="", file=file)
+
     def error(self, message):  # one line, without the usage above it
         self.exit(2, f"{self.prog}: error: {shown(message)}\n")
 

@@ -10,7 +10,10 @@ class OutputError(OSError):
 
 
 class Output:
-    """A text stream whose errors are `OutputError`. After an error nothing more is written.
+    """A text stream whose errors are `OutputError`.
+
+    After an error nothing more is written, and each later call raises the error again: argparse
+    prints its help and does not look whether the help was written.
 
     >>> import io
     >>> from jaxbn._cli import output
@@ -25,6 +28,7 @@ class Output:
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
+        self.failed: OutputError | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -36,9 +40,12 @@ class Output:
         self._tried(self.stream.flush)
 
     def _tried(self, act: Any, *text: str) -> Any:
+        if self.failed:
+            raise self.failed
         try:
             return act(*text)
         except OSError as error:
             with suppress(OSError):  # Python writes the rest at its end, and would fail again
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            raise OutputError(error.errno, error.strerror) from error
+            self.failed = OutputError(error.errno, error.strerror)
+            raise self.failed from error

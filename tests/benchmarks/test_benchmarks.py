@@ -1,6 +1,8 @@
 """Each benchmark runs, returns the rows it promises, and the rows show what is claimed."""
 
+import argparse
 import functools
+import importlib
 import importlib.machinery
 import json
 import math
@@ -28,7 +30,7 @@ from benchmarks.measures import (
     parity,
     step,
 )
-from benchmarks.reporting import plots, report, results, tables, views
+from benchmarks.reporting import command, plots, report, results, tables, views
 from benchmarks.reporting.report import Chart, Table
 from benchmarks.studies import cost_model
 from benchmarks.subjects import network, peers, shapes
@@ -410,7 +412,7 @@ def test_what_is_full_is_told(monkeypatch, tmp_path, capsys):
 
     def ended(main):
         with pytest.raises(SystemExit) as end:
-            report.end(main)
+            command.end(lambda _: main())
         return end.value.code, capsys.readouterr().err
 
     with stdout_to("/dev/full", False):
@@ -422,11 +424,53 @@ def test_what_is_full_is_told(monkeypatch, tmp_path, capsys):
     assert page.read_text() == "before"
 
 
+FOLDER = pathlib.Path(timing.__file__).parent
+RUN = [p for p in FOLDER.rglob("*.py") if '\nif __name__ == "__main__":' in p.read_text()]
+MODULES = (".".join(p.relative_to(FOLDER.parent).with_suffix("").parts) for p in RUN)
+PROGRAMS = {name.removesuffix(".__main__") for name in MODULES} - {"benchmarks.child"}
+
+
 def test_every_module_that_runs_ends_so():
-    root = pathlib.Path(timing.__file__).parent
-    run = [p for p in root.rglob("*.py") if '\nif __name__ == "__main__":' in p.read_text()]
-    ends = {p.name for p in run if p.read_text().split('"__main__":')[-1].count("report.end(")}
-    assert {p.name for p in run} - ends == {"child.py"}  # whose parent says so
+    ends = {p.name for p in RUN if p.read_text().split('"__main__":')[-1].count("command.end(")}
+    assert {p.name for p in RUN} - ends == {"child.py"}  # whose parent says so
+
+
+@pytest.mark.parametrize("program", [*sorted(PROGRAMS), "benchmarks gpu", "benchmarks tables"])
+def test_help_fits_a_terminal_and_a_wrong_option_is_refused(program, monkeypatch, capsys):
+    """Before any work, and so at once."""
+    monkeypatch.setenv("COLUMNS", "80")
+    module, *words = program.split()
+    runs = importlib.import_module(f"{module}.__main__" if module == "benchmarks" else module)
+
+    def said(option):
+        with pytest.raises(SystemExit) as end:
+            runs.main([*words, option])
+        return end.value.code, *capsys.readouterr()
+
+    status, out, err = said("--help")
+    assert (status, err) == (0, "")
+    assert [line for line in out.splitlines() if len(line) > 80] == []
+    assert out.startswith(f"usage: python -m {program} ")
+    status, out, err = said("--no-such-option")
+    assert (status, out) == (2, "")
+    assert "error: " in err
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "line"),
+    [
+        (command.dtype, "int8", "'int8', expected float32, bfloat16 or float16"),
+        (command.dtype, "double-ish", "'double-ish', expected float32, bfloat16 or float16"),
+        (command.positive, "0", "'0', expected a number above 0"),
+        (command.positive, "-3", "'-3', expected a number above 0"),
+        (command.positive, "many", "'many', expected a number above 0"),
+    ],
+)
+def test_a_wrong_value_of_an_option_is_told(read, text, line):
+    with pytest.raises(argparse.ArgumentTypeError) as told:
+        read(text)
+    assert str(told.value) == line
+    assert (command.dtype("bfloat16"), command.positive("8")) == (jnp.bfloat16, 8)
 
 
 def test_cells_have_three_digits():

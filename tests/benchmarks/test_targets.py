@@ -130,9 +130,8 @@ def test_the_command_refuses_what_it_does_not_know(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         compiled.main(["v5e"])
     assert "targets: no compiler for 'v5e'" in capsys.readouterr().err
-    monkeypatch.setattr("sys.argv", ["networks", "--target", "v5e", "--repeats", "3"])
     with pytest.raises(SystemExit):
-        networks.main()
+        networks.main(["--target", "v5e", "--repeats", "3"])
     assert "--repeats times this machine" in capsys.readouterr().err
 
 
@@ -168,13 +167,11 @@ def test_both_kinds_of_modules_make_the_same_residual_network(task):
 
 def test_the_table_of_compile_times_has_three_stages_a_norm(monkeypatch, capsys):
     """Over Flax's own time, each is 1."""
-    arguments = ["compiling", "--tiny", "--dtype", "float32", "--turns", "1"]
-    monkeypatch.setattr("sys.argv", arguments)
     norms = {"Flax linen": compiling.in_linen(peers.linen)}
     monkeypatch.setattr(compiling, "NORMS", {"linen": norms})
     tables = []
     monkeypatch.setattr(compiling.report, "show", tables.append)
-    compiling.main()
+    compiling.main(["--tiny", "--dtype", "float32", "--turns", "1"])
     ((name, *stages),) = tables[0].rows
     assert name == "Flax linen"
     assert stages[1::3] == [1, 1, 1]
@@ -185,9 +182,8 @@ def test_the_table_of_networks_has_a_row_a_variant(monkeypatch, capsys, tmp_path
     out = tmp_path / "networks.json"
     small = {"--network": "MobileNetV2", "--dtype": "float32", "--width": "4"}
     small |= {"--batch": "2", "--pixels": "32", "--variant": "jaxbn", "--json": str(out)}
-    monkeypatch.setattr("sys.argv", ["networks", *itertools.chain(*small.items())])
     monkeypatch.setattr(networks, "compiled", lambda *_: jax.jit(lambda: 0).lower().compile())
-    networks.main()
+    networks.main([*itertools.chain(*small.items())])
     (table,) = json.loads(out.read_text())["tables"]
     assert [row[0] for row in table["rows"]] == ["Flax", "jaxbn"]
     assert table["rows"][1][2] < 1  # what is kept for backward, of Flax's

@@ -634,7 +634,9 @@ def test_as_a_program(folder):
 
 
 @pytest.mark.parametrize("unbuffered", [True, False])  # as PYTHONUNBUFFERED has it
-@pytest.mark.parametrize("words", ["doctor {}", "doctor {} --json", "convert {} {}.new.msgpack"])
+@pytest.mark.parametrize(
+    "words", ["doctor {}", "doctor {} --json", "convert {} {}.new.msgpack", "--help"]
+)
 def test_a_full_disk_is_no_finding(tmp_path, monkeypatch, capsys, words, unbuffered):
     write_.save(source := tmp_path / "net.msgpack", tree_of(SICK))
     monkeypatch.setattr(sys, "argv", ["jaxbn", *words.format(source, source).split()])

@@ -274,6 +274,16 @@ def test_a_full_stdout_is_told_at_the_end_too(command, capsys, unbuffered):
     )
 
 
+@pytest.mark.parametrize("unbuffered", [True, False])
+def test_help_that_cannot_be_written_is_told(command, capsys, unbuffered):
+    with stdout_to("/dev/full", unbuffered), pytest.raises(SystemExit) as ended:
+        command["Parser"]("script.py").parse_args(["--help"])
+    assert (ended.value.code, capsys.readouterr().err) == (
+        2,
+        f"script.py: error: stdout: {NO_SPACE}\n",
+    )
+
+
 def test_a_full_disk_names_the_file_and_leaves_the_file_before(command, capsys, tmp_path):
     (path := tmp_path / "file").write_text("before")
 
