@@ -34,7 +34,8 @@ def checkpoint_policy(prim: Any, *avals: Any, **params: Any) -> bool:
     of the block computes normalization, activation and residual sum again, from the convolution's
     output and O(C) numbers. Statistics and their collectives are kept, not repeated. Wrap each
     block, not the whole network: recomputed arrays live until the wrapped function's backward pass
-    ends.
+    ends. On a TPU, where XLA computes such arrays again by itself, leave the policy out:
+    `jax.checkpoint(block)` repeats convolutions too, and saves memory there.
 
     The statistics have the checkpoint name "batch_norm_moments" and combine with other policies.
     `jax.checkpoint_policies.save_only_these_names("batch_norm_moments")` keeps no convolution. Chen
