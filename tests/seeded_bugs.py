@@ -807,14 +807,21 @@ BUGS = (
         "docs/index.md",
         "(why.md)",
         "(wy.md)",
-        "docs/test_pages.py::test_links_and_commands_lead_somewhere[docs/index.md]",
+        "docs/test_pages.py::test_links_lead_somewhere[docs/index.md]",
     ),
     Bug(
         "a link of a page leads to no heading",
         "docs/cost-model.md",
         "#subgroups-of-devices",
         "#groups-of-devices",
-        "docs/test_pages.py::test_links_and_commands_lead_somewhere[docs/cost-model.md]",
+        "docs/test_pages.py::test_links_lead_somewhere[docs/cost-model.md]",
+    ),
+    Bug(
+        "a page prints an option that the command does not have",
+        "docs/doctor.md",
+        "runs/mine/checkpoints --plot health.png",
+        "runs/mine/checkpoints --draw health.png",
+        "docs/test_pages.py::test_command_lines_are_understood_by_their_programs[docs/doctor.md]",
     ),
     Bug(
         "a block of a page does not run",
@@ -1357,7 +1364,7 @@ BUGS = (
     Bug(
         "a full stdout is no error of the output's",
         "jaxbn/_cli/output.py",
-        "            raise OutputError(error.errno, error.strerror) from error",
+        "            raise self.failed from error",
         "            raise",
         "cli/test_cli.py::test_a_full_disk_is_no_finding",
     ),
@@ -2379,7 +2386,8 @@ def fails(bug, seed=True):
         for name in ("jaxbn", "tests", "benchmarks", "examples", "docs"):
             ignore = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / name, copy / name, ignore=ignore)
-        shutil.copy(ROOT / "pyproject.toml", copy)
+        for path in filter(pathlib.Path.is_file, ROOT.iterdir()):
+            shutil.copy(path, copy)
         file = place(bug, copy)
         text = file.read_text()
         if seed:

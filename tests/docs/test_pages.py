@@ -1,4 +1,4 @@
-"""What the pages promise beside their blocks: links, commands that exist, figures with a device."""
+"""What the pages promise beside their blocks: links, command lines, figures with a device."""
 
 import re
 import tomllib
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.reporting import gallery, pictures
+from tests.support import command_lines
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -41,17 +42,71 @@ def test_the_index_links_every_page_in_the_order_of_its_tree():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_and_commands_lead_somewhere(page):
+def test_links_lead_somewhere(page):
     text = page.read_text()
     for path, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", text):
         target = page.parent / path if path else page
         assert target.exists(), path
         assert not heading or heading in headings(target), f"{path}#{heading}"
-    joined = text.replace("\\\n", " ")
-    for script, rest in re.findall(r"python (examples/\S+?\.py)([^\n`|#]*)", joined):
-        source = "".join(p.read_text() for p in (ROOT / script).parent.glob("*.py"))
-        for option in re.findall(r"--[a-z][\w-]*", rest):
-            assert option == "--help" or f'"{option}"' in source, f"{script} {option}"
+
+
+SOURCES = [
+    *PAGES,
+    ROOT / "benchmarks" / "NOTES.md",
+    *(p for room in ("jaxbn", "benchmarks", "examples") for p in (ROOT / room).rglob("*.py")),
+]
+COMMANDS = {str(p.relative_to(ROOT)): command_lines.printed(p.read_text()) for p in SOURCES}
+
+
+@pytest.mark.parametrize("source", sorted(name for name in COMMANDS if COMMANDS[name]))
+def test_command_lines_are_understood_by_their_programs(source):
+    said = {line: command_lines.refusal(line) for line in COMMANDS[source]}
+    assert {line: refusal for line, refusal in said.items() if refusal} == {}
+
+
+def test_command_lines_in_a_text():
+    """In backticks, in strings, in blocks; with comments, over two lines."""
+    text = """Then `python -m jaxbn
+# doctor a`, "python examples/a.py --b" and `make c`; make it so. (`python -m jaxbn fold`.)
+```sh
+$ python examples/a.py \\
+    --c "1 2"    # a comment
+make d  # another
+python -m jaxbn doctor a > b
+```
+#   python -m benchmarks op      what it does
+`python -m benchmarks {name}` and `python other.py`
+    "write python -m jaxbn "
+    "fold b"
+"""
+    assert command_lines.printed(text) == [
+        "python -m jaxbn doctor a",
+        "make c",
+        "python -m jaxbn fold --help",
+        "python examples/a.py --b",
+        "python -m jaxbn fold b",
+        'python examples/a.py --c "1 2"',
+        "python -m benchmarks op",
+        "make d",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "refusal"),
+    [
+        ("python -m jaxbn doctr a", "argument COMMAND: invalid choice: 'doctr'"),
+        ("python -m jaxbn doctor a --plt b", "unrecognized arguments: --plt b"),
+        ("python -m jaxbn doctor", "the following arguments are required: CHECKPOINT"),
+        ("python -m benchmarks ops", "argument NAME: 'ops', expected some of: op, memory"),
+        ("python -m benchmarks.studies.compiled h1 --only op", "invalid choice: 'h1'"),
+        ("python -m benchmarks.reporting.gallery none", "argument NAME: 'none', expected some of"),
+        ("python examples/studies/momentum.py --seed x", "--seeds: invalid int value: 'x'"),
+        ("make benches", "No rule to make target 'benches'"),
+        ("make bench ARGS=ops", "argument NAME: 'ops', expected some of: op, memory"),
+    ],
+)
+def test_a_command_line_that_its_program_refuses(line, refusal):
+    assert refusal in command_lines.refusal(line)
 
 
 @pytest.mark.parametrize(
