@@ -824,6 +824,20 @@ BUGS = (
         "docs/test_pages.py::test_command_lines_are_understood_by_their_programs[docs/doctor.md]",
     ),
     Bug(
+        "a page names a function that is not there",
+        "docs/design.md",
+        "moments.moments_of ",
+        "moments.of         ",
+        "docs/test_pages.py::test_the_path_of_x_names_what_is_there",
+    ),
+    Bug(
+        "an arrow between two rooms passes behind a third",
+        "benchmarks/reporting/pictures.py",
+        '"watch": 2, ',
+        "",
+        "docs/test_pages.py::test_no_arrow_of_the_house_passes_behind_a_room",
+    ),
+    Bug(
         "a block of a page does not run",
         "docs/index.md",
         "jaxbn.init(16)",

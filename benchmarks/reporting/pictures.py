@@ -250,6 +250,10 @@ def devices():
     return figure
 
 
+# So that no arrow passes behind a room, as if it led there.
+ASIDE = {"writers": -2, "watch": 2, "nnx": 0.8}
+
+
 def house():
     """The rooms of the package, and what each imports; an arrow that others imply is left out."""
     helpers = {room for room in LINE if LINE[room] < LINE["_op"]}
@@ -268,10 +272,10 @@ def house():
     boxes = {}
     for line, rooms in enumerate(reversed(ROOMS)):
         for i, room in enumerate(rooms):
-            aside = (-1.2) ** (line % 2) if len(rooms) == 1 else 0  # arrows pass beside
+            aside = (-1.2) ** (line % 2) if len(rooms) == 1 else 0
             color = GREY if room[0] == "_" else OURS
             boxes[room] = axis.text(
-                10 * (i + 0.5) / len(rooms) + aside,
+                10 * (i + 0.5) / len(rooms) + ASIDE.get(room, aside),
                 line,
                 room,
                 ha="center",

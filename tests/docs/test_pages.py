@@ -1,10 +1,12 @@
 """What the pages promise beside their blocks: links, command lines, figures with a device."""
 
+import importlib
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from benchmarks.reporting import gallery, pictures
 from tests.support import command_lines
@@ -214,6 +216,29 @@ def test_a_picture_of_a_table_that_is_not_there():
     assert str(error.value) == (
         "docs/swap.md: no table whose first column is 'no such column', expected one to draw."
     )
+
+
+def test_no_arrow_of_the_house_passes_behind_a_room():
+    """It would seem to lead there."""
+    figure = pictures.house()
+    FigureCanvasAgg(figure).draw()
+    texts = figure.axes[0].texts
+    rooms = [text.get_bbox_patch() for text in texts if text.get_bbox_patch()]
+    arrows = [text for text in texts if getattr(text, "arrow_patch", None)]
+    assert len(rooms) > 15
+    assert len(arrows) > 15
+    for arrow in arrows:
+        line, ends = arrow.arrow_patch.get_path(), {arrow.xycoords, arrow.anncoords}
+        places = {room: room.get_window_extent() for room in rooms if room not in ends}
+        assert not any(line.intersects_bbox(place, filled=False) for place in places.values())
+
+
+def test_the_path_of_x_names_what_is_there():
+    text = (DOCS / "design.md").read_text().split("```")[1]
+    names = re.findall(r"(\w+)\.(\w+) ", text)
+    assert len(names) > 3
+    for module, name in names:
+        assert hasattr(importlib.import_module(f"jaxbn._op.{module}"), name), f"{module}.{name}"
 
 
 def test_a_newcomer_finds_install_and_a_tutorial_by_their_names():
