@@ -1357,7 +1357,8 @@ BUGS = (
     Bug(
         "a full stdout is no error of the output's",
         "jaxbn/_cli/output.py",
-        "            raise OutputError(error.errno, error.strerror) from error",
+        "            self.failed = OutputError(error.errno, error.strerror)\n"
+        "            raise self.failed from error",
         "            raise",
         "cli/test_cli.py::test_a_full_disk_is_no_finding",
     ),
