@@ -1378,6 +1378,7 @@ BUGS = (
     Bug(
         "a full stdout is no error of the output's",
         "jaxbn/_cli/output.py",
+        "            self.failed = OutputError(error.errno, error.strerror)\n"
         "            raise self.failed from error",
         "            raise",
         "cli/test_cli.py::test_a_full_disk_is_no_finding",
