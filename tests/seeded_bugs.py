@@ -831,6 +831,13 @@ BUGS = (
         "docs/test_pages.py::test_the_path_of_x_names_what_is_there",
     ),
     Bug(
+        "a guide names a function that is not there",
+        "docs/extending.md",
+        "inference_inputs",
+        "inference_input",
+        "docs/test_pages.py::test_files_to_edit_are_there[docs/extending.md]",
+    ),
+    Bug(
         "an arrow between two rooms passes behind a third",
         "benchmarks/reporting/pictures.py",
         '"watch": 2, ',

@@ -141,6 +141,9 @@ def test_files_to_edit_are_there(page):
     paths = re.findall(r"`((?:jaxbn|tests|docs|benchmarks)/[\w/.]+)`", text)
     assert paths
     assert [path for path in paths if "NAME" not in path and not (ROOT / path).exists()] == []
+    for module, name in re.findall(r"`(?:jaxbn\.)?(_\w+)\.(\w+)`", text):
+        (file,) = (ROOT / "jaxbn").rglob(f"{module}.py")
+        assert re.search(rf"^(def |class )?{name}\b", file.read_text(), re.MULTILINE), name
 
 
 def test_every_picture_is_small_drawn_by_a_command_and_shown():
