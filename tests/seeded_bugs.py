@@ -922,6 +922,13 @@ BUGS = (
         "test_first_day.py::test_what_is_no_model[hooked_nnx of linen's model]",
     ),
     Bug(
+        "the line that advise writes is refused",
+        "jaxbn/health/_advise.py",
+        '"jaxbn.freeze(model.apply, variables)"',
+        '"jaxbn.freeze(model, variables)"',
+        "health/test_advise.py::test_lines_to_write_run",
+    ),
+    Bug(
         "few_values advises what does not change y",
         "jaxbn/health/_layer.py",
         "or jaxbn.swap: to=",
