@@ -217,13 +217,13 @@ def devices():
     axis.set(xlim=(0, 10), ylim=(0, 6))
     axis.set_axis_off()
     box = {"boxstyle": "round,pad=0.5", "facecolor": "white"}
-    places = (0.9, 3.4, 6.6, 9.1)  # of the boxes' centres
+    places = (0.9, 3.3, 6.0, 8.7)  # of the boxes' centres
     for i, height in enumerate((4.9, 1.1)):
         texts = (
             f"device {i}\nx [rows, …, C]",
             "count, mean, var\nof its own rows",
             "y, and the same\nstate [C]",
-            "Σdy, Σdy·d\nfor dx",
+            "Σdy, Σdy·(x - mean)\nfor dx",
         )
         boxes = [
             axis.text(place, height, text, ha="center", va="center", bbox=box, fontsize=9)
