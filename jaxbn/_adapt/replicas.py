@@ -11,6 +11,7 @@ import numpy as np
 from jaxbn._inspection.layers import holds_statistics, state_of, with_state
 from jaxbn._op import devices as devices_
 from jaxbn._op.arguments.pools import resolve
+from jaxbn._op.arguments.values import check_real
 from jaxbn._op.axes import wide
 from jaxbn._op.pooling import across
 from jaxbn._op.state import Moments, State
@@ -179,6 +180,7 @@ def merge_updates(states: Any, momentum: float | None = 0.99) -> Any:
       The tree without the axis k.
 
     Raises:
+      TypeError: momentum is no number.
       ValueError: momentum is 1 (no update then leaves a trace) or out of range, the tree holds no
         running statistics, or it has no count and momentum=None needs one.
 
@@ -190,11 +192,12 @@ def merge_updates(states: Any, momentum: float | None = 0.99) -> Any:
     >>> merged.mean.tolist(), merged.var.tolist(), whole.var.tolist()
     ([1.5], [3.0], [3.0])
     """
-    if momentum is not None and not 0 <= momentum < 1:
-        raise ValueError(
-            f"merge_updates: momentum={momentum!r}, expected the momentum in [0, 1) of the "
-            f"updates that are merged, or None for the cumulative average; write momentum=0.99."
+    if momentum is not None:
+        expected = (
+            "the momentum in [0, 1) of the updates that are merged, or None for the cumulative "
+            "average; write momentum=0.99."
         )
+        check_real("merge_updates", "momentum", momentum, lambda v: 0 <= v < 1, expected)
 
     def one_update(mean: jax.Array, var: jax.Array, count: jax.Array | None) -> Statistics:
         if momentum is None and count is None:
