@@ -12,11 +12,13 @@ import pytest
 from flax import nnx
 
 import jaxbn
+from jaxbn import convert, export, health
 from tests.support.messages import message
 
 X = np.arange(12, dtype=np.float32).reshape(6, 2)
 PARAMS, STATE = jaxbn.init(2)
 MOMENTS = jaxbn.Moments(jnp.float32(6), *STATE[:2])
+ROWS = jax.vmap(jaxbn.moments, out_axes=-1)(X[:, None])
 UPDATES = jax.tree.map(lambda v: jnp.stack([v, v]), STATE)
 
 
@@ -81,6 +83,59 @@ WRONG = {
         lambda: jaxbn.swap(model(), groups="8"),
         "swap: groups='8', expected how many groups a GroupNorm has, an integer, or None to choose "
         "for each layer; write groups=32.",
+    ),
+    "check, momentum": (
+        lambda: health.check(STATE, momentum="0.9"),
+        "check: momentum='0.9', expected a number in [0, 1], the fraction of the old value that is "
+        "kept (PyTorch's momentum m is 1 - m here), or None for the cumulative average; write "
+        "momentum=0.99.",
+    ),
+    **{
+        f"{call}, epsilon": (
+            f,
+            f"{call}: epsilon=None, expected a finite number of at least 0, added to the variance; "
+            "write epsilon=1e-5.",
+        )
+        for call, f in {
+            "check": lambda: health.check(STATE, epsilon=None),
+            "summary": lambda: health.summary(STATE, epsilon=None),
+            "distance": lambda: health.distance(STATE, MOMENTS, None),
+            "drift": lambda: health.drift(STATE, {"": ROWS}, epsilon=None),
+        }.items()
+    },
+    "drift, false_alarm": (
+        lambda: health.drift(STATE, {"": ROWS}, false_alarm="1e-3"),
+        "drift: false_alarm='1e-3', expected the chance of an alarm without drift, above 0 and at "
+        "most 0.2; write false_alarm=0.001.",
+    ),
+    "drift, tolerance": (
+        lambda: health.drift(STATE, {"": ROWS}, tolerance="0.1"),
+        "drift: tolerance='0.1', expected the shift of the mean, in sd, that does not count; write "
+        "tolerance=0.1.",
+    ),
+    "drift, reference": (
+        lambda: health.drift(STATE, {"": ROWS}, reference={"": ROWS}),
+        "drift: reference is a dict, expected the Drift of clean data; write "
+        "reference=health.drift(variables, clean_batches).",
+    ),
+    "serving, tolerance": (
+        lambda: health.serving(lambda x: x, X, tolerance="1e-3"),
+        "serving: tolerance='1e-3', expected the largest relative error, at least 0, or None; "
+        "write tolerance=1e-4.",
+    ),
+    "stablehlo, tolerance": (
+        lambda: export.stablehlo(lambda x: x, X, "x", platforms=("cpu",), tolerance="1e-3"),
+        "stablehlo: tolerance='1e-3', expected the largest relative error, at least 0; write "
+        "tolerance=1e-4.",
+    ),
+    "norm_arguments, momentum": (
+        lambda: convert.norm_arguments("0.1"),
+        "norm_arguments: momentum='0.1', expected PyTorch's, in [0, 1], or None for the cumulative "
+        "average; write momentum=0.1.",
+    ),
+    "norm_arguments, eps": (
+        lambda: convert.norm_arguments(eps=None),
+        "norm_arguments: eps=None, expected at least 0; write eps=1e-5.",
     ),
     "merge, nothing yet": (
         lambda: jaxbn.merge(None, MOMENTS),
