@@ -1383,6 +1383,13 @@ BUGS = (
         "cli/test_gates.py::test_a_result_without_rows_is_compared_as_it_is",
     ),
     Bug(
+        "--rename without a target",
+        "jaxbn/_cli/options.py",
+        'if given := [f"--{name}" for name in names if getattr(args, name)]:',
+        "if given := []:",
+        "cli/test_gates.py::test_layers_are_not_matched_without_a_target[convert]",
+    ),
+    Bug(
         "inputs without a model are passed over",
         "jaxbn/_cli/commands/compare.py",
         "    elif args.inputs or args.agree is not None:",

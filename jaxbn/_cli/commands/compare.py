@@ -54,6 +54,12 @@ def run(args: Namespace) -> int:
             "one of the two is an exported file and the other a checkpoint, expected two of a "
             "kind; write python -m jaxbn verify ARTIFACT --against CHECKPOINT"
         )
+    if all(files) or not args.model:
+        where, remedy = "between checkpoints as they are", "write --model MODULE:FUNCTION"
+        names = ["rename", "keep"]
+        if all(files):
+            where, remedy, names = "between exported files", "leave it out", ["part", *names]
+        options.refuse_matching(args, *names, where=where, write=remedy)
     rows: list[Any] = []
     outputs: list[Any] = []
     beyond: list[Any] = []
