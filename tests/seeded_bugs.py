@@ -26,6 +26,7 @@ class Bug(NamedTuple):
 
 OTHER_AXIS = "op/test_domains.py::test_another_mesh_axis_beside_the_rows"
 OTHERWISE = "op/test_devices.py::test_what_is_sharded_otherwise_than_x_on_explicit_mesh_axes"
+COUNTS = "adapt/test_replicas.py::test_each_of_several_layers_and_domains_has_its_own_count"
 ROAD = "op/test_roads.py::test_a_road_over_a_mesh_equals_one_device"
 
 BUGS = (
@@ -133,6 +134,20 @@ BUGS = (
         "    if mapped and mesh.manual_axes and varying_axes(",
         "    if False and varying_axes(",
         "op/test_errors.py::test_the_message_says_all[axis name of a vmap in a shard_map]",
+    ),
+    Bug(
+        "a count of domains beside the features",
+        "jaxbn/_adapt/replicas.py",
+        "share = _beside(jnp.asarray(share), mean.shape[1:])",
+        "share = jnp.asarray(share)",
+        f"{COUNTS}[merge_updates-domains]",
+    ),
+    Bug(
+        "a count of layers that are stacked last",
+        "jaxbn/_adapt/replicas.py",
+        "        weight = _beside(weight, mean.shape) if weight.ndim else weight\n",
+        "",
+        f"{COUNTS}[sync_state-layers last]",
     ),
     Bug(
         "sync_state where there is no axis told of axis_name=None",

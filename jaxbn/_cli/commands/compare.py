@@ -56,10 +56,10 @@ def run(args: Namespace) -> int:
         )
     if all(files) or not args.model:
         where, remedy = "between checkpoints as they are", "write --model MODULE:FUNCTION"
-        names = ["rename", "keep"]
+        without = ["rename", "keep"]
         if all(files):
-            where, remedy, names = "between exported files", "leave it out", ["part", *names]
-        options.refuse_matching(args, *names, where=where, write=remedy)
+            where, remedy, without = "between exported files", "leave it out", ["part", *without]
+        options.refuse_matching(args, *without, where=where, write=remedy)
     rows: list[Any] = []
     outputs: list[Any] = []
     beyond: list[Any] = []

@@ -34,9 +34,9 @@ def run(args: Namespace) -> int:
     from jaxbn._cli import users_model
 
     if not (args.model or args.like):
-        names = ["keep"] if args.torch else ["rename", "keep"]  # --torch may rename
-        target = "write --like FILE or --model MODULE:FUNCTION"
-        options.refuse_matching(args, *names, where="without a target", write=target)
+        without = ["keep"] if args.torch else ["rename", "keep"]  # --torch may rename
+        remedy = "write --like FILE or --model MODULE:FUNCTION"
+        options.refuse_matching(args, *without, where="without a target", write=remedy)
     write.check_destination(Path(args.dest))
     if not args.model:
         models.on_the_cpu()
