@@ -26,6 +26,7 @@ class Bug(NamedTuple):
 
 OTHER_AXIS = "op/test_domains.py::test_another_mesh_axis_beside_the_rows"
 OTHERWISE = "op/test_devices.py::test_what_is_sharded_otherwise_than_x_on_explicit_mesh_axes"
+COUNTS = "adapt/test_replicas.py::test_each_of_several_layers_and_domains_has_its_own_count"
 ROAD = "op/test_roads.py::test_a_road_over_a_mesh_equals_one_device"
 
 BUGS = (
@@ -133,6 +134,20 @@ BUGS = (
         "    if mapped and mesh.manual_axes and varying_axes(",
         "    if False and varying_axes(",
         "op/test_errors.py::test_the_message_says_all[axis name of a vmap in a shard_map]",
+    ),
+    Bug(
+        "a count of domains beside the features",
+        "jaxbn/_adapt/replicas.py",
+        "share = _beside(jnp.asarray(share), mean.shape[1:])",
+        "share = jnp.asarray(share)",
+        f"{COUNTS}[merge_updates-domains]",
+    ),
+    Bug(
+        "a count of layers that are stacked last",
+        "jaxbn/_adapt/replicas.py",
+        "        weight = _beside(weight, mean.shape) if weight.ndim else weight\n",
+        "",
+        f"{COUNTS}[sync_state-layers last]",
     ),
     Bug(
         "sync_state where there is no axis told of axis_name=None",
@@ -621,6 +636,55 @@ BUGS = (
         "op/test_errors.py::test_the_message_says_all[a domain of -1, train=False]",
     ),
     Bug(
+        "any scale of x's rank is a table",
+        "jaxbn/_op/arguments/choices.py",
+        "for shape in tables if shape[1:] == features",
+        "for shape in tables if len(shape) == 1 + len(features)",
+        "op/test_errors.py::test_the_message_says_all[labels beside a scale for each row]",
+    ),
+    Bug(
+        "names of axes that are numbers",
+        "jaxbn/_op/arguments/pools.py",
+        "isinstance(names, Sequence) and all(isinstance(name, str) for name in names)",
+        "isinstance(names, Sequence)",
+        "op/test_errors.py::test_the_message_says_all[axis_name of [1, 2]]",
+    ),
+    Bug(
+        "globs that can be read once",
+        "jaxbn/_inspection/selection.py",
+        "    if not (callable(where) or globs):",
+        "    if not (callable(where) or globs or hasattr(where, '__next__')):",
+        "test_arguments.py::test_what_selects_no_layers[freeze-paths read once]",
+    ),
+    Bug(
+        "merged with a count of updates",
+        "jaxbn/_op/pooling.py",
+        "        if not isinstance(m, Moments):",
+        '        if not hasattr(m, "count"):',
+        "test_arguments.py::test_what_has_another_type[merge, a state]",
+    ),
+    Bug(
+        "one feature is merged into all",
+        "jaxbn/_op/pooling.py",
+        "    if () not in shapes and shapes[0] != shapes[1]:",
+        "    if False:",
+        "test_arguments.py::test_moments_of_other_features_are_not_merged[1]",
+    ),
+    Bug(
+        "a number in words goes on to Python",
+        "jaxbn/_op/arguments/values.py",
+        '        raise _wrong(v)(f"{call}: {name}={v!r}, expected {expected}")',
+        '        raise ValueError(f"{call}: {name}={v!r}, expected {expected}")',
+        "test_arguments.py::test_what_has_another_type[merge_updates, momentum]",
+    ),
+    Bug(
+        "two rows of y as y and its updates",
+        "jaxbn/_inspection/hooks.py",
+        "        if not isinstance(pair, tuple) or len(pair) != 2:",
+        "        if pair is None or len(pair) != 2:",
+        "inspection/test_calls.py::test_an_apply_that_keeps_the_updates_is_refused[y alone]",
+    ),
+    Bug(
         "labels of the rows in another order",
         "jaxbn/_op/arguments/choices.py",
         "            return rows.read(leaf, index)",
@@ -700,7 +764,7 @@ BUGS = (
     Bug(
         "what is no array goes on to JAX",
         "jaxbn/_op/arguments/values.py",
-        "    except (TypeError, ValueError) as error:\n        cause = error",
+        "    except (TypeError, ValueError, OverflowError) as error:\n        cause = error",
         "    except ZeroDivisionError as error:\n        cause = error",
         "op/test_errors.py::test_what_is_no_array_of_numbers[is str-residual]",
     ),
@@ -1367,6 +1431,13 @@ BUGS = (
         "    expected = models.results(apply, model, row)\n",
         "    import jax\n\n    expected = jax.tree.map(lambda v: v[:1], reference)\n",
         "cli/test_gates.py::test_a_result_without_rows_is_compared_as_it_is",
+    ),
+    Bug(
+        "--rename without a target",
+        "jaxbn/_cli/options.py",
+        'if given := [f"--{name}" for name in names if getattr(args, name)]:',
+        "if given := []:",
+        "cli/test_gates.py::test_layers_are_not_matched_without_a_target[convert]",
     ),
     Bug(
         "inputs without a model are passed over",

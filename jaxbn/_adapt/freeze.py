@@ -11,6 +11,7 @@ from jaxbn._inspection import layers, nnx_classes
 from jaxbn._inspection.hooks import Call, check_apply, hooked_apply
 from jaxbn._inspection.selection import Where, select
 from jaxbn._misuse import misuse
+from jaxbn._op.arguments.values import check_flag
 from jaxbn._op.state import State
 from jaxbn._text import listed
 
@@ -38,8 +39,8 @@ def freeze(
       For nnx, the model; `unfreeze` undoes the change.
 
     Raises:
-      TypeError: linen's apply came without variables or an nnx model with some, or the model is a
-        linen module or variables.
+      TypeError: linen's apply came without variables or an nnx model with some, the model is a
+        linen module or variables, where is none of these three, or allow_untrained is no bool.
       ValueError: there is no such layer, or no batch has updated a layer's statistics (count 0, or
         mean 0 and var 1). Frozen, such a layer would not normalize at all.
 
@@ -64,6 +65,7 @@ def freeze(
         raise misuse("freeze", (model, variables), expected, write)
     if not nnx_model:
         check_apply("freeze", model, "freeze(net.apply, variables)")
+    check_flag("freeze", "allow_untrained", allow_untrained, "Write allow_untrained=True.")
     chosen = select("freeze", model if nnx_model else variables, where)
     if not allow_untrained:
         _check_updated(chosen)

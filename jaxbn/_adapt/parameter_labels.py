@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from jaxbn._inspection.layers import join
-from jaxbn._inspection.selection import Where, selects
+from jaxbn._inspection.selection import Where, check_where, selects
 from jaxbn._text import listed
 
 
@@ -45,6 +45,7 @@ def labels(params: Any, frozen: Where = ()) -> Any:
     >>> print(jaxbn.labels(params))
     {'bn': {'bias': 'bias', 'scale': 'scale'}, 'dense': {'bias': 'rest', 'kernel': 'rest'}}
     """
+    check_where("labels", "frozen", frozen)
     parameters, treedef = _parameters(params)
     norms = _norms(parameters)
     if not norms:

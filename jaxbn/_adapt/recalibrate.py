@@ -20,6 +20,8 @@ from jaxbn._inspection.selection import Where, select
 from jaxbn._misuse import check_batches, is_unbound, misuse, takes
 from jaxbn._op import devices
 from jaxbn._op.arguments.pools import resolve
+from jaxbn._op.arguments.values import check_flag
+from jaxbn._op.axes import is_integer
 from jaxbn._op.devices import Pool
 from jaxbn._op.pooling import across, merge
 from jaxbn._op.state import Moments, State
@@ -89,7 +91,8 @@ def recalibrate(
       own, so one call may recalibrate one domain.
 
     Raises:
-      TypeError: apply does not take or return what is said above, or momentum is no number.
+      TypeError: apply does not take or return what is said above, momentum or limit is no number,
+        unbiased is no bool, or where is none of these three.
       ValueError: there is no layer or no batch, a batch has another shape, a batch has moments that
         are not finite, or no value reaches a layer. Nothing was changed then. Under jit nothing
         can be raised for moments that are not finite; a layer skips that batch.
@@ -108,7 +111,7 @@ def recalibrate(
         raise misuse(call, (apply, model, batches), EXPECTED, WRITE)
     if not isinstance(batches, jax.core.Tracer):
         check_batches(call, batches, f"{call}(apply, model, [x])")
-    if variance not in ("pooled", "mean"):
+    if not isinstance(variance, str) or variance not in ("pooled", "mean"):
         raise ValueError(f'{call}: variance={variance!r}, expected "pooled" or "mean".')
     number = isinstance(momentum, numbers.Real)
     if not number or not 0 <= momentum <= 1:
@@ -117,8 +120,12 @@ def recalibrate(
             f"a number in [0, 1]; write momentum=N / (N + n) for n images beside old statistics "
             f"that weigh as N images."
         )
-    if limit is not None and limit < 1:
-        raise ValueError(f"{call}: limit={limit}, expected at least 1 batch, or None for all.")
+    if limit is not None and not (is_integer(limit) and limit >= 1):
+        raise (ValueError if is_integer(limit) else TypeError)(
+            f"{call}: limit={limit!r}, expected at least 1 batch, or None for all."
+        )
+    if unbiased is not None:
+        check_flag(call, "unbiased", unbiased, "None takes each layer's own setting.")
     chosen = select(call, model, where)
     pool = resolve(call, axis_name, None)
     observe, arrays = observer(call, apply, model, tuple(chosen))

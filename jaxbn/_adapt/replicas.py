@@ -11,6 +11,7 @@ import numpy as np
 from jaxbn._inspection.layers import holds_statistics, state_of, with_state
 from jaxbn._op import devices as devices_
 from jaxbn._op.arguments.pools import resolve
+from jaxbn._op.arguments.values import check_real
 from jaxbn._op.axes import wide
 from jaxbn._op.pooling import across
 from jaxbn._op.state import Moments, State
@@ -151,6 +152,7 @@ def sync_state(
         # The least weight is far below that of one update. If no device counted an update, all
         # have the least weight, so their statistics are averaged and not divided by 0.
         weight = jnp.maximum(jnp.float32(0 if count is None else count), 1e-9)
+        weight = _beside(weight, mean.shape) if weight.ndim else weight
         own = Moments(weight, mean.astype(wide(mean.dtype)), var.astype(wide(var.dtype)))
         pooled = across(own, pool)
         if count is not None:
@@ -179,6 +181,7 @@ def merge_updates(states: Any, momentum: float | None = 0.99) -> Any:
       The tree without the axis k.
 
     Raises:
+      TypeError: momentum is no number.
       ValueError: momentum is 1 (no update then leaves a trace) or out of range, the tree holds no
         running statistics, or it has no count and momentum=None needs one.
 
@@ -190,11 +193,12 @@ def merge_updates(states: Any, momentum: float | None = 0.99) -> Any:
     >>> merged.mean.tolist(), merged.var.tolist(), whole.var.tolist()
     ([1.5], [3.0], [3.0])
     """
-    if momentum is not None and not 0 <= momentum < 1:
-        raise ValueError(
-            f"merge_updates: momentum={momentum!r}, expected the momentum in [0, 1) of the "
-            f"updates that are merged, or None for the cumulative average; write momentum=0.99."
+    if momentum is not None:
+        expected = (
+            "the momentum in [0, 1) of the updates that are merged, or None for the cumulative "
+            "average; write momentum=0.99."
         )
+        check_real("merge_updates", "momentum", momentum, lambda v: 0 <= v < 1, expected)
 
     def one_update(mean: jax.Array, var: jax.Array, count: jax.Array | None) -> Statistics:
         if momentum is None and count is None:
@@ -204,7 +208,8 @@ def merge_updates(states: Any, momentum: float | None = 0.99) -> Any:
             )
         # All counts are equal; their maximum is also there where k is sharded.
         last = None if count is None else count.max(0)
-        share = 1 / last.astype(jnp.float32) if momentum is None else 1 - momentum  # type: ignore[union-attr]
+        share = 1 - momentum if momentum is not None else 1 / last.astype(jnp.float32)  # type: ignore[union-attr]
+        share = _beside(jnp.asarray(share), mean.shape[1:])
         means, middle = mean.astype(wide(mean.dtype)), mean.astype(wide(mean.dtype)).mean(0)
         spread = jnp.square(jnp.abs(means - middle[None])).mean(0) / share
         pooled = var.astype(wide(var.dtype)).mean(0) + spread
@@ -214,6 +219,18 @@ def merge_updates(states: Any, momentum: float | None = 0.99) -> Any:
 
 
 Statistics = tuple[jax.Array, jax.Array, jax.Array | None]  # mean, var, and count if it is kept
+
+
+def _beside(count: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Equals count with ones in place of the features, to broadcast against a mean of this shape.
+
+    Axes of layers and domains come before the features; layers that are stacked on axis -1, after.
+    """
+    for before in range(count.ndim, -1, -1):
+        after = len(shape) - (count.ndim - before)
+        if count.shape == (*shape[:before], *shape[after:]):
+            return jnp.expand_dims(count, range(before, after))
+    return count
 
 
 def _by_layer(call: str, f: Callable[..., Statistics], tree: Any) -> Any:

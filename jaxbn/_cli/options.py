@@ -107,6 +107,13 @@ def add_matching(sub: Any) -> None:
     add_epsilon(sub, "of a PyTorch model, whose file does not say (1e-05)")
 
 
+def refuse_matching(args: argparse.Namespace, *names: str, where: str, write: str) -> None:
+    """Refuses options that say how layers fit a target, where there is no such target."""
+    if given := [f"--{name}" for name in names if getattr(args, name)]:
+        verb = "has" if len(given) == 1 else "have"
+        raise ValueError(f"{' and '.join(given)} {verb} no effect {where}; {write}")
+
+
 def add_epsilon(sub: Any, help: str) -> None:
     """`--epsilon`, with its help."""
     sub.add_argument("--epsilon", type=epsilon, default=1e-5, metavar="E", help=help)

@@ -151,7 +151,8 @@ def hooked_apply(
       shape of the running mean and their count broadcasts to it.
 
     Raises:
-      TypeError: apply is a model, its variables, or anything else that is not a function.
+      TypeError: apply is a model, its variables, or anything else that is not a function; or, in
+        the call, apply does not pass `mutable=` on, or returns something else.
       ValueError: a transform shares or carries batch_stats, so that the records of its turns have
         no place; or whatever the model raises.
 
@@ -190,6 +191,8 @@ def hooked_apply(
 
         y, record = hook(Call(layer, x, mask, not mode, join("", *layer.path), **_kept(more)), run)
         if record is not None:
+            if not layer.is_mutable_collection("batch_stats"):
+                raise _dropped("apply runs the model with batch_stats immutable")
             # The record is stored in batch_stats, because nn.scan, nn.vmap and nn.remat carry that
             # collection already. They would drop a collection of our own.
             if layer.has_variable("batch_stats", name):
@@ -206,10 +209,12 @@ def hooked_apply(
             nn.intercept_methods(functools.partial(intercept, name)),
             a_place_for_each(),
         ):
-            out, updates = apply(
+            pair = apply(
                 variables, *args, mutable=union_filters(mutable, ["batch_stats"]), **kwargs
             )
-        updates = dict(updates)
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise _dropped(f"apply returned {'None' if pair is None else type(pair).__name__}")
+        out, updates = pair[0], dict(pair[1])
         stats, seen = _without_records(updates.get("batch_stats", {}), name)
         if mutable is False:
             return out, seen
@@ -220,6 +225,15 @@ def hooked_apply(
         return (out, updates), seen
 
     return hooked
+
+
+def _dropped(what: str) -> TypeError:
+    """The error for an apply that keeps `mutable=` to itself, or what linen returns for it."""
+    return TypeError(
+        f"hooked_apply: {what}, expected a function that passes mutable= on to linen and returns "
+        f"(y, updates); write functools.partial(net.apply, train=False), or "
+        f"lambda variables, batch, **kwargs: net.apply(variables, batch[0], **kwargs)."
+    )
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The batch norm layers that `where=` selects."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -25,10 +25,21 @@ def selects(where: Where, path: str) -> bool:
     return any(fnmatchcase(path, glob) for glob in globs)
 
 
+def check_where(call: str, name: str, where: Any) -> None:
+    """Refuses what is no glob, no globs and no predicate, and globs that can be read once only."""
+    globs = isinstance(where, Collection) and all(isinstance(glob, str) for glob in where)
+    if not (callable(where) or globs):
+        raise TypeError(
+            f"{call}: {name}={where!r}, expected a glob over the paths, several globs in a list, "
+            f'or a function of the path; write {name}="*" for all.'
+        )
+
+
 def select(call: str, tree: Any, where: Where) -> dict[str, Layer]:
     """The layers of the tree (as in `layers.find`) that `where` selects, at least one.
 
     Raises:
+      TypeError: `where` is no glob, no globs and no predicate.
       ValueError: the tree has no batch norm layer, or `where` selects none.
 
     >>> import jaxbn
@@ -37,6 +48,7 @@ def select(call: str, tree: Any, where: Where) -> dict[str, Layer]:
     >>> list(selection.select("freeze", tree, "a*"))
     ['a']
     """
+    check_where(call, "where", where)
     found = find(tree)
     if not found:
         raise ValueError(

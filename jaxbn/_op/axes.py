@@ -91,7 +91,7 @@ def check_dtype(call: str, what: str, dtype: Any, otherwise: str) -> Any:
     """The dtype asked for, which can hold what it is asked for, and JAX computes with it."""
     try:
         dtype = jnp.dtype(dtype)
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(
             f"{call}: dtype={dtype!r}, expected a dtype of JAX or NumPy; write dtype=jnp.float32, "
             f"or {otherwise}."

@@ -21,12 +21,30 @@ def merge(a: Moments, b: Moments) -> Moments:
 
     Exact and associative up to rounding; count 0 is neutral, bit for bit.
 
+    Raises:
+      TypeError: a or b is no `Moments`. A `State` is none: its count is of updates, not of values.
+      ValueError: they are of other features.
+
     >>> import jax.numpy as jnp, jaxbn
     >>> a, b = jaxbn.moments(jnp.array([[1.0], [3.0]])), jaxbn.moments(jnp.array([[5.0]]))
     >>> m = jaxbn.merge(a, b)
     >>> float(m.count), float(m.mean[0]), round(float(m.var[0]), 4)
     (3.0, 3.0, 2.6667)
     """
+    for name, m in (("a", a), ("b", b)):
+        if not isinstance(m, Moments):
+            was = "None" if m is None else type(m).__name__
+            raise TypeError(
+                f"merge: {name} is {was}, expected jaxbn.Moments(count, mean, var); start from "
+                f"jaxbn.moments(x) of the first batch."
+            )
+    shapes = [jnp.shape(m.mean) for m in (a, b)]
+    if () not in shapes and shapes[0] != shapes[1]:
+        raise ValueError(
+            f"merge: a.mean has shape {shapes[0]} but b.mean has shape {shapes[1]}; expected "
+            f"moments of the same features; merge those of one layer, and write the same axis= in "
+            f"jaxbn.moments."
+        )
     count = a.count + b.count
     # 0 where b is empty, 1 where a is: then nothing below is rounded.
     share = b.count / jnp.where(count > 0, count, 1)

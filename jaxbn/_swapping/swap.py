@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxbn._inspection import layers
 from jaxbn._inspection.hooks import check_apply
-from jaxbn._inspection.selection import Where, select
+from jaxbn._inspection.selection import Where, check_where, select
 from jaxbn._misuse import misuse
 from jaxbn._op.arguments.values import check_numbers
 from jaxbn._op.axes import is_integer
@@ -78,8 +78,8 @@ def swap(
       `Swapped(model, variables, report)`. Linen's model pickles if `net.apply` pickles.
 
     Raises:
-      TypeError: linen's apply came without variables or an nnx model with some, or the model is a
-        linen module or variables.
+      TypeError: linen's apply came without variables or an nnx model with some, the model is a
+        linen module or variables, or an option is of another type.
       ValueError: there is no such layer, norm or convolution, groups do not divide the features, an
         option is not one of the new norm, or a layer has a call of its own, which would be lost.
         Features are not on the last axis (not with "batch" or "flax"). For linen, what only a call
@@ -109,7 +109,7 @@ def swap(
             f'apply and its variables, "params" and "batch_stats"; write '
             f"swap(net.apply, variables)."
         )
-    if to not in (*BATCH_NORMS, *NORMS):
+    if not isinstance(to, str) or to not in (*BATCH_NORMS, *NORMS):
         raise ValueError(f"swap: to={to!r}, expected one of {[*BATCH_NORMS, *NORMS]}.")
     given = {
         "axis_name": axis_name,
@@ -131,10 +131,17 @@ def _check_options(
     to: str, options: Mapping[str, Any], groups: int | None, standardize: Where | None
 ) -> None:
     """Refuses options that the new norm does not have, and values that no layer takes."""
+    if standardize is not None:
+        check_where("swap", "standardize", standardize)
     if standardize is not None and to != "group":
         raise ValueError(
             f'swap: standardize={standardize!r} with to={to!r}, expected to="group"; standardized '
             f"kernels make GroupNorm as good as batch norm on small batches; leave standardize out."
+        )
+    if groups is not None and not is_integer(groups):
+        raise TypeError(
+            f"swap: groups={groups!r}, expected how many groups a GroupNorm has, an integer, or "
+            f"None to choose for each layer; write groups=32."
         )
     if groups is not None and to != "group":
         raise ValueError(

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from jaxbn._op.arguments.values import check_real
+
 
 def norm_arguments(momentum: float | None = 0.1, eps: float = 1e-5) -> dict[str, Any]:
     """The arguments with which jaxbn's `BatchNorm` trains as PyTorch's does.
@@ -26,13 +28,10 @@ def norm_arguments(momentum: float | None = 0.1, eps: float = 1e-5) -> dict[str,
 
 def torch_arguments(call: str, momentum: float | None, eps: float) -> dict[str, Any]:
     """As `norm_arguments`; the errors name the call."""
-    if momentum is not None and not 0 <= momentum <= 1:
-        raise ValueError(
-            f"{call}: momentum={momentum!r}, expected PyTorch's, in [0, 1], or None for "
-            f"the cumulative average; write momentum=0.1."
-        )
-    if not eps >= 0:
-        raise ValueError(f"{call}: eps={eps!r}, expected at least 0; write eps=1e-5.")
+    if momentum is not None:
+        expected = "PyTorch's, in [0, 1], or None for the cumulative average; write momentum=0.1."
+        check_real(call, "momentum", momentum, lambda v: 0 <= v <= 1, expected)
+    check_real(call, "eps", eps, lambda v: v >= 0, "at least 0; write eps=1e-5.")
     return {"momentum": one_minus(momentum), "epsilon": eps, "unbiased": True}
 
 

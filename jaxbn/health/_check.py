@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxbn._inspection import layers
 from jaxbn._misuse import check_by_path
+from jaxbn._op.arguments.values import check_numbers
 from jaxbn._op.state import Moments
 from jaxbn.health._findings import (
     Finding,
@@ -63,6 +64,7 @@ def check(
     >>> finding.layer, finding.kind, finding.severity, finding.figure, finding.channels
     ('bn', 'negative_variance', 'error', -2.0, (1,))
     """
+    check_numbers("check", momentum, epsilon)
     found = _layers_of("check", tree)
     moments = {} if moments is None else moments
     if isinstance(moments, Mapping):  # a record of a watched step has the moments as its `batch`
@@ -137,6 +139,7 @@ def summary(tree: Any, findings: Sequence[Finding] = (), *, epsilon: float = 1e-
     >>> row.layer, row.features, row.count, row.worst.kind, row.figures["var_max"]
     ('bn', (3,), None, 'never_updated', 1.0)
     """
+    check_numbers("summary", None, epsilon)
     rows = []
     order = worst_first(findings)
     for path, (params, state) in _layers_of("summary", tree).items():

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxbn._op.arguments.values import check_numbers
 from jaxbn._op.state import Moments
 from jaxbn.health._findings import Limits, Setting
 
@@ -47,6 +48,7 @@ def distance(running: Any, batch: Moments, epsilon: float = 1e-5) -> Distance:
     >>> d.divergence.round(3).tolist(), d.shift.round(3).tolist(), d.log_ratio.round(3).tolist()
     ([0.25, 0.25], [-0.5, 0.0], [0.0, 0.693])
     """
+    check_numbers("distance", None, epsilon)
     v, w = in_double(batch.var) + epsilon, in_double(running.var) + epsilon
     with np.errstate(all="ignore"):  # values may be negative or not finite
         d = np.abs(difference := in_double(running.mean) - in_double(batch.mean))

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxbn._misuse import check_batches, check_by_path, takes
+from jaxbn._op.arguments.values import check_real
 from jaxbn._op.state import Moments
-from jaxbn._text import aligned
+from jaxbn._text import a_kind, aligned
 from jaxbn.health._findings import WARNING, Finding
 from jaxbn.health._rows import Seen, merge, rows_in, seen
 
@@ -169,7 +170,7 @@ def decide(
     from scipy.special import stdtrit  # type: ignore[import-untyped]  # jax depends on scipy
 
     check_by_path("decide", total, (Seen,), "health.decide(total)", "health.merge")
-    _check_stream(total, reference, false_alarm)
+    _check_stream(total, reference, false_alarm, tolerance)
     if tolerance is None:
         tolerance = FROM_STATE if reference is None else FROM_REFERENCE
     reports, findings = [], []
@@ -227,11 +228,24 @@ def _shift_and_error(own: Seen, other: Seen | None, name: str) -> tuple[np.ndarr
     return mean, np.sqrt(np.maximum(squared, 1e-12))
 
 
-def _check_stream(total: Mapping[str, Seen], reference: Drift | None, false_alarm: float) -> None:
-    if not 0 < false_alarm <= 0.2:  # the bound on sums of squares holds for no larger chance
-        raise ValueError(
-            f"drift: false_alarm={false_alarm!r}, expected the chance of an alarm without drift, "
-            f"above 0 and at most 0.2; write false_alarm=0.001."
+def _check_stream(
+    total: Mapping[str, Seen],
+    reference: Drift | None,
+    false_alarm: float,
+    tolerance: float | None,
+) -> None:
+    chance = (
+        "the chance of an alarm without drift, above 0 and at most 0.2; write false_alarm=0.001."
+    )
+    # The bound on sums of squares holds for no larger chance.
+    check_real("drift", "false_alarm", false_alarm, lambda v: 0 < v <= 0.2, chance)
+    if tolerance is not None:
+        shift = "the shift of the mean, in sd, that does not count; write tolerance=0.1."
+        check_real("drift", "tolerance", tolerance, lambda v: v >= 0, shift)
+    if reference is not None and not isinstance(reference, Drift):
+        raise TypeError(
+            f"drift: reference is {a_kind(reference)}, expected the Drift of clean data; write "
+            f"reference=health.drift(variables, clean_batches)."
         )
     if not total:
         raise ValueError(

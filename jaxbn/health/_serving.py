@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxbn._folding.training_mode import batch_statistics
 from jaxbn._misuse import check_function, takes
+from jaxbn._op.arguments.values import check_real
 from jaxbn._text import first_line
 from jaxbn.health._distances import relative_error
 from jaxbn.health._findings import ERROR, Finding, worst_first
@@ -18,6 +19,7 @@ EVAL = "run the norms in eval mode: train=False, use_running_average=True, model
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
 
 
+TOLERANCE = "the largest relative error, at least 0, or None; write tolerance=1e-4."
 WRITE = "health.serving(lambda x: net.apply(variables, x), x)"
 
 
@@ -62,6 +64,8 @@ def serving(fn: Callable[[Any], Any], x: Any, *, tolerance: float | None = None)
     ['batch_dependent', 'batch_of_one']
     """
     check_function("serving", fn, WRITE)
+    if tolerance is not None:
+        check_real("serving", "tolerance", tolerance, lambda v: v >= 0, TOLERANCE)
     n = _rows(x)
     if where := _training_mode(fn, x):
         return [Finding(where, "train_in_inference", ERROR, 1.0, 0.0, (), EVAL)]

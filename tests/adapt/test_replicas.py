@@ -331,6 +331,48 @@ def test_merged_updates_may_be_sharded_by_type(at, momentum):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), got, want)
 
 
+STACKED = {  # how the axes of layers and domains lie, and where those of the features are
+    "domains": ("d", "df"),
+    "layers": ("l", "lf"),
+    "layers of domains": ("ld", "ldf"),
+    "layers last": ("l", "fl"),
+    "layers of domains last": ("dl", "dfl"),
+}
+
+
+@pytest.mark.parametrize("stacked", STACKED)
+@pytest.mark.parametrize("call", ["merge_updates", "sync_state"])
+def test_each_of_several_layers_and_domains_has_its_own_count(call, stacked):
+    """As each alone, by the counts of updates; as many features as domains, so none may pass."""
+    of_count, of_mean = STACKED[stacked]
+    sizes = {"k": 4, "l": 2, "d": 3, "f": 3}
+    rng = np.random.default_rng(0)
+    mean, var = np.float32(rng.random((2, *(sizes[a] for a in "k" + of_mean))))
+    count = np.broadcast_to(np.arange(1, 4, dtype=np.int32), (4, 2, 3))  # of the domains
+    if call == "sync_state":
+        count = count + np.arange(4, dtype=np.int32)[:, None, None]
+    count = np.einsum(f"kld->k{of_count}", count if "d" in of_count else count[..., :1])
+    if call == "merge_updates":
+        one = functools.partial(jaxbn.merge_updates, momentum=None)
+    else:
+
+        def one(states):
+            pooled = jax.vmap(lambda s: jaxbn.sync_state(s, "k"), axis_name="k")(states)
+            return jax.tree.map(lambda v: v[0], pooled)
+
+    got = one(jaxbn.State(mean, var, count))
+    at = [of_mean.index(a) for a in of_count]
+    for index in np.ndindex(got.count.shape):
+        here: list = [slice(None)] * len(of_mean)
+        for axis, i in zip(at, index, strict=True):
+            here[axis] = i
+        alone = (mean[:, *here], var[:, *here], count[:, *index])
+        want = one(jaxbn.State(*alone))
+        np.testing.assert_allclose(got.mean[*here], want.mean, rtol=1e-5)
+        np.testing.assert_allclose(got.var[*here], want.var, rtol=1e-5)
+        assert got.count[index] == want.count
+
+
 def test_merge_updates_refuses_momentum_1_and_no_count():
     states = jax.tree.map(lambda v: jnp.stack([v] * 2), jaxbn.init(3)[1])
     with pytest.raises(ValueError) as error:

@@ -188,6 +188,37 @@ def test_results_are_not_compared_without_a_model(words, net, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "convert net.msgpack new.msgpack --rename head=",
+            "convert: --rename has no effect without a target; write --like FILE or --model "
+            "MODULE:FUNCTION",
+        ),
+        (
+            "convert net.msgpack new.msgpack --torch --keep head",
+            "convert: --keep has no effect without a target; write --like FILE or --model "
+            "MODULE:FUNCTION",
+        ),
+        (
+            "compare net.msgpack net.msgpack --rename a=b --keep head",
+            "compare: --rename and --keep have no effect between checkpoints as they are; write "
+            "--model MODULE:FUNCTION",
+        ),
+        (
+            "compare a.onnx b.onnx --part params",
+            "compare: --part has no effect between exported files; leave it out",
+        ),
+    ],
+    ids=["convert", "convert to torch", "compare", "compare files"],
+)
+def test_layers_are_not_matched_without_a_target(words, said, net, capsys):
+    """Or `--rename head=` would seem to drop the head."""
+    assert run(capsys, *words.split()) == (2, "", f"{said}\n")
+    assert not pathlib.Path("new.msgpack").exists()
+
+
 def test_batches_that_are_none_are_refused(odd, net, capsys):
     assert run(capsys, "serving", "net.msgpack", "--model=odd:no_list") == (
         2,

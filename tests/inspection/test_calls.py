@@ -81,6 +81,30 @@ def test_linen_returns_what_apply_returns(mutable):
     assert list(seen) == ["layers_1"]
 
 
+@pytest.mark.parametrize(
+    ("apply", "what"),
+    [
+        (lambda v, x, **_: LAYER.apply(v, x), "apply runs the model with batch_stats immutable"),
+        (lambda v, x, **kwargs: LAYER.apply(v, x, **kwargs) and None, "apply returned None"),
+        (lambda v, x, **kwargs: LAYER.apply(v, x, **kwargs)[0], "apply returned ArrayImpl"),
+    ],
+    ids=["mutable dropped", "nothing", "y alone"],
+)
+def test_an_apply_that_keeps_the_updates_is_refused(apply, what):
+    """Two rows of y alone could be unpacked as a pair."""
+    variables = LAYER.init(jax.random.key(0), X)
+    with pytest.raises(TypeError) as error:
+        calls.hooked_apply(apply)(variables, X[:2])
+    assert str(error.value) == (
+        f"hooked_apply: {what}, expected a function that passes mutable= on to linen and returns "
+        f"(y, updates); write functools.partial(net.apply, train=False), or "
+        f"lambda variables, batch, **kwargs: net.apply(variables, batch[0], **kwargs)."
+    )
+
+
+LAYER = linen.BatchNorm(use_running_average=True)
+
+
 def test_a_linen_layer_called_twice_gives_the_moments_of_both_inputs():
     class Twice(linen.Module):
         @linen.compact

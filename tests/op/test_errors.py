@@ -559,6 +559,17 @@ CASES = {
             "labels out."
         ),
     ),
+    "labels beside a scale for each row": (
+        # Of x's shape, where features come first: as long as a table that has x's rank.
+        lambda: jaxbn.batch_norm(
+            X[:, 0], jaxbn.Params(X[:, 0], None), None, train=True, axis=0, labels=jnp.zeros(3, int)
+        ),
+        ValueError(
+            "batch_norm: labels= with scale and bias of shape [(8, 3)], expected a table "
+            "('classes', 8), with a row for each label; write jaxbn.init(8, classes=10), or leave "
+            "labels out."
+        ),
+    ),
     "no labels": (
         lambda: call(params=jaxbn.init(3, classes=4)[0]),
         ValueError(
@@ -821,6 +832,23 @@ CASES = {
         ),
     ),
     **{
+        f"axis_name of {names!r}": (
+            lambda names=names: jaxbn.moments(X, axis_name=names),
+            TypeError(
+                f"moments: axis_name={names!r}, expected the name of a mapped axis, or several, "
+                "each once; write axis_name='batch'."
+            ),
+        )
+        for names in ([1, 2], b"d", PARAMS)
+    },
+    "a module as dtype": (
+        lambda: call(dtype=jnp),
+        TypeError(
+            f"batch_norm: dtype={jnp!r}, expected a dtype of JAX or NumPy; write "
+            "dtype=jnp.float32, or leave dtype out for that of x."
+        ),
+    ),
+    **{
         f"features of {features!r}": (
             lambda features=features: jaxbn.init(features),
             error(
@@ -865,6 +893,7 @@ OPERANDS = {
 NO_ARRAYS = {
     "is None": None,
     "is str": "relu",
+    "is int": 10**12,  # more than JAX's integers hold
     "is dict": {"mean": X},
     "is list": [X[0], X[0, 0]],
     "is ShapeDtypeStruct": jax.ShapeDtypeStruct(X.shape, X.dtype),
@@ -878,6 +907,8 @@ NO_ARRAYS = {
 def test_what_is_no_array_of_numbers(was, what):
     if was == "is None" and what not in ("x", "state.mean", "state.var"):
         return  # these may be left out
+    if (was, what) == ("is int", "domain"):
+        return  # an integer is a domain, and this one is out of range
     with pytest.raises(TypeError) as error:
         OPERANDS[what](NO_ARRAYS[was])
     assert str(error.value) == f"batch_norm: {what} {was}, {NUMBERS}"

@@ -55,6 +55,12 @@ def run(args: Namespace) -> int:
             "kind; write python -m jaxbn verify ARTIFACT --against CHECKPOINT "
             "--model MODULE:FUNCTION"
         )
+    if all(files) or not args.model:
+        where, remedy = "between checkpoints as they are", "write --model MODULE:FUNCTION"
+        without = ["rename", "keep"]
+        if all(files):
+            where, remedy, without = "between exported files", "leave it out", ["part", *without]
+        options.refuse_matching(args, *without, where=where, write=remedy)
     rows: list[Any] = []
     outputs: list[Any] = []
     beyond: list[Any] = []

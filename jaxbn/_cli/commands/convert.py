@@ -33,6 +33,10 @@ def run(args: Namespace) -> int:
     from jaxbn._checkpoints import contents, write
     from jaxbn._cli import users_model
 
+    if not (args.model or args.like):
+        without = ["keep"] if args.torch else ["rename", "keep"]  # --torch may rename
+        remedy = "write --like FILE or --model MODULE:FUNCTION"
+        options.refuse_matching(args, *without, where="without a target", write=remedy)
     write.check_destination(Path(args.dest))
     if not args.model:
         models.on_the_cpu()

@@ -35,7 +35,7 @@ def check_labels(call: str, labels: Any, params: Params, x: jax.Array, axes: Axe
     """A label for all of x, or one for each row, among the scales and biases of params."""
     features = tuple(x.shape[a] for a in axes.features)
     tables = [np.shape(leaf) for leaf in params if leaf is not None]
-    numbers = {shape[0] for shape in tables if len(shape) == 1 + len(features)}
+    numbers = {shape[0] for shape in tables if shape[1:] == features}
     if len(numbers) != 1:
         size = features[0] if len(features) == 1 else features
         raise ValueError(

@@ -40,8 +40,9 @@ def resolve(
             )
         return None
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
-    if not isinstance(names, Sequence) or len({*names}) != len(names):
-        raise (ValueError if isinstance(names, Sequence) else TypeError)(
+    of_names = isinstance(names, Sequence) and all(isinstance(name, str) for name in names)
+    if not of_names or len({*names}) != len(names):
+        raise (ValueError if of_names else TypeError)(
             f"{call}: axis_name={axis_name!r}, expected the name of a mapped axis, or several, "
             f"each once; write axis_name='batch'."
         )

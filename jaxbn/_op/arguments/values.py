@@ -29,7 +29,7 @@ def array(call: str, what: str, v: Any) -> jax.Array:
         found = jnp.asarray(v)
         if jnp.issubdtype(found.dtype, jnp.number) or found.dtype == bool:
             return found
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         cause = error
     own = isinstance(v, jax.Array) or type(v) is np.ndarray
     was = f"has dtype {v.dtype}" if own else f"is {'None' if v is None else type(v).__name__}"
@@ -50,19 +50,22 @@ def check_y(call: str, dtype: Any, **arrays: jax.Array | None) -> None:
             )
 
 
+def check_real(call: str, name: str, v: Any, good: Callable[[float], bool], expected: str) -> None:
+    """Refuses v where it is not one real number, or not a good one; a traced one may be good."""
+    if not _is_number(v, good):
+        raise _wrong(v)(f"{call}: {name}={v!r}, expected {expected}")
+
+
 def check_numbers(call: str, momentum: Any, epsilon: Any) -> tuple[Any, Any]:
     """Momentum in [0, 1] or None, and epsilon, finite and not negative: floats, or traced."""
-    if momentum is not None and not _is_number(momentum, lambda v: 0 <= v <= 1):
-        raise _wrong(momentum)(
-            f"{call}: momentum={momentum!r}, expected a number in [0, 1], the fraction of the old "
-            f"value that is kept (PyTorch's momentum m is 1 - m here), or None for the cumulative "
-            f"average; write momentum=0.99."
+    if momentum is not None:
+        expected = (
+            "a number in [0, 1], the fraction of the old value that is kept (PyTorch's momentum m "
+            "is 1 - m here), or None for the cumulative average; write momentum=0.99."
         )
-    if not _is_number(epsilon, lambda v: 0 <= v < math.inf):
-        raise _wrong(epsilon)(
-            f"{call}: epsilon={epsilon!r}, expected a finite number of at least 0, added to the "
-            f"variance; write epsilon=1e-5."
-        )
+        check_real(call, "momentum", momentum, lambda v: 0 <= v <= 1, expected)
+    expected = "a finite number of at least 0, added to the variance; write epsilon=1e-5."
+    check_real(call, "epsilon", epsilon, lambda v: 0 <= v < math.inf, expected)
     return _settled(momentum), _settled(epsilon)
 
 
