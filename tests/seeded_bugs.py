@@ -2094,9 +2094,16 @@ BUGS = (
     Bug(
         "drift counts an image once for each call of a layer",
         "jaxbn/health/_rows.py",
-        "    if a.mean.shape != b.mean.shape:",
-        "    if True:",
+        "    a, b = (jax.tree.map(widened, m) for m in (a, b))\n",
+        "    return jax.tree.map(lambda v, w: jnp.concatenate([v, w], -1), a, b)\n",
         "health/test_drift.py::test_a_layer_that_is_called_twice_has_each_image_once[False]",
+    ),
+    Bug(
+        "a call with fewer rows ends with the last row of the other call",
+        "jaxbn/health/_rows.py",
+        " + [(0, rows - v.shape[-1])])",
+        " + [(rows - v.shape[-1], 0)])",
+        "health/test_drift.py::test_row_i_of_all_calls_of_a_layer_is_one_row[masked0-sizes0]",
     ),
     Bug(
         "drift merges the calls of a scanned layer by the counts of other rows",
