@@ -106,6 +106,24 @@ def check_file(call: str, path: Any, kind: str) -> None:
         raise FileNotFoundError(f"{call}: no {kind} file at {printable(path)}")
 
 
+def check_memory(size: int, what: str) -> None:
+    """Raises if this machine's memory cannot hold so many bytes.
+
+    Args:
+      size: the number of bytes.
+      what: has them, for the error.
+
+    Raises:
+      ValueError: the machine has less memory.
+
+    >>> from jaxbn import _files
+    >>> _files.check_memory(10**6, "it declares")
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise ValueError(f"{what} {size:.3g} bytes, and this machine has {memory:.3g}")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A place beside `path` to write to. At the end it is renamed to `path`, unless an error came.

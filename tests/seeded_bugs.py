@@ -2211,6 +2211,20 @@ BUGS = (
         "cli/test_cli.py::test_names_that_continue_others_are_converted_whole",
     ),
     Bug(
+        "a device is read to its end",
+        "jaxbn/_checkpoints/read.py",
+        "    if not (path.is_dir() or path.is_file() or path.is_fifo()):",
+        "    if False:",
+        "checkpoints/test_checkpoints.py::test_no_file_without_an_end_or_beyond_memory_is_read[]",
+    ),
+    Bug(
+        "a checkpoint beyond memory is read",
+        "jaxbn/_checkpoints/read.py",
+        '        _files.check_memory(path.stat().st_size, "it has")',
+        "        pass",
+        "checkpoints/test_checkpoints.py::test_no_file_without_an_end_or_beyond_memory_is_read[]",
+    ),
+    Bug(
         "sizes are taken as they are declared",
         "jaxbn/_checkpoints/read.py",
         "    if declared > size * COMPRESSION:",
