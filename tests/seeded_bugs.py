@@ -2057,6 +2057,27 @@ BUGS = (
         "examples/test_cifar10_models.py::test_linen_and_nnx_are_the_same_network[resnet18-post-imagenet-20]",
     ),
     Bug(
+        "figures are appended to any file, and its last line is cut off",
+        "jaxbn/writers/_json_lines.py",
+        "        if there[: len(BEGIN)] != BEGIN[: len(there)]:",
+        "        if False:",
+        'writers/test_writers.py::test_a_file_of_something_else_is_left_as_it_is[{"lr": 0.1}]',
+    ),
+    Bug(
+        "going back replaces a device by a file",
+        "jaxbn/writers/_json_lines.py",
+        "        if before != lines:",
+        "        if True:",
+        "writers/test_writers.py::test_lines_for_a_device_are_written_and_the_device_stays",
+    ),
+    Bug(
+        "a class is a writer",
+        "jaxbn/writers/_log.py",
+        " and not isinstance(v, type) for v in several",
+        " for v in several",
+        "writers/test_writers.py::test_bad_calls_are_told_what_to_write[a_class]",
+    ),
+    Bug(
         "a verdict takes the place of the records of its step",
         "jaxbn/writers/_log.py",
         "figures[layer] = figures.get(layer, {}) | of_layer",
