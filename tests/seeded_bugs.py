@@ -1165,6 +1165,13 @@ BUGS = (
         "test_first_day.py::test_what_is_no_model[freeze of nnx, where= in the place of variables]",
     ),
     Bug(
+        "apply of a linen module is a function of data",
+        "jaxbn/_misuse.py",
+        '    its_apply = is_unbound(getattr(fn, "__self__", None))',
+        "    its_apply = False",
+        "health/test_lint.py::test_bad_calls_are_told_what_to_write[apply]",
+    ),
+    Bug(
         "a call without an argument ends in Python's words",
         "jaxbn/_misuse.py",
         "                if signature.parameters.keys() >= kwargs.keys():",
@@ -1174,8 +1181,8 @@ BUGS = (
     Bug(
         "a linen module without variables is a function",
         "jaxbn/_misuse.py",
-        "    if not callable(fn) or is_unbound(fn):",
-        "    if not callable(fn):",
+        "    if not callable(fn) or is_unbound(fn) or its_apply:",
+        "    if not callable(fn) or its_apply:",
         "test_first_day.py::test_what_is_no_model[serving of a linen model]",
     ),
     Bug(
@@ -1357,7 +1364,7 @@ BUGS = (
     Bug(
         "a full stdout is no error of the output's",
         "jaxbn/_cli/output.py",
-        "            raise OutputError(error.errno, error.strerror) from error",
+        "            raise self.failed from error",
         "            raise",
         "cli/test_cli.py::test_a_full_disk_is_no_finding",
     ),
@@ -1784,6 +1791,20 @@ BUGS = (
         "test_types.py::test_typos_are_found[jaxbn.nope]",
     ),
     Bug(
+        "drift reads the whole stream and then refuses an option",
+        "jaxbn/health/_drift.py",
+        "    _check_options(reference, false_alarm, tolerance)\n    if not isinstance(batches",
+        "    if not isinstance(batches",
+        "health/test_drift.py::test_bad_calls_are_told_what_to_write",
+    ),
+    Bug(
+        "limits of another kind are taken until one is read",
+        "jaxbn/health/_findings.py",
+        "    if not isinstance(limits, Limits):",
+        "    if False:",
+        "health/test_health.py::test_limits_that_are_none_are_refused[check-<lambda>]",
+    ),
+    Bug(
         "one batch taken for its layers' names",
         "jaxbn/health/_drift.py",
         "[batches] if isinstance(batches, Mapping) else batches",
@@ -2106,6 +2127,20 @@ BUGS = (
         "inspection/test_sketch.py::test_calls_of_one_layer_are_mixed_by_their_values[linen]",
     ),
     Bug(
+        "gradients of linen's variables are left out",
+        "jaxbn/watch/_records.py",
+        '        return grads["params"]',
+        "        return grads",
+        "watch/test_watch.py::test_gradients_of_linens_variables_are_those_of_the_parameters[False]",
+    ),
+    Bug(
+        "kernels that are no paths end in Python's words",
+        "jaxbn/watch/_records.py",
+        "    if kernels is not None:\n",
+        "    if False:\n",
+        "watch/test_watch.py::test_bad_calls_are_told_what_to_write[a kernel that is no path]",
+    ),
+    Bug(
         "a norm has the values of its first call alone",
         "jaxbn/watch/_observe.py",
         "[quantiles, b.quantiles], [",
@@ -2150,8 +2185,8 @@ BUGS = (
     Bug(
         "all processes write",
         "jaxbn/writers/_log.py",
-        "self.writers = list(writers) if jax.process_index() == 0 else []",
-        "self.writers = list(writers)",
+        "self.writers = writers if jax.process_index() == 0 else []",
+        "self.writers = writers",
         "writers/test_writers.py::test_only_the_first_process_writes_and_all_agree_when",
     ),
     Bug(
@@ -2178,7 +2213,7 @@ BUGS = (
     Bug(
         "a URL of IPv6 without brackets",
         "jaxbn/writers/_prometheus.py",
-        'host = f"[{address}]" if ":" in address else address',
+        'host = f"[{address}]" if ":" in str(address) else address',
         "host = address",
         "writers/test_writers.py::test_prometheus_serves_at_an_address_of_ipv6",
     ),

@@ -13,6 +13,7 @@ from jaxbn._folding.program import Program, evaluate, trace
 from jaxbn._folding.rewrite import Rewrite, SiteOutcome
 from jaxbn._folding.training_mode import batch_statistics
 from jaxbn._misuse import check_function
+from jaxbn._op.arguments.values import check_number
 from jaxbn._op.axes import promote
 from jaxbn._text import a_kind, aligned
 
@@ -334,11 +335,9 @@ def _check_arguments(fn: Any, args: Sequence[Any], tolerance: float | None) -> N
                 f"expected an array; close over what is none: "
                 f"jaxbn.fold(lambda x: fn(x, option), x)."
             )
-    if tolerance is not None and not tolerance > 0:
-        raise ValueError(
-            f"fold: tolerance={tolerance!r}, expected a relative error above 0; write "
-            f"tolerance=1e-5."
-        )
+    if tolerance is not None:
+        above = "a relative error above 0"
+        check_number("fold", "tolerance", tolerance, lambda v: v > 0, above, "1e-5")
 
 
 def _check_something(report: FoldReport, program: Program) -> None:

@@ -8,11 +8,13 @@ import numpy as np
 
 from jaxbn._inspection import layers
 from jaxbn._misuse import check_by_path
+from jaxbn._op.arguments.values import check_numbers
 from jaxbn._op.state import Moments
 from jaxbn.health._findings import (
     Finding,
     Limits,
     Setting,
+    check_limits,
     setting_of,
     worst_first,
 )
@@ -63,6 +65,8 @@ def check(
     >>> finding.layer, finding.kind, finding.severity, finding.figure, finding.channels
     ('bn', 'negative_variance', 'error', -2.0, (1,))
     """
+    check_limits("check", limits)
+    check_numbers("check", momentum, epsilon)
     found = _layers_of("check", tree)
     moments = {} if moments is None else moments
     if isinstance(moments, Mapping):  # a record of a watched step has the moments as its `batch`

@@ -1,13 +1,15 @@
 """Does served data still have the moments that the running statistics say? A statistical test."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxbn._misuse import check_batches, check_by_path, takes
+from jaxbn._op.arguments.values import check_number
 from jaxbn._op.state import Moments
-from jaxbn._text import aligned
+from jaxbn._text import a_kind, aligned
 from jaxbn.health._findings import WARNING, Finding
 from jaxbn.health._rows import Seen, merge, rows_in, seen
 
@@ -115,8 +117,10 @@ def drift(
       A `Drift`.
 
     Raises:
-      TypeError: a batch is not a dict, path → `Moments`.
-      ValueError: there are no batches or fewer than 2 rows, or the moments do not fit the state.
+      TypeError: a batch is not a dict, path → `Moments`; reference is no `Drift`; or an option is
+        no number.
+      ValueError: there are no batches or fewer than 2 rows, the moments do not fit the state, or an
+        option is out of its range.
 
     >>> import jax, jax.numpy as jnp, jaxbn
     >>> state = {"bn": jaxbn.State(jnp.zeros(8), jnp.ones(8), None)}
@@ -125,6 +129,7 @@ def drift(
     >>> jaxbn.health.drift(state, rows[:1]).alarm, jaxbn.health.drift(state, rows[1:]).alarm
     (False, True)
     """
+    _check_options(reference, false_alarm, tolerance)
     if not isinstance(batches, Mapping):
         check_batches("drift", batches, WRITE)
     total: dict[str, Seen] = {}
@@ -169,7 +174,8 @@ def decide(
     from scipy.special import stdtrit  # type: ignore[import-untyped]  # jax depends on scipy
 
     check_by_path("decide", total, (Seen,), "health.decide(total)", "health.merge")
-    _check_stream(total, reference, false_alarm)
+    _check_options(reference, false_alarm, tolerance)
+    _check_stream(total, reference)
     if tolerance is None:
         tolerance = FROM_STATE if reference is None else FROM_REFERENCE
     reports, findings = [], []
@@ -227,12 +233,24 @@ def _shift_and_error(own: Seen, other: Seen | None, name: str) -> tuple[np.ndarr
     return mean, np.sqrt(np.maximum(squared, 1e-12))
 
 
-def _check_stream(total: Mapping[str, Seen], reference: Drift | None, false_alarm: float) -> None:
-    if not 0 < false_alarm <= 0.2:  # the bound on sums of squares holds for no larger chance
-        raise ValueError(
-            f"drift: false_alarm={false_alarm!r}, expected the chance of an alarm without drift, "
-            f"above 0 and at most 0.2; write false_alarm=0.001."
+def _check_options(reference: Any, false_alarm: Any, tolerance: Any) -> None:
+    if not isinstance(reference, Drift | None):
+        raise TypeError(
+            f"drift: reference is {a_kind(reference)}, expected the Drift of clean data; write "
+            f"{REFERENCE}."
         )
+    # The bound on sums of squares holds for no larger chance.
+    chance = "the chance of an alarm without drift, above 0 and at most 0.2"
+    check_number("drift", "false_alarm", false_alarm, lambda v: 0 < v <= 0.2, chance, "0.001")
+    if tolerance is not None:
+        least = "the shift in sd that is no drift, a finite number of at least 0"
+        check_number("drift", "tolerance", tolerance, lambda v: 0 <= v < math.inf, least, "0.1")
+
+
+REFERENCE = "reference=health.drift(variables, clean_batches)"
+
+
+def _check_stream(total: Mapping[str, Seen], reference: Drift | None) -> None:
     if not total:
         raise ValueError(
             "drift: no batches, or a model without batch norm; expected the result of "
@@ -241,5 +259,5 @@ def _check_stream(total: Mapping[str, Seen], reference: Drift | None, false_alar
     if reference is not None and (missing := sorted(set(total) - set(reference.seen))):
         raise ValueError(
             f"drift: the reference has no layer {missing[0]!r}, it has {sorted(reference.seen)}; "
-            f"write reference=health.drift(variables, clean_batches), with the same model."
+            f"write {REFERENCE}, with the same model."
         )

@@ -16,6 +16,7 @@ import numpy as np
 from jaxbn._inspection import hooks, layers
 from jaxbn._misuse import check_by_path
 from jaxbn._op.arguments.cells import check_cells
+from jaxbn._op.arguments.values import check_numbers
 from jaxbn._op.axes import resolve
 from jaxbn._op.devices import sharded_as
 from jaxbn._op.moments import moments
@@ -165,6 +166,7 @@ def seen(state: Any, rows: Mapping[str, Moments], *, epsilon: float = 1e-5) -> d
     write = "drift(variables, batches), or seen(variables, rows)"
     source = "health.incoming(model.apply)(variables, x)[1]"
     check_by_path("drift", rows, (Moments,), write, source)
+    check_numbers("drift", None, epsilon)
     held = layers.find(state)
     fitted = {path: _fitted(held, path, of_rows) for path, of_rows in rows.items()}
     return {path: _seen(held[path].state, of_rows, epsilon) for path, of_rows in fitted.items()}

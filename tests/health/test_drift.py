@@ -417,6 +417,9 @@ def test_the_rates_of_false_alarms(example, monkeypatch):
 # errors
 
 
+TOLERANCE = (
+    "expected the shift in sd that is no drift, a finite number of at least 0; write tolerance=0.1."
+)
 INCOMING = "health.incoming(model.apply)(variables, x)[1]"
 
 
@@ -451,6 +454,19 @@ def test_bad_calls_are_told_what_to_write():
             "0 and at most 0.2; write false_alarm=0.001.",
         ),
         (
+            lambda: health.decide(clean.seen, tolerance=-0.1),
+            f"drift: tolerance=-0.1, {TOLERANCE}",
+        ),
+        (
+            lambda: health.drift(STATE, iter(()), tolerance=np.nan),
+            f"drift: tolerance=nan, {TOLERANCE}",
+        ),
+        (
+            lambda: health.seen(STATE, {"bn": good}, epsilon=-1),
+            "drift: epsilon=-1, expected a finite number of at least 0, added to the variance; "
+            "write epsilon=1e-5.",
+        ),
+        (
             lambda: health.decide({"other": clean.seen["bn"]}, reference=clean),
             "drift: the reference has no layer 'other', it has ['bn']; write "
             "reference=health.drift(variables, clean_batches), with the same model.",
@@ -469,3 +485,11 @@ def test_bad_calls_are_told_what_to_write():
     ]
     for call, expected in cases:
         assert message(ValueError, call) == expected
+    assert message(TypeError, health.decide, clean.seen, tolerance="a") == (
+        f"drift: tolerance='a', {TOLERANCE}"
+    )
+    for reference, what in ((clean.seen, "a dict"), (0.1, "a float")):
+        assert message(TypeError, health.drift, STATE, iter(()), reference=reference) == (
+            f"drift: reference is {what}, expected the Drift of clean data; write "
+            f"reference=health.drift(variables, clean_batches)."
+        )
