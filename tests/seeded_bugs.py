@@ -1030,6 +1030,13 @@ BUGS = (
         "convert/test_files.py::test_a_damaged_folder_is_refused[outside]",
     ),
     Bug(
+        "booleans are of another type than booleans",
+        "jaxbn/convert/_matching.py",
+        ", jnp.integer, jnp.bool_)",
+        ", jnp.integer)",
+        "convert/test_convert.py::test_booleans_are_converted_into_booleans_alone[bool]",
+    ),
+    Bug(
         "a lone layer that does not fit is a question of order",
         "jaxbn/convert/_matching.py",
         "if not (left and right) or len(left) == len(right) == 1:",
@@ -2293,6 +2300,13 @@ BUGS = (
         "if not child.resolve().is_relative_to(root):",
         "if False:",
         "checkpoints/test_checkpoints.py::test_no_link_in_a_folder_leads_out_of_it[zarr]",
+    ),
+    Bug(
+        "a dtype that a format lacks ends in the words of another package",
+        "jaxbn/_checkpoints/write.py",
+        "    _check_dtypes(path, arrays)\n",
+        "",
+        "cli/test_cli.py::test_a_dtype_that_a_format_does_not_hold_is_refused",
     ),
     Bug(
         "two arrays of one name in a file",

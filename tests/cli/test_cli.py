@@ -1194,6 +1194,32 @@ def test_what_is_no_array_is_not_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "form"),
+    [
+        ("net.safetensors", np.complex128, "safetensors"),
+        ("net.safetensors", jnp.float8_e4m3fn, "safetensors"),  # written, and never read again
+        ("net", np.longdouble, "orbax"),
+        ("net.msgpack", np.longdouble, None),
+        ("net.safetensors", np.bool_, None),
+        ("net", jnp.bfloat16, None),
+    ],
+)
+def test_a_dtype_that_a_format_does_not_hold_is_refused(name, dtype, form, tmp_path, capfd):
+    v = np.ones(3).astype(dtype)
+    if form is None:
+        write_.save(tmp_path / name, {"a": {"b": v}})
+        np.testing.assert_array_equal(read.read(tmp_path / name)["a"]["b"], v)
+        return
+    with pytest.raises(ValueError) as error:
+        write_.save(tmp_path / name, {"a": {"b": v}})
+    assert str(error.value) == (
+        f"save: a/b is {v.dtype}, which {form} does not hold; name a .msgpack file."
+    )
+    assert [*tmp_path.iterdir()] == []
+    assert capfd.readouterr() == ("", "")
+
+
 def test_the_json_in_the_docs(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     new = {"mean": np.zeros(8), "var": np.ones(8), "scale": np.ones(8), "bias": np.zeros(8)}
