@@ -674,12 +674,10 @@ def test_all_that_does_not_fit_is_one_error():
 @pytest.mark.parametrize("target", [np.bool_, np.float32])
 def test_booleans_are_converted_into_booleans_alone(target):
     """As the buffer of a mask is."""
-    source, like = (
-        {"fc.weight": np.eye(2) > 0},
-        {"params": {"fc": {"kernel": np.eye(2).astype(target)}}},
-    )
+    source = {"fc.weight": np.eye(2) > 0}
+    like = {"params": {"fc": {"kernel": np.eye(2).astype(target)}}}
     if target is np.bool_:
-        variables = convert.from_torch(source, like).variables
+        variables, _ = convert.from_torch(source, like)
         np.testing.assert_array_equal(variables["params"]["fc"]["kernel"], np.eye(2) > 0)
         return
     with pytest.raises(ValueError) as error:
