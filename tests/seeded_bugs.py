@@ -1023,6 +1023,20 @@ BUGS = (
         "convert/test_files.py::test_what_holds_no_weights_is_refused[meta]",
     ),
     Bug(
+        "a folder is written in, permitted or not",
+        "jaxbn/_files.py",
+        "    if not os.access(folder, os.W_OK | os.X_OK):",
+        "    if False:",
+        "cli/test_cli.py::test_a_folder_that_may_not_be_written_in_is_refused_before_any_work",
+    ),
+    Bug(
+        "an error names the folder beside the file",
+        "jaxbn/_files.py",
+        "        error.filename = os.fspath(path)  # the user knows of no folder beside it\n",
+        "",
+        "cli/test_cli.py::test_a_folder_that_goes_meanwhile_is_told_by_the_name_of_the_file",
+    ),
+    Bug(
         "an index names files anywhere",
         "jaxbn/_files.py",
         "    if any(Path(file).name != file or not file.endswith(",

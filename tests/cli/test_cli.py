@@ -881,6 +881,36 @@ def test_a_destination_that_fails_leaves_nothing(dest, tmp_path, capsys, monkeyp
     assert os.listdir() == ["a.msgpack"]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "convert {0} {1}/a",
+        "convert {0} {1}/a.msgpack",
+        "recalibrate {0} {1}/a.msgpack --model none:none",
+        "export {0} {1}/a.stablehlo --model none:none",
+        "export {0} {1}/a --model none:none",
+        "doctor {0} --plot {1}/a.png",
+    ],
+)
+def test_a_folder_that_may_not_be_written_in_is_refused_before_any_work(
+    words, tmp_path, capsys, monkeypatch
+):
+    write_.save(source := tmp_path / "net.msgpack", tree_of(SICK))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    status, out, err = run(capsys, *words.format(source, tmp_path).split())
+    assert (status, out) == (2, "")
+    assert err == (
+        f"{words.split()[0]}: the folder {tmp_path} may not be written in; name a file in another\n"
+    )
+
+
+def test_a_folder_that_goes_meanwhile_is_told_by_the_name_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(write_, "check_destination", lambda path: None)
+    with pytest.raises(FileNotFoundError) as error:
+        write_.save(tmp_path / "gone" / "a.msgpack", {"a": ONE})
+    assert error.value.filename == str(tmp_path / "gone" / "a.msgpack")
+
+
 def test_orbax_writes_no_array_without_values(tmp_path):
     assert error_of(write_.save, tmp_path / "b", {"bn": {"mean": ONE[:0]}}) == (
         "save: 'bn.mean' has shape (0,), and orbax writes no array without values; name a "
