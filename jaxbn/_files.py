@@ -21,6 +21,7 @@ def check_place(call: str, path: str | os.PathLike[str]) -> None:
     Raises:
       TypeError: path is no path.
       FileNotFoundError: the folder of the file does not exist.
+      PermissionError: this process may not write in the folder.
       IsADirectoryError: a folder has the name of the file.
       FileExistsError: a device or a pipe has it, which a file would replace.
 
@@ -35,6 +36,10 @@ def check_place(call: str, path: str | os.PathLike[str]) -> None:
     if not (folder := path.absolute().parent).is_dir():
         raise FileNotFoundError(
             f"{call}: no folder {printable(folder)} to write {printable(path.name)} in"
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"{call}: the folder {printable(folder)} may not be written in; name a file in another"
         )
     if path.is_dir():
         raise IsADirectoryError(f"{call}: {printable(path)} is a folder; name a file")
@@ -106,6 +111,24 @@ def check_file(call: str, path: Any, kind: str) -> None:
         raise FileNotFoundError(f"{call}: no {kind} file at {printable(path)}")
 
 
+def check_memory(size: int, what: str) -> None:
+    """Raises if this machine's memory cannot hold so many bytes.
+
+    Args:
+      size: the number of bytes.
+      what: has them, for the error.
+
+    Raises:
+      ValueError: the machine has less memory.
+
+    >>> from jaxbn import _files
+    >>> _files.check_memory(10**6, "it declares")
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise ValueError(f"{what} {size:.3g} bytes, and this machine has {memory:.3g}")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A place beside `path` to write to. At the end it is renamed to `path`, unless an error came.
@@ -121,7 +144,12 @@ def replacing(path: Path) -> Iterator[Path]:
     ...     path.read_text()
     'whole'
     """
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    try:
+        beside = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        error.filename = os.fspath(path)  # the user knows of no folder beside it
+        raise
+    with beside as folder:
         file = Path(folder, path.name)
         try:
             yield file

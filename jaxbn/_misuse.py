@@ -99,8 +99,10 @@ def check_function(call: str, fn: Any, write: str, expected: str = FUNCTION) -> 
     TypeError: serving: fn is a dict, expected an inference function with its weights closed over; \
 write health.serving(fn, x).
     """
-    if not callable(fn) or is_unbound(fn):
+    its_apply = is_unbound(getattr(fn, "__self__", None))
+    if not callable(fn) or is_unbound(fn) or its_apply:
         what = "a linen module without its variables" if callable(fn) else a_kind(fn)
+        what = "apply of " * its_apply + what
         raise TypeError(f"{call}: fn is {what}, expected {expected}; write {write}.")
 
 

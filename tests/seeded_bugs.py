@@ -673,8 +673,8 @@ BUGS = (
     Bug(
         "a number in words goes on to Python",
         "jaxbn/_op/arguments/values.py",
-        '        raise _wrong(v)(f"{call}: {name}={v!r}, expected {expected}")',
-        '        raise ValueError(f"{call}: {name}={v!r}, expected {expected}")',
+        '        raise _wrong(v)(f"{call}: {name}={v!r}, expected {expected}; write',
+        '        raise ValueError(f"{call}: {name}={v!r}, expected {expected}; write',
         "test_arguments.py::test_what_has_another_type[merge_updates, momentum]",
     ),
     Bug(
@@ -1122,11 +1122,32 @@ BUGS = (
         "convert/test_files.py::test_what_holds_no_weights_is_refused[meta]",
     ),
     Bug(
+        "a folder is written in, permitted or not",
+        "jaxbn/_files.py",
+        "    if not os.access(folder, os.W_OK | os.X_OK):",
+        "    if False:",
+        "cli/test_cli.py::test_a_folder_that_may_not_be_written_in_is_refused_before_any_work",
+    ),
+    Bug(
+        "an error names the folder beside the file",
+        "jaxbn/_files.py",
+        "        error.filename = os.fspath(path)  # the user knows of no folder beside it\n",
+        "",
+        "cli/test_cli.py::test_a_folder_that_goes_meanwhile_is_told_by_the_name_of_the_file",
+    ),
+    Bug(
         "an index names files anywhere",
         "jaxbn/_files.py",
         "    if any(Path(file).name != file or not file.endswith(",
         "    if any(not file.endswith(",
         "convert/test_files.py::test_a_damaged_folder_is_refused[outside]",
+    ),
+    Bug(
+        "booleans are of another type than booleans",
+        "jaxbn/convert/_matching.py",
+        ", jnp.integer, jnp.bool_)",
+        ", jnp.integer)",
+        "convert/test_convert.py::test_booleans_are_converted_into_booleans_alone[bool]",
     ),
     Bug(
         "a lone layer that does not fit is a question of order",
@@ -1264,6 +1285,13 @@ BUGS = (
         "test_first_day.py::test_what_is_no_model[freeze of nnx, where= in the place of variables]",
     ),
     Bug(
+        "apply of a linen module is a function of data",
+        "jaxbn/_misuse.py",
+        '    its_apply = is_unbound(getattr(fn, "__self__", None))',
+        "    its_apply = False",
+        "health/test_lint.py::test_bad_calls_are_told_what_to_write[apply]",
+    ),
+    Bug(
         "a call without an argument ends in Python's words",
         "jaxbn/_misuse.py",
         "                if signature.parameters.keys() >= kwargs.keys():",
@@ -1273,8 +1301,8 @@ BUGS = (
     Bug(
         "a linen module without variables is a function",
         "jaxbn/_misuse.py",
-        "    if not callable(fn) or is_unbound(fn):",
-        "    if not callable(fn):",
+        "    if not callable(fn) or is_unbound(fn) or its_apply:",
+        "    if not callable(fn) or its_apply:",
         "test_first_day.py::test_what_is_no_model[serving of a linen model]",
     ),
     Bug(
@@ -1891,6 +1919,20 @@ BUGS = (
         "test_types.py::test_typos_are_found[jaxbn.nope]",
     ),
     Bug(
+        "drift reads the whole stream and then refuses an option",
+        "jaxbn/health/_drift.py",
+        "    _check_options(reference, false_alarm, tolerance)\n    if not isinstance(batches",
+        "    if not isinstance(batches",
+        "health/test_drift.py::test_bad_calls_are_told_what_to_write",
+    ),
+    Bug(
+        "limits of another kind are taken until one is read",
+        "jaxbn/health/_findings.py",
+        "    if not isinstance(limits, Limits):",
+        "    if False:",
+        "health/test_health.py::test_limits_that_are_none_are_refused[check-<lambda>]",
+    ),
+    Bug(
         "one batch taken for its layers' names",
         "jaxbn/health/_drift.py",
         "[batches] if isinstance(batches, Mapping) else batches",
@@ -2164,6 +2206,27 @@ BUGS = (
         "examples/test_cifar10_models.py::test_linen_and_nnx_are_the_same_network[resnet18-post-imagenet-20]",
     ),
     Bug(
+        "figures are appended to any file, and its last line is cut off",
+        "jaxbn/writers/_json_lines.py",
+        "        if there[: len(BEGIN)] != BEGIN[: len(there)]:",
+        "        if False:",
+        'writers/test_writers.py::test_a_file_of_something_else_is_left_as_it_is[{"lr": 0.1}]',
+    ),
+    Bug(
+        "going back replaces a device by a file",
+        "jaxbn/writers/_json_lines.py",
+        "        if before != lines:",
+        "        if True:",
+        "writers/test_writers.py::test_lines_for_a_device_are_written_and_the_device_stays",
+    ),
+    Bug(
+        "a class is a writer",
+        "jaxbn/writers/_log.py",
+        " and not isinstance(v, type) for v in several",
+        " for v in several",
+        "writers/test_writers.py::test_bad_calls_are_told_what_to_write[a_class]",
+    ),
+    Bug(
         "a verdict takes the place of the records of its step",
         "jaxbn/writers/_log.py",
         "figures[layer] = figures.get(layer, {}) | of_layer",
@@ -2192,6 +2255,20 @@ BUGS = (
         "inspection/test_sketch.py::test_calls_of_one_layer_are_mixed_by_their_values[linen]",
     ),
     Bug(
+        "gradients of linen's variables are left out",
+        "jaxbn/watch/_records.py",
+        '        return grads["params"]',
+        "        return grads",
+        "watch/test_watch.py::test_gradients_of_linens_variables_are_those_of_the_parameters[False]",
+    ),
+    Bug(
+        "kernels that are no paths end in Python's words",
+        "jaxbn/watch/_records.py",
+        "    if kernels is not None:\n",
+        "    if False:\n",
+        "watch/test_watch.py::test_bad_calls_are_told_what_to_write[a kernel that is no path]",
+    ),
+    Bug(
         "a norm has the values of its first call alone",
         "jaxbn/watch/_observe.py",
         "[quantiles, b.quantiles], [",
@@ -2201,9 +2278,16 @@ BUGS = (
     Bug(
         "drift counts an image once for each call of a layer",
         "jaxbn/health/_rows.py",
-        "    if a.mean.shape != b.mean.shape:",
-        "    if True:",
+        "    a, b = (jax.tree.map(widened, m) for m in (a, b))\n",
+        "    return jax.tree.map(lambda v, w: jnp.concatenate([v, w], -1), a, b)\n",
         "health/test_drift.py::test_a_layer_that_is_called_twice_has_each_image_once[False]",
+    ),
+    Bug(
+        "a call with fewer rows ends with the last row of the other call",
+        "jaxbn/health/_rows.py",
+        " + [(0, rows - v.shape[-1])])",
+        " + [(rows - v.shape[-1], 0)])",
+        "health/test_drift.py::test_row_i_of_all_calls_of_a_layer_is_one_row[masked0-sizes0]",
     ),
     Bug(
         "drift merges the calls of a scanned layer by the counts of other rows",
@@ -2229,8 +2313,8 @@ BUGS = (
     Bug(
         "all processes write",
         "jaxbn/writers/_log.py",
-        "self.writers = list(writers) if jax.process_index() == 0 else []",
-        "self.writers = list(writers)",
+        "self.writers = writers if jax.process_index() == 0 else []",
+        "self.writers = writers",
         "writers/test_writers.py::test_only_the_first_process_writes_and_all_agree_when",
     ),
     Bug(
@@ -2257,7 +2341,7 @@ BUGS = (
     Bug(
         "a URL of IPv6 without brackets",
         "jaxbn/writers/_prometheus.py",
-        'host = f"[{address}]" if ":" in address else address',
+        'host = f"[{address}]" if ":" in str(address) else address',
         "host = address",
         "writers/test_writers.py::test_prometheus_serves_at_an_address_of_ipv6",
     ),
@@ -2311,6 +2395,20 @@ BUGS = (
         "cli/test_cli.py::test_names_that_continue_others_are_converted_whole",
     ),
     Bug(
+        "a device is read to its end",
+        "jaxbn/_checkpoints/read.py",
+        "    if not (path.is_dir() or path.is_file() or path.is_fifo()):",
+        "    if False:",
+        "checkpoints/test_checkpoints.py::test_no_file_without_an_end_or_beyond_memory_is_read[]",
+    ),
+    Bug(
+        "a checkpoint beyond memory is read",
+        "jaxbn/_checkpoints/read.py",
+        '        _files.check_memory(path.stat().st_size, "it has")',
+        "        pass",
+        "checkpoints/test_checkpoints.py::test_no_file_without_an_end_or_beyond_memory_is_read[]",
+    ),
+    Bug(
         "sizes are taken as they are declared",
         "jaxbn/_checkpoints/read.py",
         "    if declared > size * COMPRESSION:",
@@ -2323,6 +2421,13 @@ BUGS = (
         "if not child.resolve().is_relative_to(root):",
         "if False:",
         "checkpoints/test_checkpoints.py::test_no_link_in_a_folder_leads_out_of_it[zarr]",
+    ),
+    Bug(
+        "a dtype that a format lacks ends in the words of another package",
+        "jaxbn/_checkpoints/write.py",
+        "    _check_dtypes(path, arrays)\n",
+        "",
+        "cli/test_cli.py::test_a_dtype_that_a_format_does_not_hold_is_refused",
     ),
     Bug(
         "two arrays of one name in a file",

@@ -110,8 +110,8 @@ WRONG = {
     ),
     "drift, tolerance": (
         lambda: health.drift(STATE, {"": ROWS}, tolerance="0.1"),
-        "drift: tolerance='0.1', expected the shift of the mean, in sd, that does not count; write "
-        "tolerance=0.1.",
+        "drift: tolerance='0.1', expected the shift in sd that is no drift, a finite number of at "
+        "least 0; write tolerance=0.1.",
     ),
     "drift, reference": (
         lambda: health.drift(STATE, {"": ROWS}, reference={"": ROWS}),
@@ -120,13 +120,12 @@ WRONG = {
     ),
     "serving, tolerance": (
         lambda: health.serving(lambda x: x, X, tolerance="1e-3"),
-        "serving: tolerance='1e-3', expected the largest relative error, at least 0, or None; "
-        "write tolerance=1e-4.",
+        "serving: tolerance='1e-3', expected a relative error of at least 0; write tolerance=1e-3.",
     ),
     "stablehlo, tolerance": (
         lambda: export.stablehlo(lambda x: x, X, "x", platforms=("cpu",), tolerance="1e-3"),
-        "stablehlo: tolerance='1e-3', expected the largest relative error, at least 0; write "
-        "tolerance=1e-4.",
+        "stablehlo: tolerance='1e-3', expected a relative error of at least 0; write "
+        "tolerance=1e-3.",
     ),
     "norm_arguments, momentum": (
         lambda: convert.norm_arguments("0.1"),

@@ -196,9 +196,9 @@ def merge_updates(states: Any, momentum: float | None = 0.99) -> Any:
     if momentum is not None:
         expected = (
             "the momentum in [0, 1) of the updates that are merged, or None for the cumulative "
-            "average; write momentum=0.99."
+            "average"
         )
-        check_real("merge_updates", "momentum", momentum, lambda v: 0 <= v < 1, expected)
+        check_real("merge_updates", "momentum", momentum, lambda v: 0 <= v < 1, expected, "0.99")
 
     def one_update(mean: jax.Array, var: jax.Array, count: jax.Array | None) -> Statistics:
         if momentum is None and count is None:

@@ -8,6 +8,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from jaxbn._files import check_memory
 from jaxbn._text import first_line, listed, printable
 
 
@@ -37,7 +38,7 @@ def read_inputs(path: str | os.PathLike[str]) -> Any:
     try:
         with zipfile.ZipFile(path) as file:
             arrays = {info.filename.removesuffix(".npy"): info for info in file.infolist()}
-            _check_size(sum(info.file_size for info in arrays.values()))
+            check_memory(sum(info.file_size for info in arrays.values()), "it declares")
             batch: dict[str, Any] = {}
             for key, info in arrays.items():
                 with file.open(info) as stream:
@@ -76,9 +77,3 @@ def _array(stream: IO[bytes], size: int) -> np.ndarray:
         raise ValueError(f"it declares an array of shape {shape}, which its bytes cannot hold")
     stream.seek(0)
     return form.read_array(stream, allow_pickle=False)
-
-
-def _check_size(size: int) -> None:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > memory:
-        raise ValueError(f"it declares {size:.3g} bytes, and this machine has {memory:.3g}")

@@ -61,6 +61,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     else:
         kind, reader = "a Flax msgpack file (flax.serialization.to_bytes)", _msgpack
     try:
+        _check_file(path)
         tree = reader(path)
     except ModuleNotFoundError:
         raise
@@ -154,6 +155,14 @@ def _orbax(path: Path) -> Any:
     }
 
 
+def _check_file(path: Path) -> None:
+    """Raises for a device, which may have no end, and for a file that memory cannot hold."""
+    if not (path.is_dir() or path.is_file() or path.is_fifo()):
+        raise ValueError("it is neither a file nor a folder")
+    if path.is_file():
+        _files.check_memory(path.stat().st_size, "it has")
+
+
 def _size(folder: Path, root: Path) -> int:
     """Bytes of all files in a folder. Raises at a link out of root and at devices and pipes."""
     size = 0
@@ -178,8 +187,4 @@ def _check_declared(stores: Iterable[Any], size: int) -> None:
         raise ValueError(
             f"it declares arrays of {declared:.3g} bytes, which its {size} bytes cannot hold"
         )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if declared > memory:
-        raise ValueError(
-            f"it declares arrays of {declared:.3g} bytes, and this machine has {memory:.3g}"
-        )
+    _files.check_memory(declared, "it declares arrays of")

@@ -27,7 +27,8 @@ def save(path: str | os.PathLike[str], tree: Mapping[str, Any]) -> None:
       tree: nested dicts with string keys. None and empty dicts are left out.
 
     Raises:
-      ValueError: the suffix is another, a leaf is no array of numbers, or two leaves have one name.
+      ValueError: the suffix is another, a leaf is no array of numbers or has a dtype that the
+        format does not hold, or two leaves have one name.
       FileExistsError: the orbax folder exists.
       OSError: the file cannot be written.
       ModuleNotFoundError: the package that writes such files is missing.
@@ -56,6 +57,7 @@ def save(path: str | os.PathLike[str], tree: Mapping[str, Any]) -> None:
             )
         names.add(name)
         arrays[keys] = v
+    _check_dtypes(path, arrays)
     with replacing(path) as place:
         if path.suffix == ".safetensors":
             save_file = need("save", "safetensors.numpy").save_file
@@ -106,10 +108,31 @@ def _silent_threads() -> Iterator[None]:
         threading.excepthook = hook
 
 
+def _check_dtypes(path: Path, arrays: Mapping[tuple[str, ...], np.ndarray]) -> None:
+    """Raises for an array whose dtype the format cannot write, or cannot read."""
+    if path.suffix == ".msgpack":
+        return  # of any dtype
+    if path.suffix == ".safetensors":
+        form, safetensors = "safetensors", need("save", "safetensors.numpy")
+
+        def trip(dtype: np.dtype) -> Any:
+            return safetensors.load(safetensors.save({"empty": np.zeros(0, dtype)}))
+    else:
+        form, trip = "orbax", need("save", "tensorstore").dtype
+    for keys, v in arrays.items():
+        try:
+            trip(v.dtype)
+        except Exception as error:
+            raise ValueError(
+                f"save: {printable('/'.join(keys))} is {v.dtype}, which {form} does not hold; name "
+                f"a .msgpack file."
+            ) from error
+
+
 def _numbers(keys: tuple[str, ...], node: Any) -> np.ndarray:
     """The leaf as an array that every format can hold."""
     v = np.array(node, order="C")
-    if v.dtype.kind in "OSUM":
+    if v.dtype.kind in "OSUMm":
         raise ValueError(
             f"save: {printable('/'.join(keys))} is {a_kind(node)}, expected an array of "
             f"numbers; save the part of the tree that holds them."

@@ -336,8 +336,8 @@ def _check_arguments(fn: Any, args: Sequence[Any], tolerance: float | None) -> N
                 f"jaxbn.fold(lambda x: fn(x, option), x)."
             )
     if tolerance is not None:
-        expected = "a relative error above 0; write tolerance=1e-5."
-        check_real("fold", "tolerance", tolerance, lambda v: v > 0, expected)
+        above = "a relative error above 0"
+        check_real("fold", "tolerance", tolerance, lambda v: v > 0, above, "1e-5")
 
 
 def _check_something(report: FoldReport, program: Program) -> None:

@@ -318,7 +318,7 @@ def _place(tensors: Iterable[Tensor], slots: Iterable[Slot], found: Match) -> No
 
 
 def _is_of_kind(dtype: Any, target: Any) -> bool:
-    kinds = (jnp.floating, jnp.complexfloating, jnp.integer)
+    kinds = (jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool_)
     return any(jnp.issubdtype(dtype, kind) and jnp.issubdtype(target, kind) for kind in kinds)
 
 

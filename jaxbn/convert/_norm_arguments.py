@@ -29,9 +29,9 @@ def norm_arguments(momentum: float | None = 0.1, eps: float = 1e-5) -> dict[str,
 def torch_arguments(call: str, momentum: float | None, eps: float) -> dict[str, Any]:
     """As `norm_arguments`; the errors name the call."""
     if momentum is not None:
-        expected = "PyTorch's, in [0, 1], or None for the cumulative average; write momentum=0.1."
-        check_real(call, "momentum", momentum, lambda v: 0 <= v <= 1, expected)
-    check_real(call, "eps", eps, lambda v: v >= 0, "at least 0; write eps=1e-5.")
+        expected = "PyTorch's, in [0, 1], or None for the cumulative average"
+        check_real(call, "momentum", momentum, lambda v: 0 <= v <= 1, expected, "0.1")
+    check_real(call, "eps", eps, lambda v: v >= 0, "at least 0", "1e-5")
     return {"momentum": one_minus(momentum), "epsilon": eps, "unbiased": True}
 
 

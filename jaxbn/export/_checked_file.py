@@ -121,8 +121,8 @@ def written(
       tolerances: the tolerance for each dtype; 0 for others.
     """
     if tolerance is not None:
-        expected = "the largest relative error, at least 0; write tolerance=1e-4."
-        check_real(call, "tolerance", tolerance, lambda v: v >= 0, expected)
+        least = "a relative error of at least 0"
+        check_real(call, "tolerance", tolerance, lambda v: v >= 0, least, "1e-3")
     path = Path(path)
     older = weights_of(path)
     absolute = relative = 0.0

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxbn._op.axes import is_integer
-from jaxbn.health._findings import Limits
+from jaxbn.health._findings import Limits, check_limits
 
 # With so many values the sd is off by 9 %: pooling more changes little (docs/cost-model.md).
 PLENTY = 64
@@ -70,6 +70,7 @@ def advise(
     group 0.0 Wu & He 2018; Qiao et al. 2019
     layer 0.0 Ba et al. 2016
     """
+    check_limits("advise", limits)
     axes = dict(devices) if isinstance(devices, Mapping) else {"data": devices}
     each = list(batch_per_device) if isinstance(batch_per_device, Sequence) else [batch_per_device]
     _check(each, axes, positions, serving)

@@ -14,6 +14,7 @@ from jaxbn.health._findings import (
     Finding,
     Limits,
     Setting,
+    check_limits,
     setting_of,
     worst_first,
 )
@@ -64,6 +65,7 @@ def check(
     >>> finding.layer, finding.kind, finding.severity, finding.figure, finding.channels
     ('bn', 'negative_variance', 'error', -2.0, (1,))
     """
+    check_limits("check", limits)
     check_numbers("check", momentum, epsilon)
     found = _layers_of("check", tree)
     moments = {} if moments is None else moments

@@ -1,5 +1,6 @@
 """Does served data still have the moments that the running statistics say? A statistical test."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -116,8 +117,10 @@ def drift(
       A `Drift`.
 
     Raises:
-      TypeError: a batch is not a dict, path → `Moments`.
-      ValueError: there are no batches or fewer than 2 rows, or the moments do not fit the state.
+      TypeError: a batch is not a dict, path → `Moments`; reference is no `Drift`; or an option is
+        no number.
+      ValueError: there are no batches or fewer than 2 rows, the moments do not fit the state, or an
+        option is out of its range.
 
     >>> import jax, jax.numpy as jnp, jaxbn
     >>> state = {"bn": jaxbn.State(jnp.zeros(8), jnp.ones(8), None)}
@@ -126,6 +129,7 @@ def drift(
     >>> jaxbn.health.drift(state, rows[:1]).alarm, jaxbn.health.drift(state, rows[1:]).alarm
     (False, True)
     """
+    _check_options(reference, false_alarm, tolerance)
     if not isinstance(batches, Mapping):
         check_batches("drift", batches, WRITE)
     total: dict[str, Seen] = {}
@@ -170,7 +174,8 @@ def decide(
     from scipy.special import stdtrit  # type: ignore[import-untyped]  # jax depends on scipy
 
     check_by_path("decide", total, (Seen,), "health.decide(total)", "health.merge")
-    _check_stream(total, reference, false_alarm, tolerance)
+    _check_options(reference, false_alarm, tolerance)
+    _check_stream(total, reference)
     if tolerance is None:
         tolerance = FROM_STATE if reference is None else FROM_REFERENCE
     reports, findings = [], []
@@ -228,25 +233,24 @@ def _shift_and_error(own: Seen, other: Seen | None, name: str) -> tuple[np.ndarr
     return mean, np.sqrt(np.maximum(squared, 1e-12))
 
 
-def _check_stream(
-    total: Mapping[str, Seen],
-    reference: Drift | None,
-    false_alarm: float,
-    tolerance: float | None,
-) -> None:
-    chance = (
-        "the chance of an alarm without drift, above 0 and at most 0.2; write false_alarm=0.001."
-    )
-    # The bound on sums of squares holds for no larger chance.
-    check_real("drift", "false_alarm", false_alarm, lambda v: 0 < v <= 0.2, chance)
-    if tolerance is not None:
-        shift = "the shift of the mean, in sd, that does not count; write tolerance=0.1."
-        check_real("drift", "tolerance", tolerance, lambda v: v >= 0, shift)
-    if reference is not None and not isinstance(reference, Drift):
+def _check_options(reference: Any, false_alarm: Any, tolerance: Any) -> None:
+    if not isinstance(reference, Drift | None):
         raise TypeError(
             f"drift: reference is {a_kind(reference)}, expected the Drift of clean data; write "
-            f"reference=health.drift(variables, clean_batches)."
+            f"{REFERENCE}."
         )
+    # The bound on sums of squares holds for no larger chance.
+    chance = "the chance of an alarm without drift, above 0 and at most 0.2"
+    check_real("drift", "false_alarm", false_alarm, lambda v: 0 < v <= 0.2, chance, "0.001")
+    if tolerance is not None:
+        least = "the shift in sd that is no drift, a finite number of at least 0"
+        check_real("drift", "tolerance", tolerance, lambda v: 0 <= v < math.inf, least, "0.1")
+
+
+REFERENCE = "reference=health.drift(variables, clean_batches)"
+
+
+def _check_stream(total: Mapping[str, Seen], reference: Drift | None) -> None:
     if not total:
         raise ValueError(
             "drift: no batches, or a model without batch norm; expected the result of "
@@ -255,5 +259,5 @@ def _check_stream(
     if reference is not None and (missing := sorted(set(total) - set(reference.seen))):
         raise ValueError(
             f"drift: the reference has no layer {missing[0]!r}, it has {sorted(reference.seen)}; "
-            f"write reference=health.drift(variables, clean_batches), with the same model."
+            f"write {REFERENCE}, with the same model."
         )

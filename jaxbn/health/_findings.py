@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxbn._text import a_kind
+
 ERROR, WARNING = "error", "warning"  # eval is wrong; accuracy or capacity is lost
 RECALIBRATE = "jaxbn.recalibrate(apply, variables, batches)"
 
@@ -100,6 +102,22 @@ class Limits(NamedTuple):
     gap_noise: float = 6.0  # divided by rows, added to gap²: 4 times the 3 / 2 of Gaussian rows
     shards: float = 1e-5  # chance that a layer of sound shards is called skewed, at one look
     bessel: float = 0.05  # sqrt(n / (n - 1)) - 1, which 10 values or fewer exceed
+
+
+def check_limits(call: str, limits: Any) -> None:
+    """Raises unless these are `Limits`.
+
+    >>> from jaxbn.health import _findings
+    >>> _findings.check_limits("gap", 0.5)
+    Traceback (most recent call last):
+        ...
+    TypeError: gap: limits is a float, expected health.Limits; write limits=health.Limits(gap=0.5).
+    """
+    if not isinstance(limits, Limits):
+        raise TypeError(
+            f"{call}: limits is {a_kind(limits)}, expected health.Limits; write "
+            f"limits=health.Limits(gap=0.5)."
+        )
 
 
 class Setting(NamedTuple):

@@ -23,6 +23,7 @@ from jaxbn.health._findings import (
     Finding,
     Limits,
     Setting,
+    check_limits,
     setting_of,
     worst_first,
 )
@@ -117,6 +118,7 @@ def gap(model: Any, *args: Any, limits: Limits = Limits(), **kwargs: Any) -> Gap
     ('layers_1', 'never_updated')
     """
     _check_model(model, args, kwargs)
+    check_limits("gap", limits)
     run, held = _runner(model, args, kwargs)
     # Path → how the layer is used. The hook fills it in the order of the calls, which the records
     # do not keep.

@@ -111,8 +111,9 @@ def incoming(model: Any) -> Callable[..., tuple[Any, dict[str, Moments]]]:
 
     Returns:
       A function with the model's arguments that returns `(y, path → Moments)`, with a count of
-      [rows] and mean and var [C, rows]; of a layer with domains [1, C, rows]. A row of a layer
-      that is called several times has the values of all calls, because each image is one row.
+      [rows] and mean and var [C, rows]; of a layer with domains [1, C, rows]. Row i of a
+      layer that is called several times has the values of row i of all calls, because each image is
+      one row.
 
     Raises:
       TypeError: model is neither of the two.
@@ -206,15 +207,20 @@ def rows_in(seen: Seen) -> np.ndarray:
 
 
 def _both_calls(a: Moments, b: Moments) -> Moments:
-    """The rows of a layer that is called twice.
+    """The rows of a layer that is called twice: row i of both calls is one row.
 
-    A second call brings the same rows. Row i of both is one row, because two rows of one image are
-    not independent. If the calls have different numbers of rows, all rows are kept.
+    A second call brings the same rows, and two rows of one image are not independent. A call with
+    fewer rows has no values of the rows after its last.
     """
-    if a.mean.shape != b.mean.shape:
-        return jax.tree.map(lambda v, w: jnp.concatenate([v, w], -1), a, b)
+    rows = max(m.mean.shape[-1] for m in (a, b))
+
+    def widened(v: jax.Array) -> jax.Array:
+        return jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, rows - v.shape[-1])])
+
+    a, b = (jax.tree.map(widened, m) for m in (a, b))
     both = merge_moments(*(m._replace(count=_beside(m.count, m.mean)) for m in (a, b)))
-    return both._replace(count=a.count + b.count)
+    # [rows] again, unless the mask of a call differs by feature.
+    return both._replace(count=both.count.reshape(max(a.count, b.count, key=jnp.ndim).shape))
 
 
 def _beside(count: jax.Array, mean: jax.Array) -> jax.Array:

@@ -19,7 +19,6 @@ EVAL = "run the norms in eval mode: train=False, use_running_average=True, model
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
 
 
-TOLERANCE = "the largest relative error, at least 0, or None; write tolerance=1e-4."
 WRITE = "health.serving(lambda x: net.apply(variables, x), x)"
 
 
@@ -52,7 +51,7 @@ def serving(fn: Callable[[Any], Any], x: Any, *, tolerance: float | None = None)
       mode, or the result: `result`, `result['logits']`.
 
     Raises:
-      TypeError: fn is no function of x.
+      TypeError: fn is no function of x, or tolerance is no number.
       ValueError: x has no rows to compare, or fn returns no result, or one without a row for each
         row of x.
 
@@ -65,7 +64,8 @@ def serving(fn: Callable[[Any], Any], x: Any, *, tolerance: float | None = None)
     """
     check_function("serving", fn, WRITE)
     if tolerance is not None:
-        check_real("serving", "tolerance", tolerance, lambda v: v >= 0, TOLERANCE)
+        least = "a relative error of at least 0"
+        check_real("serving", "tolerance", tolerance, lambda v: v >= 0, least, "1e-3")
     n = _rows(x)
     if where := _training_mode(fn, x):
         return [Finding(where, "train_in_inference", ERROR, 1.0, 0.0, (), EVAL)]

@@ -14,7 +14,7 @@ from jaxbn._op.arguments.pools import resolve
 from jaxbn._op.devices import Pool
 from jaxbn._op.state import Moments
 from jaxbn.health._distances import in_double
-from jaxbn.health._findings import WARNING, Finding, Limits, worst_first
+from jaxbn.health._findings import WARNING, Finding, Limits, check_limits, worst_first
 from jaxbn.health._rows import over_rows, rows_of_call
 
 ROUNDING = 1e-6  # of float32 means, some eps: a channel whose rows differ by less is a constant
@@ -206,6 +206,7 @@ def shards(records: Mapping[str, Any], *, limits: Limits = Limits()) -> list[Fin
         raise misuse(
             "health.shards", [records], "the records of a step", "health.shards(watch.records(...))"
         )
+    check_limits("health.shards", limits)
     if missing := sorted(path for path, r in records.items() if getattr(r, "shards", None) is None):
         raise ValueError(
             f"health.shards: the records of {missing} have no shards, expected those of a step "

@@ -9,6 +9,9 @@ from jax.tree_util import GetAttrKey
 
 from jaxbn._inspection import hooks
 from jaxbn._inspection.layers import is_nnx, join, plain
+from jaxbn._misuse import misuse
+
+WRITE = "watch.kernels(model.apply, variables, x)"
 
 
 def kernels(model: Any, *args: Any, **kwargs: Any) -> dict[str, str | tuple[str, ...]]:
@@ -44,6 +47,8 @@ def kernels(model: Any, *args: Any, **kwargs: Any) -> dict[str, str | tuple[str,
     if is_nnx(model):
         from flax import nnx
 
+        if not (args or kwargs):
+            raise misuse("watch.kernels", [model], "a model and a batch", "watch.kernels(model, x)")
         graphdef, tree = nnx.split(model)
 
         def inputs(tree: Any) -> dict[str, Any]:
@@ -51,12 +56,15 @@ def kernels(model: Any, *args: Any, **kwargs: Any) -> dict[str, str | tuple[str,
                 copy(*args, **kwargs)
             return dict(seen)
     else:
-        hooks.check_apply("watch.kernels", model, "watch.kernels(model.apply, variables, x)")
+        hooks.check_apply("watch.kernels", model, WRITE)
         if not args:
             raise TypeError(
-                "watch.kernels: called with apply alone, expected the arguments of a call of the "
-                "model; write watch.kernels(model.apply, variables, x)."
+                f"watch.kernels: called with apply alone, expected the arguments of a call of the "
+                f"model; write {WRITE}."
             )
+        if not isinstance(args[0], Mapping):
+            expected = "a linen model's apply, its variables and a batch"
+            raise misuse("watch.kernels", [model, *args], expected, WRITE)
         (tree, *batch), hooked = args, hooks.hooked_apply(model, _input, add)
 
         def inputs(tree: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxbn._misuse import check_by_path
+from jaxbn._misuse import check_by_path, misuse
 from jaxbn._op.state import Moments, State
 from jaxbn.health._distances import distance, seen_in, values_of
 from jaxbn.health._findings import Limits
@@ -31,6 +31,9 @@ def channels(record: Record) -> Channels:
       and running statistics are those of the domains in this batch. `x` has [64], values of the
       layer's input that are equally probable, if the step was watched with `histogram=True`.
 
+    Raises:
+      TypeError: record is no `Record`.
+
     >>> import jax.numpy as jnp, jaxbn
     >>> from jaxbn import watch
     >>> params, state = jaxbn.init(2)
@@ -38,6 +41,9 @@ def channels(record: Record) -> Channels:
     >>> list(watch.channels(record))
     ['batch_mean', 'batch_var', 'running_mean', 'running_var', 'scale', 'bias']
     """
+    if not isinstance(record, Record):
+        write = "watch.channels(records[path])"
+        raise misuse("watch.channels", [record], "the Record of one layer", write)
     arrays = {
         "batch_mean": record.batch.mean,
         "batch_var": record.batch.var,

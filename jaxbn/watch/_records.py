@@ -59,7 +59,8 @@ def records(
       seen: path → `Moments` or `Observed`, from `linen` or `nnx`. With `jaxbn.batch_norm`, make
         the dict yourself from `jaxbn.moments(x)`.
       variables: linen's `{"params": …, "batch_stats": …}`, or the nnx model.
-      grads: gradients of the loss, in the structure of the parameters; None leaves them out.
+      grads: gradients of the loss, in the structure of the parameters, or of linen's variables;
+        None leaves them out.
       kernels: path of a layer → path of the kernel before it, from `jaxbn.watch.kernels`, for the
         norms of the kernel and of its gradient; None leaves them out.
 
@@ -67,7 +68,7 @@ def records(
       Path → `Record`, for the paths in seen; {} if seen is empty.
 
     Raises:
-      TypeError: seen is not a dict, path → `Moments`.
+      TypeError: seen is not a dict, path → `Moments`; or kernels are not a dict of paths.
       ValueError: variables hold no running statistics for a layer in seen; or kernels came without
         grads, or name a kernel that the parameters do not have.
 
@@ -82,6 +83,9 @@ def records(
     """
     write = "watch.records(seen, variables, grads)"
     check_by_path("watch.records", seen, (Moments, Observed), write, "watch.linen")
+    if kernels is not None:
+        given = "watch.records(seen, variables, grads, kernels=kernels)"
+        check_by_path("watch.records", kernels, (str, tuple, list), given, "watch.kernels")
     found = find(variables)
     if missing := sorted(set(seen) - set(found)):
         raise ValueError(
@@ -93,6 +97,7 @@ def records(
     stats = variables
     if isinstance(variables, Mapping):
         stats = variables.get("batch_stats", variables)
+    grads = _of_params(grads, variables)
     slopes = find({"params": {} if grads is None else grads, "batch_stats": stats})
     observed = {path: v if isinstance(v, Observed) else Observed(v) for path, v in seen.items()}
     norms = {} if not seen or kernels is None else _kernel_norms(kernels, variables, grads)
@@ -108,6 +113,14 @@ def records(
         )
         for path, of in observed.items()
     }
+
+
+def _of_params(grads: Any, variables: Any) -> Any:
+    """The gradients of the parameters, if these are the gradients of linen's variables."""
+    both = isinstance(grads, Mapping) and isinstance(variables, Mapping)
+    if both and "params" in grads and "params" not in variables.get("params", ()):
+        return grads["params"]
+    return grads
 
 
 def _kernel_norms(

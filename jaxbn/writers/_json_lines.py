@@ -4,11 +4,13 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from jaxbn._files import replacing
+from jaxbn._text import printable
 from jaxbn.watch._metrics import Channels
 from jaxbn.writers._writer import Figures, Writer, append, new_or_there
+
+BEGIN = b'{"step": '  # of every line
 
 
 class JSONLines(Writer):
@@ -22,7 +24,8 @@ class JSONLines(Writer):
       path: of the file; missing folders are made.
 
     Raises:
-      OSError: the file cannot be written.
+      TypeError: path is no path.
+      OSError: the file cannot be written, or holds something else.
 
     >>> import pathlib, tempfile
     >>> from jaxbn import writers
@@ -34,9 +37,15 @@ class JSONLines(Writer):
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = new_or_there("JSONLines", Path(path))
-        whole = self.path.read_bytes().rfind(b"\n") + 1
-        os.truncate(self.path, whole)
+        self.path = new_or_there("JSONLines", path)
+        there = self.path.read_bytes()
+        if there[: len(BEGIN)] != BEGIN[: len(there)]:
+            raise FileExistsError(
+                f"JSONLines: {printable(path)} holds something else than figures, expected a new "
+                f"file, or a file that JSONLines has written; name another file."
+            )
+        if half := len(there) - (there.rfind(b"\n") + 1):
+            os.truncate(self.path, len(there) - half)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -53,5 +62,7 @@ class JSONLines(Writer):
     def rewind(self, step: int) -> None:
         """Drop the lines of this step and later ones."""
         lines = self.path.read_text().splitlines(keepends=True)
-        with replacing(self.path) as file:
-            file.write_text("".join(x for x in lines if json.loads(x)["step"] < step))
+        before = [line for line in lines if json.loads(line)["step"] < step]
+        if before != lines:  # a device, /dev/null say, has no lines, and is not to be replaced
+            with replacing(self.path) as file:
+                file.write_text("".join(before))

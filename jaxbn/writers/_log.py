@@ -3,13 +3,16 @@
 import operator
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 
+from jaxbn._files import check_is_path
+from jaxbn._op.axes import is_integer
+from jaxbn._text import a_kind, short
 from jaxbn.health._drift import Drift, LayerDrift
 from jaxbn.watch import Record, channels, metrics
 from jaxbn.watch._metrics import Channels
@@ -33,6 +36,7 @@ class Log:
       every: the number of steps from one watched step to the next; 0 for none.
 
     Raises:
+      TypeError: writers are no list of writers, or every is no whole number.
       ValueError: every is negative.
 
     >>> from jaxbn import writers
@@ -43,16 +47,18 @@ class Log:
 
     def __init__(self, writers: Sequence[Writer], every: int = 50):
         """Keep the writers in process 0, and none in other processes."""
-        if every < 0:
-            raise ValueError(
+        writers = _checked(writers)
+        whole = is_integer(every)
+        if not whole or every < 0:
+            raise (ValueError if whole else TypeError)(
                 f"Log: every={every!r}, expected a number of steps, or 0 for never; write every=50."
             )
         self.every = every
-        self.writers = list(writers) if jax.process_index() == 0 else []
+        self.writers = writers if jax.process_index() == 0 else []
 
     def due(self, step: int) -> bool:
         """Whether to watch this step."""
-        return self.every > 0 and step % self.every == 0
+        return self.every > 0 and _whole("due", step) % self.every == 0
 
     def write(
         self, step: int, records: Mapping[str, Record] | Drift, *more: Mapping[str, Record] | Drift
@@ -143,9 +149,24 @@ def _whole(call: str, step: Any) -> int:
     try:
         return operator.index(step)
     except TypeError:
+        came = repr(step) if isinstance(step, str | float) else a_kind(step)
         raise TypeError(
-            f"Log.{call}: step is {step!r}, expected a whole number; write int(step)."
+            f"Log.{call}: step is {came}, expected a whole number; write int(step)."
         ) from None
+
+
+def _checked(writers: Any) -> list[Writer]:
+    """The writers as a list. Raises unless each is an instance with a method `write`."""
+    several = list(writers) if isinstance(writers, Iterable) else None
+    if several is not None and all(
+        callable(getattr(v, "write", None)) and not isinstance(v, type) for v in several
+    ):
+        return several
+    came = a_kind(writers) if several is None else f"a list of {short(map(a_kind, several))}"
+    raise TypeError(
+        f"Log: writers is {came}, expected a list of writers; write "
+        f"writers.Log([writers.JSONLines(path)])."
+    )
 
 
 def _check_records(records: Any) -> None:
@@ -193,6 +214,7 @@ def open(
       The `Log`, which is a context that closes the writers at its end.
 
     Raises:
+      TypeError: folder is no path.
       ValueError: a name is unknown.
       OSError, ModuleNotFoundError: a writer cannot be opened. The others are closed then.
 
@@ -203,11 +225,13 @@ def open(
     ...         [type(writer).__name__ for writer in log.writers]
     ['JSONLines']
     """
-    if isinstance(names, str) or (unknown := sorted(set(names) - set(NAMES))):
+    several = isinstance(names, Iterable) and not isinstance(names, str)
+    if not several or (unknown := sorted({*names} - {*NAMES}, key=str)):
         raise ValueError(
-            f"writers.open: {names if isinstance(names, str) else unknown!r}, expected a list of "
+            f"writers.open: {unknown if several else names!r}, expected a list of "
             f"some of {', '.join(NAMES)}; write writers.open(['jsonl'], folder)."
         )
+    check_is_path("writers.open", folder, "folder")
     log = Log([], every)
     if jax.process_index() != 0:
         return log

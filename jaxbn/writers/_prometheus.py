@@ -61,10 +61,10 @@ class Prometheus(Writer):
         self._latest: tuple[int, Figures] | None = None
         registry = client.CollectorRegistry()
         registry.register(self)
-        host = f"[{address}]" if ":" in address else address
+        host = f"[{address}]" if ":" in str(address) else address
         try:
             self._server = _served(client.make_wsgi_app(registry), address, port)
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, TypeError) as error:
             raise OSError(
                 f"Prometheus: cannot listen at {host}:{port} ({reason(error)}), expected an "
                 f"address of this machine and a port that is free; write port=0 for any free one."

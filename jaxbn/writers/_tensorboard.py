@@ -4,7 +4,6 @@ import os
 import struct
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ class TensorBoard(Writer):
         need("TensorBoard", "tensorboardX.proto.event_pb2")
         # The time is in nanoseconds, so that two files of one second have two names.
         name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
-        self.path = new_or_there("TensorBoard", Path(folder) / name)
+        self.path = new_or_there("TensorBoard", folder, name)
         self._event(file_version="brain.Event:2")
 
     def __str__(self) -> str:

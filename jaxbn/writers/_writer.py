@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from jaxbn._files import check_is_path
 from jaxbn._text import distinct, printable
 from jaxbn.watch._metrics import Channels
 
@@ -50,15 +51,17 @@ def labelled(of_layers: Mapping[str, Any]) -> dict[str, Any]:
     return dict(zip(names, of_layers.values(), strict=True))
 
 
-def new_or_there(call: str, path: Path) -> Path:
+def new_or_there(call: str, folder: Any, name: str = "") -> Path:
     """The path, after making sure that the file exists and can be appended to."""
+    check_is_path(call, folder)
+    path = Path(folder) / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("ab").close()
     except OSError as error:
         raise OSError(
-            f"{call}: cannot write {path} ({reason(error)}), expected a folder that this process "
-            f"may write in."
+            f"{call}: cannot write {printable(path)} ({reason(error)}), expected a folder that "
+            f"this process may write in."
         ) from None
     return path
 

@@ -163,12 +163,13 @@ def damaged(layouts, layout, tmp_path):
     return tmp_path / "net"
 
 
-def reason(path):
+def reason(path, kind="orbax checkpoint"):
     with pytest.raises(ValueError) as error:
         read(path)
-    head = f"read: {path} cannot be read as an orbax checkpoint: "
-    assert str(error.value).startswith(head)
-    return str(error.value).removeprefix(head).partition(". Expected an orbax folder")[0]
+    head = re.escape(f"read: {path} cannot be read as a") + rf"n? {kind}( \(.*\))?: "
+    found = re.match(head, str(error.value))
+    assert found
+    return str(error.value)[found.end() :].partition(". Expected an orbax folder")[0]
 
 
 @pytest.mark.parametrize("what", ["shape", "chunks"])
@@ -197,6 +198,19 @@ def test_what_this_machine_cannot_hold_is_refused(layouts, monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4, "SC_PHYS_PAGES": 5}[name])
     declared = "it declares arrays of 88 bytes, and this machine has 20"
     assert reason(layouts / "ocdbt") == declared
+
+
+@pytest.mark.parametrize("suffix", [".msgpack", ".safetensors", ""])
+def test_no_file_without_an_end_or_beyond_memory_is_read(suffix, tmp_path, monkeypatch):
+    """To read such a file would end this process, and perhaps others."""
+    path = tmp_path / f"net{suffix}"
+    path.symlink_to("/dev/null")  # stands for /dev/zero
+    kind = "safetensors file" if suffix == ".safetensors" else "Flax msgpack file"
+    assert reason(path, kind) == "it is neither a file nor a folder"
+    path.unlink()
+    path.write_bytes(bytes(24))
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4, "SC_PHYS_PAGES": 5}[name])
+    assert reason(path, kind) == "it has 24 bytes, and this machine has 20"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

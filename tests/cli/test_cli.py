@@ -881,6 +881,36 @@ def test_a_destination_that_fails_leaves_nothing(dest, tmp_path, capsys, monkeyp
     assert os.listdir() == ["a.msgpack"]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "convert {0} {1}/a",
+        "convert {0} {1}/a.msgpack",
+        "recalibrate {0} {1}/a.msgpack --model none:none",
+        "export {0} {1}/a.stablehlo --model none:none",
+        "export {0} {1}/a --model none:none",
+        "doctor {0} --plot {1}/a.png",
+    ],
+)
+def test_a_folder_that_may_not_be_written_in_is_refused_before_any_work(
+    words, tmp_path, capsys, monkeypatch
+):
+    write_.save(source := tmp_path / "net.msgpack", tree_of(SICK))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    status, out, err = run(capsys, *words.format(source, tmp_path).split())
+    assert (status, out) == (2, "")
+    assert err == (
+        f"{words.split()[0]}: the folder {tmp_path} may not be written in; name a file in another\n"
+    )
+
+
+def test_a_folder_that_goes_meanwhile_is_told_by_the_name_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(write_, "check_destination", lambda path: None)
+    with pytest.raises(FileNotFoundError) as error:
+        write_.save(tmp_path / "gone" / "a.msgpack", {"a": ONE})
+    assert error.value.filename == str(tmp_path / "gone" / "a.msgpack")
+
+
 def test_orbax_writes_no_array_without_values(tmp_path):
     assert error_of(write_.save, tmp_path / "b", {"bn": {"mean": ONE[:0]}}) == (
         "save: 'bn.mean' has shape (0,), and orbax writes no array without values; name a "
@@ -1192,6 +1222,32 @@ def test_what_is_no_array_is_not_saved(tmp_path):
         "holds them."
     )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "form"),
+    [
+        ("net.safetensors", np.complex128, "safetensors"),
+        ("net.safetensors", jnp.float8_e4m3fn, "safetensors"),  # written, and never read again
+        ("net", np.longdouble, "orbax"),
+        ("net.msgpack", np.longdouble, None),
+        ("net.safetensors", np.bool_, None),
+        ("net", jnp.bfloat16, None),
+    ],
+)
+def test_a_dtype_that_a_format_does_not_hold_is_refused(name, dtype, form, tmp_path, capfd):
+    v = np.ones(3).astype(dtype)
+    if form is None:
+        write_.save(tmp_path / name, {"a": {"b": v}})
+        np.testing.assert_array_equal(read.read(tmp_path / name)["a"]["b"], v)
+        return
+    with pytest.raises(ValueError) as error:
+        write_.save(tmp_path / name, {"a": {"b": v}})
+    assert str(error.value) == (
+        f"save: a/b is {v.dtype}, which {form} does not hold; name a .msgpack file."
+    )
+    assert [*tmp_path.iterdir()] == []
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_json_in_the_docs(tmp_path, capsys, monkeypatch):

@@ -671,6 +671,22 @@ def test_all_that_does_not_fit_is_one_error():
     )
 
 
+@pytest.mark.parametrize("target", [np.bool_, np.float32])
+def test_booleans_are_converted_into_booleans_alone(target):
+    """As the buffer of a mask is."""
+    source = {"fc.weight": np.eye(2) > 0}
+    like = {"params": {"fc": {"kernel": np.eye(2).astype(target)}}}
+    if target is np.bool_:
+        variables, _ = convert.from_torch(source, like)
+        np.testing.assert_array_equal(variables["params"]["fc"]["kernel"], np.eye(2) > 0)
+        return
+    with pytest.raises(ValueError) as error:
+        convert.from_torch(source, like)
+    assert str(error.value) == refused(
+        "from_torch", "of another type: fc.weight is bool, but params/fc/kernel is float32"
+    )
+
+
 def test_two_layers_for_one_place():
     source = {"a.b.weight": normal(2, 3), "a_b.weight": normal(2, 3)}
     like = {"params": {"a_b": {"kernel": np.zeros((3, 2))}}}

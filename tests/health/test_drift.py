@@ -250,13 +250,38 @@ def test_a_layer_that_is_called_twice_has_each_image_once(scanned):
         rows = health.incoming(Twice().apply)(variables, *xs)[1]
         return health.drift(variables, rows).layers[0]
 
-    once, more = layer(x, x), layer(x, np.concatenate([x, x]))
-    assert (once.rows, more.rows) == (64, 192)  # another number of rows: all are kept
-    np.testing.assert_allclose(once.shift, more.shift, rtol=1e-4)
-    assert once.values < 0.4 * more.values  # independent values, by the spread between rows
+    once, fewer = layer(x, x), layer(x, x[:32])
+    assert once.rows == 64
+    np.testing.assert_allclose(fewer.rows, (32 * 10 + 32 * 5) ** 2 / (32 * 10**2 + 32 * 5**2))
     part = np.zeros_like(x)
     mixed = layer(x, part)
     np.testing.assert_allclose(2 * mixed.shift, once.shift, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4), (4, 2), (2, 4, 6), (4, 2, 4)])
+@pytest.mark.parametrize("masked", [(), (0,), (1,)])
+def test_row_i_of_all_calls_of_a_layer_is_one_row(sizes, masked):
+    """However many rows each call has, in whatever order; a mask may differ by feature."""
+
+    class Calls(nn.Module):
+        @nn.compact
+        def __call__(self, xs, masks):
+            shared = nn.BatchNorm(use_running_average=True, name="shared")
+            return [shared(x, mask=mask) for x, mask in zip(xs, masks, strict=True)]
+
+    xs = [RNG.normal(i, 2, (n, 3, C)).astype(np.float32) for i, n in enumerate(sizes)]
+    valid = [RNG.random(x.shape) < (0.6 if i in masked else 1) for i, x in enumerate(xs)]
+    masks = [v if i in masked else None for i, v in enumerate(valid)]
+    stats = {"batch_stats": {"shared": {"mean": jnp.zeros(C), "var": jnp.ones(C)}}}
+    variables = stats | {"params": {"shared": {"scale": jnp.ones(C), "bias": jnp.zeros(C)}}}
+    rows = health.incoming(Calls().apply)(variables, xs, masks)[1]["shared"]
+    for i, c in np.ndindex(max(sizes), C):
+        cells = [x[i, :, c][v[i, :, c]] for x, v in zip(xs, valid, strict=True) if i < len(x)]
+        cells = np.concatenate(cells).astype(np.float64)
+        assert np.broadcast_to(rows.count, rows.mean.shape)[c, i] == cells.size
+        if cells.size:
+            np.testing.assert_allclose(rows.mean[c, i], cells.mean(), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(rows.var[c, i], cells.var(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_mask_without_an_axis_of_rows_is_one_for_all_rows():
@@ -392,6 +417,9 @@ def test_the_rates_of_false_alarms(example, monkeypatch):
 # errors
 
 
+TOLERANCE = (
+    "expected the shift in sd that is no drift, a finite number of at least 0; write tolerance=0.1."
+)
 INCOMING = "health.incoming(model.apply)(variables, x)[1]"
 
 
@@ -426,6 +454,19 @@ def test_bad_calls_are_told_what_to_write():
             "0 and at most 0.2; write false_alarm=0.001.",
         ),
         (
+            lambda: health.decide(clean.seen, tolerance=-0.1),
+            f"drift: tolerance=-0.1, {TOLERANCE}",
+        ),
+        (
+            lambda: health.drift(STATE, map(pytest.fail, ["the stream is read"]), tolerance=np.nan),
+            f"drift: tolerance=nan, {TOLERANCE}",
+        ),
+        (
+            lambda: health.seen(STATE, {"bn": good}, epsilon=-1),
+            "drift: epsilon=-1, expected a finite number of at least 0, added to the variance; "
+            "write epsilon=1e-5.",
+        ),
+        (
             lambda: health.decide({"other": clean.seen["bn"]}, reference=clean),
             "drift: the reference has no layer 'other', it has ['bn']; write "
             "reference=health.drift(variables, clean_batches), with the same model.",
@@ -444,3 +485,11 @@ def test_bad_calls_are_told_what_to_write():
     ]
     for call, expected in cases:
         assert message(ValueError, call) == expected
+    assert message(TypeError, health.decide, clean.seen, tolerance="a") == (
+        f"drift: tolerance='a', {TOLERANCE}"
+    )
+    for reference, what in ((clean.seen, "a dict"), (0.1, "a float")):
+        assert message(TypeError, health.drift, STATE, [], reference=reference) == (
+            f"drift: reference is {what}, expected the Drift of clean data; write "
+            f"reference=health.drift(variables, clean_batches)."
+        )

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbn
 from jaxbn import calls, health, watch
+from tests.support.messages import message
 from tests.support.networks import NnxNet
 
 C = 8
@@ -445,4 +446,32 @@ def test_moments_of_another_model_are_refused():
         health.check(healthy(), {"bn": jaxbn.Moments(1, np.ones(3), np.ones(3))})
     assert str(error.value) == (
         f"check: moments of 'bn' have shape (3,), but its statistics have shape (8,); {fix}"
+    )
+
+
+STATS = {"bn": {"mean": np.zeros(3), "var": np.ones(3)}}
+
+
+@pytest.mark.parametrize(
+    ("call", "given"),
+    [
+        ("check", lambda v: health.check(STATS, limits=v)),
+        ("gap", lambda v: health.gap(nn.BatchNorm().apply, STATS, np.eye(3), limits=v)),
+        ("health.shards", lambda v: health.shards({}, limits=v)),
+        ("advise", lambda v: health.advise(32, limits=v)),
+    ],
+)
+def test_limits_that_are_none_are_refused(call, given):
+    assert message(TypeError, given, 0.5) == (
+        f"{call}: limits is a float, expected health.Limits; write limits=health.Limits(gap=0.5)."
+    )
+
+
+@pytest.mark.parametrize("momentum", [2.0, "a"])
+def test_a_momentum_that_is_none_is_refused(momentum):
+    kind = TypeError if momentum == "a" else ValueError
+    assert message(kind, health.check, STATS, momentum=momentum) == (
+        f"check: momentum={momentum!r}, expected a number in [0, 1], the fraction of the old value "
+        f"that is kept (PyTorch's momentum m is 1 - m here), or None for the cumulative average; "
+        f"write momentum=0.99."
     )

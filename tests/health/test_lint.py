@@ -338,6 +338,13 @@ BAD = {
         "lint: fn is a dict, expected a function with its weights closed over, or an nnx model; "
         "write health.lint(lambda x: net.apply(variables, x), x).",
     ),
+    "apply": (
+        lambda: health.lint(nn.BatchNorm(use_running_average=True).apply, {"params": {}}, X),
+        TypeError,
+        "lint: fn is apply of a linen module without its variables, expected a function with its "
+        "weights closed over, or an nnx model; write health.lint(lambda x: net.apply(variables, "
+        "x), x).",
+    ),
     "no batch": (
         lambda: health.lint(lambda: 0),
         ValueError,

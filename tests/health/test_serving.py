@@ -123,3 +123,8 @@ def test_what_cannot_be_judged_is_refused():
         "serving: fn returns no array, expected a row for each of the 6 rows of x; return the "
         "results."
     )
+    for tolerance, kind in ((-1, ValueError), (np.nan, ValueError), ("a", TypeError)):
+        assert message(kind, health.serving, affine, X, tolerance=tolerance) == (
+            f"serving: tolerance={tolerance!r}, expected a relative error of at least 0; write "
+            f"tolerance=1e-3."
+        )

@@ -447,3 +447,55 @@ def test_records_of_other_variables_are_refused():
         '{"params": params, "batch_stats": batch_stats}, grads), or the nnx model in place of the '
         "variables."
     )
+
+
+APPLY = linen.BatchNorm(use_running_average=True).apply
+MOMENTS = {"": jaxbn.moments(X)}
+HELD = {"batch_stats": {"mean": jnp.zeros(5), "var": jnp.ones(5)}}
+KERNELS = (
+    "expected a dict, path → str of each layer, as watch.kernels gives; write watch.records(seen, "
+    "variables, grads, kernels=kernels)."
+)
+WRONG = {
+    "kernels of swapped arguments": (
+        lambda: watch.kernels(APPLY, X, HELD),
+        f"watch.kernels: called with (method, {type(X).__name__}, dict), expected a linen model's "
+        "apply, its variables and a batch; write watch.kernels(model.apply, variables, x).",
+    ),
+    "kernels of an nnx model alone": (
+        lambda: watch.kernels(nnx.BatchNorm(5, rngs=nnx.Rngs(0))),
+        "watch.kernels: called with (BatchNorm), expected a model and a batch; write "
+        "watch.kernels(model, x).",
+    ),
+    "a list of kernels": (
+        lambda: watch.records(MOMENTS, HELD, {}, kernels=["dense/kernel"]),
+        f"watch.records: called with list, {KERNELS}",
+    ),
+    "a kernel that is no path": (
+        lambda: watch.records(MOMENTS, HELD, {}, kernels={"": 3}),
+        f"watch.records: called with dict of ['int'], {KERNELS}",
+    ),
+    "channels of all layers": (
+        lambda: watch.channels(watch.records(MOMENTS, HELD)),
+        "watch.channels: called with (dict), expected the Record of one layer; write "
+        "watch.channels(records[path]).",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_bad_calls_are_told_what_to_write(what):
+    call, expected = WRONG[what]
+    assert message(TypeError, call) == expected
+
+
+@pytest.mark.parametrize("own", [False, True])  # a module of the model is called params
+def test_gradients_of_linens_variables_are_those_of_the_parameters(own):
+    seen = {"params/bn" if own else "bn": jaxbn.moments(X)}
+    scale, state = {"scale": jnp.full(5, 2.0)}, {"mean": jnp.zeros(5), "var": jnp.ones(5)}
+    variables = {"params": {"bn": scale}, "batch_stats": {"bn": state}}
+    if own:
+        variables = {name: {"params": of} for name, of in variables.items()}
+    for grads in [variables["params"]] + [variables] * (not own):
+        (record,) = watch.records(seen, variables, grads).values()
+        np.testing.assert_array_equal(record.grads.scale, scale["scale"])

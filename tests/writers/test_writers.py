@@ -371,6 +371,7 @@ def test_only_the_first_process_writes_and_all_agree_when(monkeypatch, tmp_path)
     log.write(0, RECORDS)
     assert not (tmp_path / "none").exists()
     assert not any(writers.Log([], every=0).due(step) for step in range(3))
+    assert writers.Log([], every=np.int64(3)).due(6)
 
 
 # --- bad input --------------------------------------------------------------------------------
@@ -429,6 +430,77 @@ def test_without_tensorboardx_the_error_says_what_to_install(monkeypatch, tmp_pa
         "pip install 'jaxbn[watch]'."
     )
     assert not (tmp_path / "none").exists()
+
+
+A_NAME = 'is an int, expected the name of a file or of a folder; write "NAME".'
+NO_WRITERS = "expected a list of writers; write writers.Log([writers.JSONLines(path)])."
+EVERY = "expected a number of steps, or 0 for never; write every=50."
+WRONG = {
+    "one_writer": (
+        lambda: writers.Log(writers.Writer()),
+        f"Log: writers is a Writer, {NO_WRITERS}",
+    ),
+    "a_class": (
+        lambda: writers.Log([writers.JSONLines]),
+        f"Log: writers is a list of a type, {NO_WRITERS}",
+    ),
+    "every": (lambda: writers.Log([], every="5"), f"Log: every='5', {EVERY}"),
+    "half": (lambda: writers.Log([], every=1.5), f"Log: every=1.5, {EVERY}"),
+    "due": (
+        lambda: writers.Log([]).due(None),
+        "Log.due: step is a NoneType, expected a whole number; write int(step).",
+    ),
+    "swapped": (
+        lambda: writers.Log([]).write(RECORDS, 0),
+        "Log.write: step is a dict, expected a whole number; write int(step).",
+    ),
+    "names": (
+        lambda: writers.open(3, "folder"),
+        "writers.open: 3, expected a list of some of jsonl, prometheus, tensorboard; write "
+        "writers.open(['jsonl'], folder).",
+    ),
+    "folder": (lambda: writers.open(["jsonl"], 3), f"writers.open: folder {A_NAME}"),
+    "path": (lambda: writers.JSONLines(3), f"JSONLines: path {A_NAME}"),
+    "events": (lambda: writers.TensorBoard(3), f"TensorBoard: path {A_NAME}"),
+    "address": (
+        lambda: writers.Prometheus(0, 3),
+        "Prometheus: cannot listen at 3:0 (TypeError: getaddrinfo() argument 1 must be string or "
+        "None), expected an address of this machine and a port that is free; write port=0 for any "
+        "free one.",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_bad_calls_are_told_what_to_write(what):
+    call, expected = WRONG[what]
+    with pytest.raises((TypeError, ValueError, OSError)) as error:
+        call()
+    assert str(error.value) == expected
+
+
+@pytest.mark.parametrize("content", ['{"lr": 0.1}', "a line\n", '{"step"'])
+def test_a_file_of_something_else_is_left_as_it_is(content, tmp_path):
+    """What has no line end at its end would be taken for half a line, and cut off."""
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    if content == '{"step"':  # half of the first line: a program was killed while writing
+        writers.JSONLines(path)
+        assert path.read_text() == ""
+        return
+    assert message(FileExistsError, writers.JSONLines, path) == (
+        f"JSONLines: {path} holds something else than figures, expected a new file, or a file that "
+        f"JSONLines has written; name another file."
+    )
+    assert path.read_text() == content
+
+
+def test_lines_for_a_device_are_written_and_the_device_stays(tmp_path):
+    (tmp_path / "watch.jsonl").symlink_to("/dev/null")
+    with writers.open(["jsonl"], tmp_path) as log:
+        log.write(2, RECORDS)
+        log.rewind(0)
+    assert (tmp_path / "watch.jsonl").is_symlink()
 
 
 @pytest.mark.parametrize("step", [np.int64(3), jnp.int32(3)], ids=["numpy", "jax"])

@@ -50,23 +50,40 @@ def check_y(call: str, dtype: Any, **arrays: jax.Array | None) -> None:
             )
 
 
-def check_real(call: str, name: str, v: Any, good: Callable[[float], bool], expected: str) -> None:
-    """Refuses v where it is not one real number, or not a good one; a traced one may be good."""
-    if not _is_number(v, good):
-        raise _wrong(v)(f"{call}: {name}={v!r}, expected {expected}")
-
-
 def check_numbers(call: str, momentum: Any, epsilon: Any) -> tuple[Any, Any]:
     """Momentum in [0, 1] or None, and epsilon, finite and not negative: floats, or traced."""
     if momentum is not None:
-        expected = (
+        kept = (
             "a number in [0, 1], the fraction of the old value that is kept (PyTorch's momentum m "
-            "is 1 - m here), or None for the cumulative average; write momentum=0.99."
+            "is 1 - m here), or None for the cumulative average"
         )
-        check_real(call, "momentum", momentum, lambda v: 0 <= v <= 1, expected)
-    expected = "a finite number of at least 0, added to the variance; write epsilon=1e-5."
-    check_real(call, "epsilon", epsilon, lambda v: 0 <= v < math.inf, expected)
+        check_real(call, "momentum", momentum, lambda v: 0 <= v <= 1, kept, "0.99")
+    added = "a finite number of at least 0, added to the variance"
+    check_real(call, "epsilon", epsilon, lambda v: 0 <= v < math.inf, added, "1e-5")
     return _settled(momentum), _settled(epsilon)
+
+
+def check_real(
+    call: str, name: str, v: Any, good: Callable[[float], bool], expected: str, write: str
+) -> None:
+    """Raises unless v is one real number and good, or traced.
+
+    Args:
+      call: the public call.
+      name: of the argument.
+      v: what was given.
+      good: whether a number will do.
+      expected: what was expected.
+      write: a number that will do, as it is written.
+
+    >>> from jaxbn._op.arguments import values
+    >>> values.check_real("fold", "tolerance", -1, lambda v: v > 0, "an error above 0", "1e-5")
+    Traceback (most recent call last):
+        ...
+    ValueError: fold: tolerance=-1, expected an error above 0; write tolerance=1e-5.
+    """
+    if not _is_number(v, good):
+        raise _wrong(v)(f"{call}: {name}={v!r}, expected {expected}; write {name}={write}.")
 
 
 def _settled(v: Any) -> Any:
