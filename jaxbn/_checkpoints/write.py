@@ -113,15 +113,17 @@ def _check_dtypes(path: Path, arrays: Mapping[tuple[str, ...], np.ndarray]) -> N
     if path.suffix == ".msgpack":
         return  # of any dtype
     if path.suffix == ".safetensors":
-        form, safetensors = "safetensors", need("save", "safetensors.numpy")
+        form, save = "safetensors", need("save", "safetensors.numpy").save
 
-        def trip(dtype: np.dtype) -> Any:
-            return safetensors.load(safetensors.save({"empty": np.zeros(0, dtype)}))
+        def try_dtype(dtype: np.dtype) -> None:
+            save({"empty": np.zeros(0, dtype)})
+            if dtype.itemsize == 1 and dtype.kind not in "biu":
+                raise TypeError("safetensors writes floats of 8 bits, and reads none as NumPy's")
     else:
-        form, trip = "orbax", need("save", "tensorstore").dtype
+        form, try_dtype = "orbax", need("save", "tensorstore").dtype
     for keys, v in arrays.items():
         try:
-            trip(v.dtype)
+            try_dtype(v.dtype)
         except Exception as error:
             raise ValueError(
                 f"save: {printable('/'.join(keys))} is {v.dtype}, which {form} does not hold; name "

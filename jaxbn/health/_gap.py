@@ -152,10 +152,12 @@ def gap(model: Any, *args: Any, limits: Limits = Limits(), **kwargs: Any) -> Gap
     reports, causes, others, outputs = [], [], [], {}
     for path, (setting, unbiased) in used.items():
         layer, pairs = held[path], list(zip(seen[path], evaluated[path], strict=True))
-        whole = max(_relative(one, y) for one, y in pairs)
+        # NumPy's maxima, because a NaN is the largest there, in whichever call it is.
+        whole = float(np.max([_relative(one, y) for one, y in pairs]))
         # What is said of a layer that is called several times is about the call with most gap.
-        own, worst = max((_relative(one, one.y_eval), i) for i, (one, _) in enumerate(pairs))
-        call, y_eval = pairs[worst]
+        owns = [_relative(one, one.y_eval) for one, _ in pairs]
+        worst = int(np.argmax(owns))
+        own, (call, y_eval) = owns[worst], pairs[worst]
         limit = math.sqrt(limits.gap**2 + limits.gap_noise / rows_of(call.moments, setting))
         found = [
             *_padding(path, layer, call, setting, limits),

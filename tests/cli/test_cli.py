@@ -1232,6 +1232,7 @@ def test_what_is_no_array_is_not_saved(tmp_path):
         ("net", np.longdouble, "orbax"),
         ("net.msgpack", np.longdouble, None),
         ("net.safetensors", np.bool_, None),
+        ("net.safetensors", jnp.bfloat16, None),
         ("net", jnp.bfloat16, None),
     ],
 )

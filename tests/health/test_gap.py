@@ -253,6 +253,24 @@ def test_an_nnx_model_stays_as_it_is_in_any_mode(norm):
     assert type(model.norm1) is norm
 
 
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_nan_in_any_call_of_a_layer_is_its_gap(bad):
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, xs):
+            shared = nn.BatchNorm(use_running_average=True, name="shared")
+            return [shared(x) for x in xs]
+
+    held = {"mean": X.mean(0), "var": X.var(0)}
+    weights = {"scale": np.ones(X.shape[-1], X.dtype), "bias": np.zeros(X.shape[-1], X.dtype)}
+    variables = {"params": {"shared": weights}, "batch_stats": {"shared": held}}
+    xs = [X, X.copy()]
+    xs[bad][0, 0] = np.nan
+    gap = health.gap(Twice().apply, variables, xs)
+    assert np.isnan(gap.layers[0].own)
+    assert gap.first.cause.kind == "not_finite"
+
+
 def test_bad_calls_are_told_what_to_write(variables):
     class Plain(nn.Module):
         @nn.compact
