@@ -138,15 +138,15 @@ BUGS = (
     Bug(
         "a count of domains beside the features",
         "jaxbn/_adapt/replicas.py",
-        "share = _beside(jnp.asarray(share), mean.shape[1:])",
-        "share = jnp.asarray(share)",
+        "        share = jnp.expand_dims(share, feature_axes(jnp.shape(share), mean.shape[1:]))\n",
+        "",
         f"{COUNTS}[merge_updates-domains]",
     ),
     Bug(
         "a count of layers that are stacked last",
         "jaxbn/_adapt/replicas.py",
-        "        weight = _beside(weight, mean.shape) if weight.ndim else weight\n",
-        "",
+        "        if weight.ndim:",
+        "        if False:",
         f"{COUNTS}[sync_state-layers last]",
     ),
     Bug(
@@ -697,6 +697,14 @@ BUGS = (
         "    seen = seen_in(batch)\n    apart",
         "    seen = np.ones(np.shape(batch.mean), bool)\n    apart",
         "flax/test_domains.py::test_checks_and_figures_are_of_the_domains_in_the_batch",
+    ),
+    Bug(
+        "recalibrated layers that are stacked last",
+        "jaxbn/_adapt/recalibrate.py",
+        "tuple(feature_axes(before.shape, m.count.shape))",
+        "tuple(range(before.ndim, m.count.ndim))",
+        "inspection/test_stacking.py::test_counts_are_stacked_on_axis_0_and_on_the_last"
+        "[linen-scan]",
     ),
     Bug(
         "recalibration counts batches for domains without rows",

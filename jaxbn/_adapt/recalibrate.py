@@ -17,6 +17,7 @@ from jaxbn._extras import need
 from jaxbn._inspection import layers
 from jaxbn._inspection.observer import Observe, Observed, observer
 from jaxbn._inspection.selection import Where, select
+from jaxbn._inspection.stacking import feature_axes
 from jaxbn._misuse import check_batches, is_unbound, misuse, takes
 from jaxbn._op import devices
 from jaxbn._op.arguments.pools import resolve
@@ -292,8 +293,8 @@ def _state(
     count = old.count
     if count is not None:
         before, count = jnp.asarray(count), jnp.full_like(count, batches)
-        if before.ndim:  # [domains]; one without a row keeps its own
-            seen = jnp.any(m.count > 0, tuple(range(before.ndim, m.count.ndim)))
+        if before.ndim:  # of layers and domains; a domain without a row keeps its own
+            seen = jnp.any(m.count > 0, tuple(feature_axes(before.shape, m.count.shape)))
             count = jnp.where(seen, count, before)
     return State(_placed_as(mean, old.mean), _placed_as(var, old.var), count)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._inspection.layers import holds_statistics, state_of, with_state
+from jaxbn._inspection.stacking import feature_axes
 from jaxbn._op import devices as devices_
 from jaxbn._op.arguments.pools import resolve
 from jaxbn._op.arguments.values import check_real
@@ -152,7 +153,8 @@ def sync_state(
         # The least weight is far below that of one update. If no device counted an update, all
         # have the least weight, so their statistics are averaged and not divided by 0.
         weight = jnp.maximum(jnp.float32(0 if count is None else count), 1e-9)
-        weight = _beside(weight, mean.shape) if weight.ndim else weight
+        if weight.ndim:
+            weight = jnp.expand_dims(weight, feature_axes(weight.shape, mean.shape))
         own = Moments(weight, mean.astype(wide(mean.dtype)), var.astype(wide(var.dtype)))
         pooled = across(own, pool)
         if count is not None:
@@ -209,7 +211,7 @@ def merge_updates(states: Any, momentum: float | None = 0.99) -> Any:
         # All counts are equal; their maximum is also there where k is sharded.
         last = None if count is None else count.max(0)
         share = 1 - momentum if momentum is not None else 1 / last.astype(jnp.float32)  # type: ignore[union-attr]
-        share = _beside(jnp.asarray(share), mean.shape[1:])
+        share = jnp.expand_dims(share, feature_axes(jnp.shape(share), mean.shape[1:]))
         means, middle = mean.astype(wide(mean.dtype)), mean.astype(wide(mean.dtype)).mean(0)
         spread = jnp.square(jnp.abs(means - middle[None])).mean(0) / share
         pooled = var.astype(wide(var.dtype)).mean(0) + spread
@@ -219,18 +221,6 @@ def merge_updates(states: Any, momentum: float | None = 0.99) -> Any:
 
 
 Statistics = tuple[jax.Array, jax.Array, jax.Array | None]  # mean, var, and count if it is kept
-
-
-def _beside(count: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Equals count with ones in place of the features, to broadcast against a mean of this shape.
-
-    Axes of layers and domains come before the features; layers that are stacked on axis -1, after.
-    """
-    for before in range(count.ndim, -1, -1):
-        after = len(shape) - (count.ndim - before)
-        if count.shape == (*shape[:before], *shape[after:]):
-            return jnp.expand_dims(count, range(before, after))
-    return count
 
 
 def _by_layer(call: str, f: Callable[..., Statistics], tree: Any) -> Any:

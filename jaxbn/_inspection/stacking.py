@@ -48,6 +48,21 @@ class Travelling(NamedTuple):
     record: Any
 
 
+def feature_axes(count: tuple[int, ...], mean: tuple[int, ...]) -> range:
+    """The axes that the mean of a layer has and its count of updates lacks, of their two shapes.
+
+    Axes of layers and domains come before the features; layers that are stacked on axis -1, after.
+
+    >>> from jaxbn._inspection import stacking
+    >>> stacking.feature_axes((2,), (2, 3)), stacking.feature_axes((2,), (3, 2))
+    (range(1, 2), range(0, 1))
+    """
+    more = len(mean) - len(count)
+    fits = (n for n in range(len(count), -1, -1) if count == (*mean[:n], *mean[n + more :]))
+    first = next(fits, len(count))
+    return range(first, first + more)
+
+
 def packed(record: Any, rank: int) -> Travelling:
     """The record of a layer whose statistics have this rank, ready to be stacked on any axis.
 

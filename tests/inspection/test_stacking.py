@@ -139,33 +139,45 @@ class Cumulative(linen.Module):
 @pytest.mark.parametrize("lift", ["scan", "vmap"])
 @pytest.mark.parametrize("api", ["linen", "nnx"])
 def test_counts_are_stacked_on_axis_0_and_on_the_last(api, lift):
+    x = X[:, : C - 1]  # not as many as layers, so that a count beside the features fits nowhere
+
     # As the docstrings of momentum and docs/watch.md say. No other axis fits a number.
     def trained(stats):
         if api == "linen":
             model = lifted(lift, stats, block=Cumulative)
-            variables = model.init(jax.random.key(0), X, True)
-            (_, updates), seen = watch.linen(model.apply)(variables, X, True, mutable="batch_stats")
+            variables = model.init(jax.random.key(0), x, True)
+            (_, updates), seen = watch.linen(model.apply)(variables, x, True, mutable="batch_stats")
             variables |= updates
+
+            def apply(v, x, **more):
+                return model.apply(v, x, False, **more)
         else:
             axes = nnx.StateAxes({nnx.BatchStat: stats, ...: 0})
-            norm = functools.partial(jaxbn.nnx.BatchNorm, C, momentum=None)
+            norm = functools.partial(jaxbn.nnx.BatchNorm, C - 1, momentum=None)
             variables = nnx.vmap(lambda r: norm(rngs=r), out_axes=axes, axis_size=L, in_axes=None)(
                 nnx.Rngs(0)
             )
             with watch.nnx(variables) as seen:
                 if lift == "vmap":
-                    nnx.vmap(lambda b, x: b(x), in_axes=(axes, None))(variables, X)
+                    nnx.vmap(lambda b, x: b(x), in_axes=(axes, None))(variables, x)
                 else:
                     nnx.scan(lambda x, b: b(x), in_axes=(nnx.Carry, axes), out_axes=nnx.Carry)(
-                        X, variables
+                        x, variables
                     )
+
+            def apply(blocks, x):
+                return nnx.vmap(lambda b, x: b(x), in_axes=(axes, None))(blocks, x)
+
         (record,) = watch.records(seen, variables).values()
-        return [*record.state, *record.batch[1:]]
+        state, batch = record.state, record.batch
+        ((_, layer),) = layers.find(jaxbn.recalibrate(apply, variables, [x, 2 * x])).items()
+        return [*state, *batch[1:], *layer.state]
 
     first, last = trained(0), trained(-1)
     assert first[2].tolist() == last[2].tolist() == [1] * L
+    assert first[-1].tolist() == last[-1].tolist() == [2] * L
     for a, b in zip(first, last, strict=True):
-        np.testing.assert_allclose(a, of_axis(b, -1), rtol=1e-6)
+        np.testing.assert_allclose(a, of_axis(b, -1), rtol=1e-5)
 
 
 class Domains(linen.Module):
