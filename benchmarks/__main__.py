@@ -42,7 +42,11 @@ def measured(arguments: list[str]) -> int:
     about = "What the library claims, measured beside its peers."
     parser = command.parser("benchmarks", about)
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(DEVICES)}; all of them by default"
+        "names",
+        nargs="*",
+        type=command.one_of([*DEVICES, "all"]),
+        metavar="NAME",
+        help=f"of {', '.join(DEVICES)}; all of them by default",
     )
     command.add_size(parser, full=True)  # see shapes.py, step.py, latency.py
     parser.add_argument(
@@ -55,9 +59,6 @@ def measured(arguments: list[str]) -> int:
         if "parity" not in names:
             parser.error("--options: expected it after parity, write parity --options")
         names = ["options" if name == "parity" else name for name in names]
-    for name in names:
-        if name not in DEVICES:
-            parser.error(f"benchmark {name!r}, expected some of: {', '.join(DEVICES)}, all")
     line = " ".join(["python -m benchmarks", *arguments])
     load, failed = os.getloadavg()[0], []
     if load > BUSY:

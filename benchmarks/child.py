@@ -1,6 +1,7 @@
-"""One benchmark in this process: `python -m benchmarks.child NAME SIZE DEVICES COMMAND LOAD FILE`.
+"""One benchmark in this process; its words are NAME SIZE DEVICES COMMAND LOAD FILE.
 
-`python -m benchmarks` starts it with `timing.ENVIRONMENT`, which must be set before Python is.
+`python -m benchmarks` starts the process with `timing.ENVIRONMENT`: Python and JAX read it at their
+start.
 """
 
 import importlib

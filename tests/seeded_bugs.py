@@ -807,14 +807,42 @@ BUGS = (
         "docs/index.md",
         "(why.md)",
         "(wy.md)",
-        "docs/test_pages.py::test_links_and_commands_lead_somewhere[docs/index.md]",
+        "docs/test_pages.py::test_links_lead_somewhere[docs/index.md]",
     ),
     Bug(
         "a link of a page leads to no heading",
         "docs/cost-model.md",
         "#subgroups-of-devices",
         "#groups-of-devices",
-        "docs/test_pages.py::test_links_and_commands_lead_somewhere[docs/cost-model.md]",
+        "docs/test_pages.py::test_links_lead_somewhere[docs/cost-model.md]",
+    ),
+    Bug(
+        "a page prints an option that the command does not have",
+        "docs/doctor.md",
+        "runs/mine/checkpoints --plot health.png",
+        "runs/mine/checkpoints --draw health.png",
+        "docs/test_pages.py::test_command_lines_are_understood_by_their_programs[docs/doctor.md]",
+    ),
+    Bug(
+        "a page names a function that is not there",
+        "docs/design.md",
+        "moments.moments_of ",
+        "moments.of         ",
+        "docs/test_pages.py::test_the_path_of_x_names_what_is_there",
+    ),
+    Bug(
+        "a guide names a function that is not there",
+        "docs/extending.md",
+        "inference_inputs",
+        "inference_input",
+        "docs/test_pages.py::test_files_to_edit_are_there[docs/extending.md]",
+    ),
+    Bug(
+        "an arrow between two rooms passes behind a third",
+        "benchmarks/reporting/pictures.py",
+        '"watch": 2, ',
+        "",
+        "docs/test_pages.py::test_no_arrow_of_the_house_passes_behind_a_room",
     ),
     Bug(
         "a block of a page does not run",
@@ -892,6 +920,13 @@ BUGS = (
         "    if not (found or is_nnx(model)):",
         "    if False:",
         "test_first_day.py::test_what_is_no_model[hooked_nnx of linen's model]",
+    ),
+    Bug(
+        "the line that advise writes is refused",
+        "jaxbn/health/_advise.py",
+        '"jaxbn.freeze(model.apply, variables)"',
+        '"jaxbn.freeze(model, variables)"',
+        "health/test_advise.py::test_lines_to_write_run",
     ),
     Bug(
         "few_values advises what does not change y",
@@ -1392,6 +1427,7 @@ BUGS = (
     Bug(
         "a full stdout is no error of the output's",
         "jaxbn/_cli/output.py",
+        "            self.failed = OutputError(error.errno, error.strerror)\n"
         "            raise self.failed from error",
         "            raise",
         "cli/test_cli.py::test_a_full_disk_is_no_finding",
@@ -2491,7 +2527,8 @@ def fails(bug, seed=True):
         for name in ("jaxbn", "tests", "benchmarks", "examples", "docs"):
             ignore = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / name, copy / name, ignore=ignore)
-        shutil.copy(ROOT / "pyproject.toml", copy)
+        for path in filter(pathlib.Path.is_file, ROOT.iterdir()):
+            shutil.copy(path, copy)
         file = place(bug, copy)
         text = file.read_text()
         if seed:

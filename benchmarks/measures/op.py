@@ -106,10 +106,10 @@ def run(size="usual") -> list[Table]:
         for times in of.values()
     )
     notes = [
-        f"Median of {timing.ROUNDS[size]} rounds, eight times as many below {SHORT / 1e6:.0f} MB "
-        f"(after 6 s of fewer, but of {timing.FEWEST}), in "
-        "which the libraries take turns in one process, each timed call after one of the same "
-        "that is not; spread: between the quartiles, over the median.",
+        f"Median of {timing.ROUNDS[size]} rounds, eight times as many below {SHORT / 1e6:.0f} MB; "
+        f"after 6 s no round begins, once {timing.FEWEST} are done. The libraries take turns in "
+        "one process, and each makes an untimed call just before its timed call. Spread: between "
+        "the quartiles, over the median.",
         "torch: channels_last. Equinox: channels first. Running statistics are updated.",
         timing.note(every),
     ]

@@ -5,7 +5,7 @@ import functools
 import re
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 WIDTH = 78  # argparse leaves two columns of 80
@@ -62,6 +62,17 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}, expected a number above 0")
     return int(text)
+
+
+def one_of(names: Iterable[str]) -> Callable[[str], str]:
+    """The type of an option that is one of these names."""
+
+    def name(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r}, expected some of: {', '.join(names)}")
+        return text
+
+    return name
 
 
 def end(main: Callable[[list[str]], int | None]) -> NoReturn:

@@ -176,15 +176,14 @@ def _plain(axis, chart: Chart) -> None:
 
 
 def drawing(name: str, pictures: dict[str, Callable], folder: pathlib.Path, arguments) -> int:
-    """`python -m benchmarks.reporting.NAME`: draws some of the pictures, or all, into a folder."""
+    """The command of a module of pictures: draws some of them, or all, into a folder."""
     shown = folder.relative_to(results.FOLDER.parents[1])
     parser = command.parser(f"benchmarks.reporting.{name}", f"Draws pictures into {shown}.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(pictures)}")
+    of = command.one_of(pictures)
+    names = ", ".join(pictures)
+    parser.add_argument("names", nargs="*", type=of, metavar="NAME", help=f"of {names}")
     parser.add_argument("--folder", type=pathlib.Path, default=folder, help="in its place")
     options = parser.parse_args(arguments)
-    for asked in options.names:
-        if asked not in pictures:
-            parser.error(f"picture {asked!r}, expected some of: {', '.join(pictures)}")
     options.folder.mkdir(parents=True, exist_ok=True)
     for asked in options.names or pictures:
         save(pictures[asked](), path := options.folder / f"{asked}.png")

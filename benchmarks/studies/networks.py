@@ -32,6 +32,7 @@ from benchmarks.subjects.network import forward, step
 
 FLAX, OURS = nn.BatchNorm, jaxbn.linen.BatchNorm
 POLICY = {"policy": jaxbn.checkpoint_policy}
+STATISTICS = {"policy": jax.checkpoint_policies.save_only_these_names("batch_norm_moments")}
 VARIANTS = {
     "Flax": Variant(FLAX),
     "Flax, nn.remat on blocks": Variant(FLAX, block={}),
@@ -40,6 +41,7 @@ VARIANTS = {
     "jaxbn, activation and residual": Variant(OURS, inside=True),
     "jaxbn, nn.remat on blocks": Variant(OURS, block={}),
     "jaxbn, policy on blocks": Variant(OURS, block=POLICY),
+    "jaxbn, statistics kept on blocks": Variant(OURS, block=STATISTICS),
     "jaxbn, activation and residual, policy on blocks": Variant(OURS, inside=True, block=POLICY),
     "jaxbn, policy on the network": Variant(OURS, network=POLICY),
     "jaxbn, checkpoint on activations": Variant(OURS, activation={}),

@@ -34,12 +34,12 @@ def checkpoint_policy(prim: Any, *avals: Any, **params: Any) -> bool:
     of the block computes normalization, activation and residual sum again, from the convolution's
     output and O(C) numbers. Statistics and their collectives are kept, not repeated. Wrap each
     block, not the whole network: recomputed arrays live until the wrapped function's backward pass
-    ends. On a TPU, where XLA computes such arrays again by itself, leave the policy out:
-    `jax.checkpoint(block)` repeats convolutions too, and saves memory there.
+    ends. Chen et al. 2016 (arXiv:1604.06174) drop the same outputs.
 
     The statistics have the checkpoint name "batch_norm_moments" and combine with other policies.
-    `jax.checkpoint_policies.save_only_these_names("batch_norm_moments")` keeps no convolution. Chen
-    et al. 2016 (arXiv:1604.06174) drop the same outputs.
+    `jax.checkpoint_policies.save_only_these_names("batch_norm_moments")` keeps no convolution. Use
+    that one on a TPU: XLA computes norms and activations again there by itself, so that
+    `checkpoint_policy` saves no memory.
 
     Args:
       prim: the primitive of one equation. JAX calls the policy for each equation.

@@ -25,7 +25,7 @@ class Advice(NamedTuple):
     reason: str
     figure: float  # noise: sd of the batch's sd, over the true sd; 0 where no batch is used
     source: str
-    write: str  # the line to write
+    write: str  # the line to write; an nnx model goes in alone: jaxbn.swap(model, to="group")
 
 
 def advise(
@@ -95,7 +95,7 @@ def advise(
                 "each step of a sequence has statistics of its own, and lengths differ." + stays,
                 0.0,
                 "Ba et al. 2016",
-                'jaxbn.swap(model, variables, "layer")',
+                'jaxbn.swap(model.apply, variables, "layer")',
             )
         )
     if pretrained and fewest < PLENTY:
@@ -105,7 +105,7 @@ def advise(
                 "the running statistics are of more data than these batches." + folds,
                 0.0,
                 "He et al. 2016, appendix A",
-                "jaxbn.freeze(model, variables)",
+                "jaxbn.freeze(model.apply, variables)",
             )
         )
     if total >= enough:
@@ -118,7 +118,7 @@ def advise(
                 "batch norm on many rows." + stays,
                 0.0,
                 "Wu & He 2018; Qiao et al. 2019",
-                'jaxbn.swap(model, variables, "group", standardize="*")',
+                'jaxbn.swap(model.apply, variables, "group", standardize="*")',
             )
         )
         if 4 <= total < limits.values:
@@ -139,7 +139,7 @@ def advise(
                     "the features of one row, where there are no positions." + stays,
                     0.0,
                     "Ba et al. 2016",
-                    'jaxbn.swap(model, variables, "layer")',
+                    'jaxbn.swap(model.apply, variables, "layer")',
                 )
             )
     return found
@@ -166,7 +166,7 @@ def _of_batches(
         f"device.{folds}",
         sd_of_sd(fewest),
         "Hoffer et al. 2017",
-        f'jaxbn.swap(model, variables, "batch", virtual_batch_size={min(each)})',
+        f'jaxbn.swap(model.apply, variables, "batch", virtual_batch_size={min(each)})',
     )
     may_be_ghost = not uneven and fewest >= enough
     if may_be_ghost and fewest >= PLENTY:
@@ -180,7 +180,7 @@ def _of_batches(
         f"{fewest} values on a device, {pooled} on {devices} devices{weights}.{folds}",
         sd_of_sd(pooled),
         "Peng et al. 2018",
-        f'jaxbn.swap(model, variables, "batch", axis_name={name}); nothing under jit',
+        f'jaxbn.swap(model.apply, variables, "batch", axis_name={name}); nothing under jit',
     )
     if may_be_ghost and fewest < PLENTY:
         yield ghost

@@ -92,7 +92,7 @@ class Limits(NamedTuple):
     divergence_noise: float = 11.0
     # As momentum**count: three time constants, or 3 / (1 - momentum) updates.
     initial_share: float = 0.05
-    values: int = 16  # below, the batch's sd has an error above 18 %, 1 / sqrt(2 (n - 1))
+    values: int = 16  # below, the batch's sd is off by 18 % or more: docs/advise.md
     dead_sd: float = 0.1  # of the normalized x, sqrt(var / (var + epsilon)): var is epsilon / 99
     dead_scale: float = 1e-5  # times the rms of the layer's scales
     rounding: float = 0.1  # error of x, in sd, by one rounding of x or of its variance

@@ -295,7 +295,8 @@ def test_compare_two_exported_files(artifact, capsys):
         2,
         "",
         "compare: one of the two is an exported file and the other a checkpoint, expected two of a "
-        "kind; write python -m jaxbn verify ARTIFACT --against CHECKPOINT\n",
+        "kind; write python -m jaxbn verify ARTIFACT --against CHECKPOINT --model "
+        "MODULE:FUNCTION\n",
     )
     assert run(capsys, "verify", "net.msgpack", "--against", "net.msgpack", MODEL) == (
         2,

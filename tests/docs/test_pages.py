@@ -1,12 +1,15 @@
-"""What the pages promise beside their blocks: links, commands that exist, figures with a device."""
+"""What the pages promise beside their blocks: links, command lines, figures with a device."""
 
+import importlib
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from benchmarks.reporting import gallery, pictures
+from tests.support import command_lines
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -41,17 +44,71 @@ def test_the_index_links_every_page_in_the_order_of_its_tree():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_and_commands_lead_somewhere(page):
+def test_links_lead_somewhere(page):
     text = page.read_text()
     for path, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", text):
         target = page.parent / path if path else page
         assert target.exists(), path
         assert not heading or heading in headings(target), f"{path}#{heading}"
-    joined = text.replace("\\\n", " ")
-    for script, rest in re.findall(r"python (examples/\S+?\.py)([^\n`|#]*)", joined):
-        source = "".join(p.read_text() for p in (ROOT / script).parent.glob("*.py"))
-        for option in re.findall(r"--[a-z][\w-]*", rest):
-            assert option == "--help" or f'"{option}"' in source, f"{script} {option}"
+
+
+SOURCES = [
+    *PAGES,
+    ROOT / "benchmarks" / "NOTES.md",
+    *(p for room in ("jaxbn", "benchmarks", "examples") for p in (ROOT / room).rglob("*.py")),
+]
+COMMANDS = {str(p.relative_to(ROOT)): command_lines.printed(p.read_text()) for p in SOURCES}
+
+
+@pytest.mark.parametrize("source", sorted(name for name in COMMANDS if COMMANDS[name]))
+def test_command_lines_are_understood_by_their_programs(source):
+    said = {line: command_lines.refusal(line) for line in COMMANDS[source]}
+    assert {line: refusal for line, refusal in said.items() if refusal} == {}
+
+
+def test_command_lines_in_a_text():
+    """In backticks, in strings, in blocks; with comments, over two lines."""
+    text = """Then `python -m jaxbn
+# doctor a`, "python examples/a.py --b" and `make c`; make it so. (`python -m jaxbn fold`.)
+```sh
+$ python examples/a.py \\
+    --c "1 2"    # a comment
+make d  # another
+python -m jaxbn doctor a > b
+```
+#   python -m benchmarks op      what it does
+`python -m benchmarks {name}` and `python other.py`
+    "write python -m jaxbn "
+    "fold b"
+"""
+    assert command_lines.printed(text) == [
+        "python -m jaxbn doctor a",
+        "make c",
+        "python -m jaxbn fold --help",
+        "python examples/a.py --b",
+        "python -m jaxbn fold b",
+        'python examples/a.py --c "1 2"',
+        "python -m benchmarks op",
+        "make d",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "refusal"),
+    [
+        ("python -m jaxbn doctr a", "argument COMMAND: invalid choice: 'doctr'"),
+        ("python -m jaxbn doctor a --plt b", "unrecognized arguments: --plt b"),
+        ("python -m jaxbn doctor", "the following arguments are required: CHECKPOINT"),
+        ("python -m benchmarks ops", "argument NAME: 'ops', expected some of: op, memory"),
+        ("python -m benchmarks.studies.compiled h1 --only op", "invalid choice: 'h1'"),
+        ("python -m benchmarks.reporting.gallery none", "argument NAME: 'none', expected some of"),
+        ("python examples/studies/momentum.py --seed x", "--seeds: invalid int value: 'x'"),
+        ("make benches", "No rule to make target 'benches'"),
+        ("make bench ARGS=ops", "argument NAME: 'ops', expected some of: op, memory"),
+    ],
+)
+def test_a_command_line_that_its_program_refuses(line, refusal):
+    assert refusal in command_lines.refusal(line)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +141,9 @@ def test_files_to_edit_are_there(page):
     paths = re.findall(r"`((?:jaxbn|tests|docs|benchmarks)/[\w/.]+)`", text)
     assert paths
     assert [path for path in paths if "NAME" not in path and not (ROOT / path).exists()] == []
+    for module, name in re.findall(r"`(?:jaxbn\.)?(_\w+)\.(\w+)`", text):
+        (file,) = (ROOT / "jaxbn").rglob(f"{module}.py")
+        assert re.search(rf"^(def |class )?{name}\b", file.read_text(), re.MULTILINE), name
 
 
 def test_every_picture_is_small_drawn_by_a_command_and_shown():
@@ -159,6 +219,30 @@ def test_a_picture_of_a_table_that_is_not_there():
     assert str(error.value) == (
         "docs/swap.md: no table whose first column is 'no such column', expected one to draw."
     )
+
+
+def test_no_arrow_of_the_house_passes_behind_a_room():
+    """It would seem to lead there."""
+    figure = pictures.house()
+    for _ in range(2):  # once for the rooms, whose places the arrows read when they are drawn
+        FigureCanvasAgg(figure).draw()
+    texts = figure.axes[0].texts
+    rooms = [text.get_bbox_patch() for text in texts if text.get_bbox_patch()]
+    arrows = [text for text in texts if getattr(text, "arrow_patch", None)]
+    assert len(rooms) > 15
+    assert len(arrows) > 15
+    for arrow in arrows:
+        line, ends = arrow.arrow_patch.get_path(), {arrow.xycoords, arrow.anncoords}
+        places = {room: room.get_window_extent() for room in rooms if room not in ends}
+        assert not any(line.intersects_bbox(place, filled=False) for place in places.values())
+
+
+def test_the_path_of_x_names_what_is_there():
+    text = (DOCS / "design.md").read_text().split("```")[1]
+    names = re.findall(r"(\w+)\.(\w+) ", text)
+    assert len(names) > 3
+    for module, name in names:
+        assert hasattr(importlib.import_module(f"jaxbn._op.{module}"), name), f"{module}.{name}"
 
 
 def test_a_newcomer_finds_install_and_a_tutorial_by_their_names():

@@ -1,9 +1,14 @@
 """Which norm: the decisions, and the figure behind them, from a simulation and from the op."""
 
 import math
+import re
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxbn
 from jaxbn import health
@@ -92,16 +97,22 @@ def test_what_is_served_alone_is_told():
 
 
 def test_lines_to_write_run():
-    """Those for an nnx model, with its names in place."""
-    from flax import nnx
-
-    for rows, devices in ((2, 1), (2, 8), (64, 8)):
-        for advice in health.advise(batch_per_device=rows, devices=devices):
-            model = nnx.Sequential(
-                nnx.Conv(3, 8, (3, 3), rngs=nnx.Rngs(0)), nnx.BatchNorm(8, rngs=nnx.Rngs(0))
-            )
-            line = advice.write.partition(";")[0].replace("(model, variables,", "(model, None,")
-            eval(line, {"jaxbn": jaxbn, "model": model})
+    """For a linen model as they stand, and for an nnx model alone."""
+    net = nn.Sequential([nn.Conv(8, (3, 3)), nn.BatchNorm(use_running_average=False)])
+    variables = net.init(jax.random.key(0), jnp.ones((1, 4, 4, 3)))
+    variables["batch_stats"] = jax.tree.map(lambda v: v + 1, variables["batch_stats"])
+    setups = ({}, {"devices": 8}, {"devices": 8, "pretrained": True}, {"recurrent": True})
+    lines = {a.write for rows in (2, 64) for setup in setups for a in health.advise(rows, **setup)}
+    lines = {line.partition(";")[0] for line in lines}
+    assert {re.split(r"\W", line)[1] for line in lines} >= {"swap", "freeze", "linen"}
+    for line in lines - {"norm(x, renorm=(r_max, d_max))"}:
+        eval(line, {"jaxbn": jaxbn, "model": net, "variables": variables})
+        model = nnx.Sequential(
+            nnx.Conv(3, 8, (3, 3), rngs=nnx.Rngs(0)), nnx.BatchNorm(8, rngs=nnx.Rngs(0))
+        )
+        model.layers[1].mean[...] += 1
+        alone = line.replace("(model.apply, variables", "(model").replace("(model, ", "(model, to=")
+        eval(alone, {"jaxbn": jaxbn, "model": model})
 
 
 BAD = {

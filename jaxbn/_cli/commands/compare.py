@@ -52,7 +52,8 @@ def run(args: Namespace) -> int:
     if any(files) and not all(files):
         raise ValueError(
             "one of the two is an exported file and the other a checkpoint, expected two of a "
-            "kind; write python -m jaxbn verify ARTIFACT --against CHECKPOINT"
+            "kind; write python -m jaxbn verify ARTIFACT --against CHECKPOINT "
+            "--model MODULE:FUNCTION"
         )
     rows: list[Any] = []
     outputs: list[Any] = []
