@@ -1244,8 +1244,8 @@ BUGS = (
     Bug(
         "a layer is judged by its first call",
         "jaxbn/health/_gap.py",
-        "        call, y_eval = pairs[worst]",
-        "        call, y_eval = pairs[0]",
+        "own, (call, y_eval) = owns[worst], pairs[worst]",
+        "own, (call, y_eval) = owns[worst], pairs[0]",
         "health/test_gap.py::test_a_layer_that_is_called_twice_is_judged_by_the_worse_call[order0]",
     ),
     Bug(
