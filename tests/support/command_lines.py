@@ -65,10 +65,12 @@ def _of_make(words: list[str]) -> str:
 
 
 def _run(script: str, *words: str) -> None:
-    path = ROOT / script
+    path, cifar10 = ROOT / script, ROOT / "examples" / "cifar10"
     with (
         mock.patch.object(sys, "argv", [str(path), *words]),
-        mock.patch.object(sys, "path", [str(path.parent), *sys.path]),
+        mock.patch.object(sys, "path", [str(path.parent), str(cifar10), *sys.path]),
+        # With several hosts it would start this process again, which is that of the tests.
+        mock.patch("hosts.supervise"),
     ):
         runpy.run_path(str(path), run_name="__main__")
 
