@@ -170,7 +170,7 @@ def main(arguments: list[str]) -> int:
         help=f"of {', '.join(targets.NAMES)}",
     )
     parser.add_argument("--only", choices=BENCHMARKS, action="append", help="by default both")
-    parser.add_argument("--tiny", action="store_true", help="only to see that it runs")
+    command.add_size(parser)
     results.add_option(parser)
     options = parser.parse_args(arguments)
     line = " ".join(["python -m benchmarks.studies.compiled", *arguments])
@@ -180,11 +180,11 @@ def main(arguments: list[str]) -> int:
         except ImportError as error:
             parser.error(str(error))
         for name in options.only or BENCHMARKS:
-            table = BENCHMARKS[name](device, "tiny" if options.tiny else "usual")
+            table = BENCHMARKS[name](device, options.size)
             report.show(table)
             of = environment(target, line)
             record = {"environment": of, "tables": [report.as_json(table)]}
-            folder = results.folder(options.results, options.tiny)
+            folder = results.folder(options.results, options.size == "tiny")
             plots.keep(folder, name, record, table.charts)
     return 0
 

@@ -13,7 +13,7 @@ from jaxbn._extras import need
 from jaxbn._files import check_place, replacing
 from jaxbn._folding.training_mode import batch_statistics
 from jaxbn._misuse import check_function
-from jaxbn._op.arguments.values import check_real
+from jaxbn._op.arguments.values import check_tolerance
 from jaxbn._text import a_kind
 from jaxbn.export._beside import remove_older_manifest, weights_of
 
@@ -120,9 +120,7 @@ def written(
       tolerance: the largest error over a result's largest value; None for `tolerances`.
       tolerances: the tolerance for each dtype; 0 for others.
     """
-    if tolerance is not None:
-        least = "a relative error of at least 0"
-        check_real(call, "tolerance", tolerance, lambda v: v >= 0, least, "1e-3")
+    check_tolerance(call, tolerance)
     path = Path(path)
     older = weights_of(path)
     absolute = relative = 0.0

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxbn._folding.training_mode import batch_statistics
 from jaxbn._misuse import check_function, takes
-from jaxbn._op.arguments.values import check_real
+from jaxbn._op.arguments.values import check_tolerance
 from jaxbn._text import first_line
 from jaxbn.health._distances import relative_error
 from jaxbn.health._findings import ERROR, Finding, worst_first
@@ -63,9 +63,7 @@ def serving(fn: Callable[[Any], Any], x: Any, *, tolerance: float | None = None)
     ['batch_dependent', 'batch_of_one']
     """
     check_function("serving", fn, WRITE)
-    if tolerance is not None:
-        least = "a relative error of at least 0"
-        check_real("serving", "tolerance", tolerance, lambda v: v >= 0, least, "1e-3")
+    check_tolerance("serving", tolerance)
     n = _rows(x)
     if where := _training_mode(fn, x):
         return [Finding(where, "train_in_inference", ERROR, 1.0, 0.0, (), EVAL)]

@@ -86,6 +86,17 @@ def check_real(
         raise _wrong(v)(f"{call}: {name}={v!r}, expected {expected}; write {name}={write}.")
 
 
+def check_tolerance(call: str, tolerance: Any) -> None:
+    """Raises unless this is None, or a relative error of at least 0.
+
+    >>> from jaxbn._op.arguments import values
+    >>> values.check_tolerance("serving", None)
+    """
+    if tolerance is not None:
+        least = "a relative error of at least 0"
+        check_real(call, "tolerance", tolerance, lambda v: v >= 0, least, "1e-3")
+
+
 def _settled(v: Any) -> Any:
     return v if v is None or isinstance(v, jax.core.Tracer) else float(v)
 
